@@ -1,0 +1,357 @@
+r"""MISO attention over packed segments: forward, merge and exact backward. Knows no kernel and no model.
+
+For an output token with branches i = 1..n (one a context), with `(O_i, l_i)` the attention to context i alone and its
+log-sum-exp, and `(O_out, l_out)` that to the output itself,
+
+    L_i = logaddexp(l_i, l_out)                      log-sum-exp of branch i, over [K_i, K_out]
+    A_i = O_out + sigmoid(l_i - l_out) (O_i - O_out) attention of branch i
+    out = sum_i w_i A_i                              eq. 3 of the paper
+
+with fixed w (uniform: 1/n, section 4.2), w_i = exp(L_i) / sum_j exp(L_j) (fid, eq. 7), or, instead of the sum, one
+softmax over all contexts and the output (vanilla, eq. 4). Two kernel calls a layer give all of it: the *self* call
+(every segment against its own path) and the *cross* call (the output against each context).
+
+**Backward.** A raw flash backward recomputes P = exp(S - lse) and dS = P * (dO V^T - rowsum(dO * out)): it differentiates
+a softmax whose normaliser and output are *given*. So the gradient of the mixture needs no dLSE kernel, only other
+(dO, out, lse) than the forward's:
+
+    out -> context i, fixed:   dO, A_i, L_i - log w_i      dS_ij = w_i p_ij (dO.v_j - dO.A_i), dV_j = w_i p_ij dO
+    out -> out, fixed:         dO, out*, lse*              P = sum_i w_i exp(S - L_i) = exp(S - lse*),
+                               lse* = -logsumexp_i(log w_i - L_i), and sum_i w_i p_i (dO.A_i) = P dO.out* for
+                               out* = sum_i a_i A_i, a_i = exp(log w_i - L_i + lse*)
+    fid:                       dO, out, G = logsumexp_i L_i to contexts; G - log n to the output, which counts n times
+    vanilla:                   dO, out, logaddexp(logsumexp_i l_i, l_out) everywhere
+
+Shapes: T packed tokens, U output tokens, Q branch rows (an output row for each of its branches), S key rows of a call,
+H query heads, G key-value heads, D head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from trl_miso.packing import WEIGHTINGS, PackedSegments, Varlen
+
+Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x (N, heads, D), offset (N,) positions) -> x turned by R(offset); R(-offset) must be its inverse and transpose."""
+
+
+class Kernel(Protocol):
+    """Raw variable-length attention, see `kernels.py`."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Varlen, options: "KernelOptions"
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        call: Varlen,
+        options: "KernelOptions",
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """`scale` multiplies the scores; `window` is the number of keys a query sees, itself included (0: all); a
+    `softcap` c > 0 makes the scores `c tanh(s / c)`; causal calls align the last query with the last key."""
+
+    scale: float
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+
+    def without_causality(self) -> "KernelOptions":
+        return KernelOptions(self.scale, causal=False, window=0, softcap=self.softcap)
+
+
+def miso_attention(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    packed: PackedSegments,
+    kernel: Kernel,
+    options: KernelOptions,
+    rotation: Rotation | None = None,
+) -> torch.Tensor:
+    """Attention of one packed batch: contexts and single runs causally, outputs mixed over their branches.
+
+    Equals, for each output row, the weighted sum of softmax attention over each context followed by the output (see
+    `reference.py`). Exact gradients to q, k and v. Uses the split form, or the pairs form where `options.window` binds.
+
+    Args:
+        q_THD: (T, H, D), rotated to the batch's positions.
+        k_TGD: (T, G, D). v_TGD: (T, G, D). H is a multiple of G.
+        packed: Segment metadata on the same device.
+        rotation: Applied to output queries whose context ends elsewhere than the output begins.
+
+    Returns:
+        (T, H, D), in the dtype of q.
+
+    Raises:
+        ValueError: If a window binds and the mixture cannot honour it.
+    """
+    if not packed.num_mixed:
+        return _Varlen.apply(q_THD, k_TGD, v_TGD, packed, kernel, options)
+    binds = 0 < options.window < packed.longest
+    form = _Pairs if binds else _Split
+    if binds:
+        _check_window(packed, options)
+    else:
+        options = KernelOptions(options.scale, options.causal, 0, options.softcap)
+    return form.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
+
+
+def _check_window(packed: PackedSegments, options: KernelOptions) -> None:
+    got = f"a sliding window of {options.window} tokens and a context with its output of {packed.longest}"
+    if packed.gap:
+        raise ValueError(
+            f"Got {got} in a layout in which contexts do not end where their output begins (succ chunks, or "
+            "output_positions='after_longest'): the window would count the wrong tokens. Expected: every context and "
+            "its output within the window. Fix: set max_length to at most the window, or use para contexts with "
+            "output_positions='successive'."
+        )
+    if WEIGHTINGS[packed.weighting] == "vanilla":
+        raise ValueError(
+            f"Got {got} with context_weighting='vanilla', expected a window that does not bind: one softmax over all "
+            "contexts has no pairs form. Fix: set max_length to at most the window, or use 'uniform' or 'fid'."
+        )
+    assert packed.pair_kv_index is not None, "the collator must be told of the window"
+
+
+class _Varlen(torch.autograd.Function):
+    """Ordinary causal attention of every segment to its path: the self call alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, packed, kernel, options):
+        call = packed.self_call
+        out, lse = kernel.forward(q, *_keys(call, k, v), call, options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = packed, kernel, options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        packed, kernel, options = ctx.arguments
+        call = packed.self_call
+        dq, dk, dv = kernel.backward(dout, q, *_keys(call, k, v), out, lse, call, options)
+        return dq, *_sum_keys(k, [(call, dk, dv)]), None, None, None
+
+
+class _Split(torch.autograd.Function):
+    """Self call and cross call, merged."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation):
+        rows = slice(packed.output_start, packed.output_end)
+        own, cross = packed.self_call, packed.cross_call
+        out, lse_HT = kernel.forward(q, *_keys(own, k, v), own, options)
+        q_branch = _branch_queries(q[rows], packed, rotation)
+        o_branch, l_branch = kernel.forward(
+            q_branch, *_keys(cross, k, v, packed), cross, options.without_causality()
+        )
+        mixed = _merge(out[rows], lse_HT[:, rows].T, o_branch, l_branch.T, packed)
+        out[rows] = mixed.out.to(out.dtype)
+        lse_HT[:, rows] = mixed.lse_self.T  # the backward's, like out_self and out_branch
+        half = [None if x is None else x.to(out.dtype) for x in (mixed.out_self, mixed.out_branch)]
+        ctx.save_for_backward(q, k, v, out, lse_HT, *half, mixed.lse_branch)
+        ctx.arguments = packed, kernel, options, rotation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        q, k, v, out, lse_HT, out_self, out_branch, lse_branch = ctx.saved_tensors
+        packed, kernel, options, rotation = ctx.arguments
+        rows = slice(packed.output_start, packed.output_end)
+        own, cross = packed.self_call, packed.cross_call
+        if out_branch is None:
+            out_branch, lse_branch = out[rows][packed.branch_q_index], lse_branch[packed.branch_q_index]
+        if out_self is not None:
+            out = out.clone()
+            out[rows] = out_self
+        dq, dk, dv = kernel.backward(dout, q, *_keys(own, k, v), out, lse_HT, own, options)
+        dq_branch, dk_branch, dv_branch = kernel.backward(
+            dout[rows].index_select(0, packed.branch_q_index),
+            _branch_queries(q[rows], packed, rotation),
+            *_keys(cross, k, v, packed),
+            out_branch,
+            lse_branch.T.contiguous(),
+            cross,
+            options.without_causality(),
+        )
+        dq[rows] += _sum_branches(dq_branch, packed, rotation)
+        return dq, *_sum_keys(k, [(own, dk, dv), (cross, dk_branch, dv_branch)]), None, None, None, None
+
+
+class _Pairs(torch.autograd.Function):
+    """Each branch as one causal call over [context, output]: right where a window depends on the true distance."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation):
+        rows = slice(packed.output_start, packed.output_end)
+        own, pairs = packed.self_call, packed.pairs_call
+        out, lse_HT = kernel.forward(q, *_keys(own, k, v), own, options)
+        a_branch, l_branch = kernel.forward(
+            _branch_queries(q[rows], packed, rotation), *_pair_keys(k, v, packed, rotation), pairs, options
+        )
+        weights = _branch_weights(l_branch.T, packed)
+        mixed = _to_outputs(weights[..., None] * a_branch, packed)
+        out[rows] = mixed.to(out.dtype)
+        if WEIGHTINGS[packed.weighting] == "uniform":
+            lse_branch = l_branch - weights.log().T
+        else:
+            a_branch = out[rows][packed.branch_q_index]
+            lse_branch = _logsumexp(l_branch.T, packed)[packed.branch_q_index].T.contiguous()
+        ctx.save_for_backward(q, k, v, out, lse_HT, a_branch, lse_branch)
+        ctx.arguments = packed, kernel, options, rotation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        q, k, v, out, lse_HT, out_branch, lse_branch = ctx.saved_tensors
+        packed, kernel, options, rotation = ctx.arguments
+        rows = slice(packed.output_start, packed.output_end)
+        own, pairs = packed.self_call, packed.pairs_call
+        dout_own = dout.clone()
+        dout_own[rows] = 0  # the self call's output rows were not used
+        dq, dk, dv = kernel.backward(dout_own, q, *_keys(own, k, v), out, lse_HT, own, options)
+        dq_branch, dk_branch, dv_branch = kernel.backward(
+            dout[rows].index_select(0, packed.branch_q_index),
+            _branch_queries(q[rows], packed, rotation),
+            *_pair_keys(k, v, packed, rotation),
+            out_branch,
+            lse_branch,
+            pairs,
+            options,
+        )
+        if packed.pair_kv_offset is not None and rotation is not None:
+            dk_branch = rotation(dk_branch, -packed.pair_kv_offset)
+        dq[rows] += _sum_branches(dq_branch, packed, rotation)
+        return dq, *_sum_keys(k, [(own, dk, dv), (pairs, dk_branch, dv_branch)]), None, None, None, None
+
+
+class _Mixed(NamedTuple):
+    """The merged outputs (U, H, D), and the (out, lse) that each call's backward takes in place of its own."""
+
+    out: torch.Tensor
+    lse_self: torch.Tensor  # (U, H)
+    lse_branch: torch.Tensor  # (Q, H), or (U, H) without out_branch
+    out_self: torch.Tensor | None = None  # (U, H, D); None: `out`
+    out_branch: torch.Tensor | None = None  # (Q, H, D); None: `out` of the row's output token
+
+
+def _merge(
+    o_out: torch.Tensor, l_out: torch.Tensor, o_branch: torch.Tensor, l_branch: torch.Tensor, packed: PackedSegments
+) -> _Mixed:
+    """Merge the self call (U rows) with the cross call (Q rows), in the dtype of the log-sum-exps (>= float32)."""
+    o_out, o_branch = o_out.to(l_out.dtype), o_branch.to(l_out.dtype)
+    at = packed.branch_q_index
+    if WEIGHTINGS[packed.weighting] == "uniform":
+        weight = _fixed_weights(packed, l_out.dtype)
+        lse = torch.logaddexp(l_branch, l_out[at]) - weight.log()  # L_i - log w_i
+        mass = torch.sigmoid(l_branch - l_out[at])
+        a_branch = torch.lerp(o_out[at], o_branch, mass[..., None])
+        out = _to_outputs(weight[..., None] * a_branch, packed)
+        lse_self = -_logsumexp(-lse, packed)
+        share = torch.exp(lse_self[at] - lse)
+        return _Mixed(out, lse_self, lse, _to_outputs(share[..., None] * a_branch, packed), a_branch)
+    # fid counts the output once a branch, vanilla once: the same softmax with another l_out.
+    repeats = 0.0
+    if WEIGHTINGS[packed.weighting] == "fid":
+        repeats = _to_outputs(torch.ones_like(l_branch), packed).log()
+    lse = torch.logaddexp(_logsumexp(l_branch, packed), l_out + repeats)
+    out = torch.exp(l_out + repeats - lse)[..., None] * o_out
+    out = out + _to_outputs(torch.exp(l_branch - lse[at])[..., None] * o_branch, packed)
+    return _Mixed(out, lse - repeats, lse)
+
+
+def _fixed_weights(packed: PackedSegments, dtype: torch.dtype) -> torch.Tensor:
+    """(Q, 1) weights from their bit patterns."""
+    assert packed.branch_weight is not None
+    return packed.branch_weight.view(torch.float64).to(dtype)[:, None]
+
+
+def _branch_weights(lse_branch: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
+    """(Q, H or 1) weights of whole branches from their log-sum-exps L_i."""
+    if WEIGHTINGS[packed.weighting] == "uniform":
+        return _fixed_weights(packed, lse_branch.dtype)
+    return torch.exp(lse_branch - _logsumexp(lse_branch, packed)[packed.branch_q_index])
+
+
+def _to_outputs(x_Q: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
+    """Sum over each output token's branches: (Q, ...) -> (U, ...)."""
+    return x_Q.new_zeros(packed.output_end - packed.output_start, *x_Q.shape[1:]).index_add_(
+        0, packed.branch_q_index, x_Q
+    )
+
+
+def _logsumexp(x_QH: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
+    """Log-sum-exp over each output token's branches: (Q, H) -> (U, H)."""
+    at = packed.branch_q_index
+    size = packed.output_end - packed.output_start, x_QH.shape[1]
+    top = x_QH.new_full(size, -torch.inf).scatter_reduce_(0, at[:, None].expand_as(x_QH), x_QH, "amax")
+    return top + _to_outputs(torch.exp(x_QH - top[at]), packed).log()
+
+
+def _branch_queries(q_UHD: torch.Tensor, packed: PackedSegments, rotation: Rotation | None) -> torch.Tensor:
+    """Each output query once a branch, turned to follow that branch's context: (U, H, D) -> (Q, H, D)."""
+    q_branch = q_UHD.index_select(0, packed.branch_q_index)
+    if packed.branch_q_offset is None:
+        return q_branch
+    assert rotation is not None, "a batch with query offsets needs the model's rotation"
+    return rotation(q_branch, packed.branch_q_offset)
+
+
+def _sum_branches(dq_branch: torch.Tensor, packed: PackedSegments, rotation: Rotation | None) -> torch.Tensor:
+    """Transpose of `_branch_queries`, summed in float32 at least."""
+    if packed.branch_q_offset is not None and rotation is not None:
+        dq_branch = rotation(dq_branch, -packed.branch_q_offset)
+    return _to_outputs(_wide(dq_branch), packed).to(dq_branch.dtype)
+
+
+def _keys(
+    call: Varlen, k: torch.Tensor, v: torch.Tensor, cross: PackedSegments | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value rows of a call: gathered where prefixes are shared, else a view."""
+    if call.kv_index is not None:
+        return k.index_select(0, call.kv_index), v.index_select(0, call.kv_index)
+    return (k, v) if cross is None else (k[: cross.output_start], v[: cross.output_start])
+
+
+def _pair_keys(
+    k: torch.Tensor, v: torch.Tensor, packed: PackedSegments, rotation: Rotation | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    k_pair, v_pair = _keys(packed.pairs_call, k, v)
+    if packed.pair_kv_offset is not None:
+        assert rotation is not None, "a batch with query offsets needs the model's rotation"
+        k_pair = rotation(k_pair, packed.pair_kv_offset)
+    return k_pair, v_pair
+
+
+def _sum_keys(
+    k: torch.Tensor, calls: list[tuple[Varlen, torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transpose of `_keys`, summed over calls and copies in float32 at least: (dk, dv) of all rows."""
+    if len(calls) == 1 and calls[0][0].kv_index is None:
+        return calls[0][1], calls[0][2]
+    sums = _wide(k.new_zeros(k.shape)), _wide(k.new_zeros(k.shape))
+    for call, *gradients in calls:
+        for total, gradient in zip(sums, gradients, strict=True):
+            if call.kv_index is None:
+                total[: gradient.shape[0]] += gradient
+            else:
+                total.index_add_(0, call.kv_index, gradient.to(total.dtype))
+    return sums[0].to(k.dtype), sums[1].to(k.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision to float32: several bf16 gradients are summed there."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
