@@ -1,0 +1,193 @@
+"""Can this model be trained with MISO, and how do its layers rotate queries? Asked before training, never guessed."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation
+from trl_miso.attention.mixture import Rotation
+
+logger = logging.get_logger(__name__)
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+# Families in which every layer rotates its queries, known from their sources. Only asked where no forward can run.
+_ROTATES_EVERY_LAYER = {
+    *("llama", "mistral", "ministral", "ministral3", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3"),
+    *("gemma", "gemma2", "gemma3_text", "gemma3", "olmo", "olmo2", "granite", "granitemoe", "starcoder2", "glm4", "seed_oss"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSupport:
+    """What a model allows.
+
+    `shares` (`reason` says why not): queries can be rotated, so contexts may share prefixes. `relative`: attention
+    depends on position differences only, so that contexts may be right-aligned. `window`: the smallest sliding window in
+    tokens, 0 for none. `layers`: attention layers that must receive the metadata.
+    """
+
+    shares: bool
+    relative: bool
+    window: int
+    layers: int
+    reason: str = ""
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse what a config alone shows to be unsupported. Raises ValueError."""
+    text = config.get_text_config()
+    for name in _DROPOUTS:
+        if getattr(text, name, 0):
+            _refuse(text, f"{name}={getattr(text, name)}", "attention without dropout", f"set config.{name} = 0")
+    others = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
+    if others:
+        _refuse(text, f"layers of type {sorted(others)}", "only full and sliding attention", "use a pure attention model")
+    if getattr(config, "is_encoder_decoder", False):
+        _refuse(text, "an encoder-decoder", "a decoder-only causal language model", "use one")
+    if getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", True) is False:
+        _refuse(text, "bidirectional attention", "causal attention", "use a causal language model")
+    if getattr(text, "alibi", False):
+        _refuse(text, "ALiBi position biases", "rotary positions", "use a model with rotary positions")
+
+
+def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSupport:
+    """Switch the model to the registered attention, check that every layer takes part, and give layers their rotation.
+
+    Where the weights are at hand a forward of a few tokens decides. Under ZeRO-3 or on the meta device only what needs
+    no weights is checked; the trainer's first step does the rest.
+
+    Raises:
+        ValueError: With the model's name and the reason, if it cannot be trained with MISO.
+    """
+    check_config(model.config)
+    set_implementation(model, name)
+    config = model.config.get_text_config()
+    window = _window(model, config, max_length)
+    if all(not p.is_meta and not hasattr(p, "ds_id") for p in model.parameters()):
+        return _probe(model, config, window, max_length)
+    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+    known = config.model_type in _ROTATES_EVERY_LAYER and len(modules) == config.num_hidden_layers
+    for module in modules if known else ():
+        composing = (r for r in candidate_rotations(model, module) if r.composes(_head_dim(config)))  # type: ignore[attr-defined]
+        module.miso_rotation = next(composing, None)
+        known = known and module.miso_rotation is not None
+    reason = "" if known else f"how {config.model_type} rotates queries cannot be checked without its weights"
+    return _with_length(ModelSupport(known, True, window, config.num_hidden_layers, reason), config, max_length)
+
+
+def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
+    """Raise ValueError unless every attention layer received the metadata and none computes what cannot be merged."""
+    model_type = type(model).__name__
+    if len(probe.queries) != layers:
+        raise ValueError(
+            f"Got {model_type}, in which {len(probe.queries)} of {layers} layers pass keyword arguments on to attention: the "
+            "others would ignore the contexts. Expected all of them. Fix: use a supported architecture (see the README)."
+        )
+    unmergeable = {"sinks": "attention sinks", "position_bias": "a position bias", "value_dim": "values of another size"}
+    for argument, what in unmergeable.items():
+        if argument in probe.arguments:
+            raise ValueError(
+                f"Got {model_type}, whose attention has {what}, which the mixture does not support. Expected plain softmax "
+                "attention. Fix: use a supported architecture (see the README)."
+            )
+
+
+def sharing_obstacle(model: nn.Module, neftune_noise_alpha: float | None) -> str:
+    """Why equal tokens would not have equal hidden states in training, or ''."""
+    if neftune_noise_alpha:
+        return f"NEFTune noise (neftune_noise_alpha={neftune_noise_alpha}) makes equal tokens unequal"
+    rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    return f"dropout (p={max(rates)}) makes equal tokens unequal" if rates else ""
+
+
+def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
+    """Compare each layer's queries at two positions: turned by the model's rotation, the same, or neither."""
+    distance = 5
+    probes = [_run(model, start) for start in (0, distance)]
+    check_probe(probes[0], config.num_hidden_layers, model)
+    relative, shares = True, True
+    for module, query in probes[0].queries.items():
+        moved = probes[1].queries[module]
+        assert query is not None and moved is not None
+        tolerance = 1e-3 if query.dtype in (torch.float32, torch.float64) else 5e-2
+        x, y = (q[0].transpose(0, 1) for q in (query, moved))
+        offset = torch.full((x.shape[0],), distance, device=x.device)
+        if _far(x, y) < tolerance:
+            module.miso_rotation = _identity  # a layer without positions
+            continue
+        rotations = candidate_rotations(model, module)
+        fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset), y) < tolerance]  # type: ignore[attr-defined]
+        module.miso_rotation = fits[0] if fits else None
+        shares = shares and bool(fits)
+        relative = relative and bool(rotations)
+    reason = "" if shares else "the model's queries cannot be rotated after the fact"
+    return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
+
+
+def _run(model: PreTrainedModel, start: int) -> Probe:
+    probe = Probe(skip_attention=True)
+    device = model.get_input_embeddings().weight.device
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(3, 11, device=device) % vocab)[None]
+    positions = torch.arange(start, start + ids.shape[1], device=device)[None]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, position_ids=positions, use_cache=False, miso_probe=probe)
+    except TypeError as error:
+        raise ValueError(
+            f"Got {type(model).__name__}, which does not take the metadata as keyword arguments ({error}). Expected a model that "
+            "passes them on to attention. Fix: use a supported architecture (see the README)."
+        ) from error
+    finally:
+        model.train(training)
+    return probe
+
+
+def _identity(x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+    return x_NHD
+
+
+def _far(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest relative distance of rows."""
+    return float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-9)).max())
+
+
+def _with_length(support: ModelSupport, config: PreTrainedConfig, max_length: int | None) -> ModelSupport:
+    """No sharing where the rotation depends on the length of the batch: an offset alone would be turned differently."""
+    for rope in _rope_parameters(config):
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in ("dynamic", "longrope") and (max_length or math.inf) > original:
+            reason = f"{rope['rope_type']} positions change beyond {original} tokens (max_length={max_length})"
+            return ModelSupport(False, support.relative, support.window, support.layers, reason)
+    return support
+
+
+def _rope_parameters(config: PreTrainedConfig) -> list[dict]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _window(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | None) -> int:
+    """Smallest sliding window of a layer, in tokens, if rows can be longer; else 0."""
+    windows = [getattr(m, "sliding_window", None) for m in model.modules() if hasattr(m, "layer_idx")]
+    layer_types = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) and (not layer_types or "sliding_attention" in layer_types):
+        windows.append(getattr(config, "sliding_window", None))
+    smallest = min((w for w in windows if isinstance(w, int) and w > 0), default=0)
+    return smallest if max_length is None or smallest < max_length else 0
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _refuse(config: PreTrainedConfig, got: str, expected: str, fix: str) -> None:
+    raise ValueError(f"Got a {config.model_type} model with {got}, expected {expected}: MISO cannot train it. Fix: {fix}.")

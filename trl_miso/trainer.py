@@ -1,0 +1,299 @@
+"""MISOSFTTrainer."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    AutoConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from accelerate.logging import get_logger
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
+
+from trl_miso import preparation
+from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
+from trl_miso.attention.support import check_config, check_probe, prepare_model, sharing_obstacle
+from trl_miso.collator import MISODataCollator
+from trl_miso.config import MISOSFTConfig
+from trl_miso.contexts import resolve_mode, row_format
+from trl_miso.preparation import AnyDataset, RowPreparation
+from trl_miso.tokenization import Layout, Tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+logger = get_logger(__name__)
+
+_BIBTEX = """\
+@article{lu2025enhancing,
+    title        = {{Enhancing Complex Instruction Following for Large Language Models with Mixture-of-Contexts Fine-tuning}},
+    author       = {Yuheng Lu and ZiMeng Bai and Caixia Yuan and Huixing Jiang and Xiaojie Wang},
+    year         = 2025,
+    eprint       = {arXiv:2505.11922},
+}"""
+
+
+class MISOSFTTrainer(SFTTrainer):
+    """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
+
+    The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
+    collator), and attention mixes the contexts (a registered attention implementation). Loss, metrics, checkpoints, PEFT
+    and the Hub are SFTTrainer's. The saved model is an ordinary one, loaded and used without this package.
+
+    Args:
+        model: As for SFTTrainer. `flash_attention_2` restricts MISO to FlashAttention-2 kernels.
+        args ([`MISOSFTConfig`], [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`], *optional*): The latter two are
+            converted, with MISO's defaults.
+        train_dataset: In any row format of `trl_miso.contexts`.
+        data_collator: Must be None: the batch layout is part of the method.
+
+        The other arguments are SFTTrainer's.
+
+    Raises:
+        ValueError: Before training, for models, settings or rows that would be trained wrongly.
+    """
+
+    _tag_names = ["trl", "sft", "miso"]
+    _name = "MISO"
+    _paper = {
+        "title": "Enhancing Complex Instruction Following for Large Language Models with Mixture-of-Contexts Fine-tuning",
+        "id": "2505.11922",
+        "citation": _BIBTEX,
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: MISOSFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        args = _miso_config(args, model)
+        _check_request(args, model, data_collator, processing_class, peft_config)
+        # Multi-process data loading must not concatenate flat batches.
+        if args.accelerator_config.dispatch_batches:
+            logger.warning("`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated.")
+        args.accelerator_config.dispatch_batches = False
+        self._training_mode: str | None = None
+        self._probe: Probe | None = None
+        # Known before the model is: what bins are measured by. The model may still turn sharing off below.
+        noisy = args.neftune_noise_alpha or getattr(peft_config, "lora_dropout", 0)
+        self._packs_shared = args.share_prefixes and not noisy
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        self._install(args)
+
+    def _install(self, args: MISOSFTConfig) -> None:
+        """Switch the model's attention and the collator over, now that TRL has made the model and wrapped it."""
+        base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
+            raise ValueError(
+                "Got context or sequence parallelism, which splits a row's tokens across ranks; expected every rank to hold whole "
+                "rows. Fix: use FSDP or DeepSpeed ZeRO-3, and gradient checkpointing, to save memory."
+            )
+        base = base_implementation(base_model.config.get_text_config()._attn_implementation)
+        self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
+        mixes = self._training_mode in ("para", "succ")
+        self._check_positions(args, mixes)
+        share = args.share_prefixes
+        if share and mixes:
+            noise = sharing_obstacle(self.model, args.neftune_noise_alpha)
+            reason = noise or ("" if self._support.shares or self._training_mode == "succ" else self._support.reason)
+            if reason:
+                logger.warning(f"share_prefixes is turned off: {reason}. Every context gets its own copy of its tokens.")
+                share = False
+        self.data_collator = MISODataCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            weighting=args.context_weighting,
+            share_prefixes=share,
+            window=self._support.window,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+
+    def _check_positions(self, args: MISOSFTConfig, mixes: bool) -> None:
+        support, model_type = self._support, self.model.config.model_type
+        para = self._training_mode == "para"
+        if para and args.output_positions == "successive" and not support.relative:
+            raise ValueError(
+                f"Got a {model_type} model, whose positions are not rotary, with output_positions='successive': its output cannot "
+                "follow contexts of different lengths. Expected a rotary model. Fix: set output_positions='after_longest'."
+            )
+        gap = mixes and (not para or args.output_positions == "after_longest")
+        if support.window and gap:
+            raise ValueError(
+                f"Got a {model_type} model with a sliding window of {support.window} tokens and max_length={args.max_length}, with "
+                f"{'succ chunks' if not para else 'after_longest positions'}: contexts that do not end where their output begins "
+                f"cannot honour a window shorter than a row. Expected max_length <= {support.window}. Fix: set max_length="
+                f"{support.window}, or train on para contexts with output_positions='successive'."
+            )
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: MISOSFTConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> AnyDataset:
+        if packing and args.max_length is None:
+            raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
+        names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
+        kind = row_format(names, args.dataset_text_field)
+        training = self._training_mode is None  # TRL prepares the training set first
+        mode = resolve_mode(args.context_mode, kind)
+        if training:
+            self._training_mode = mode
+        standard = not training and args.eval_contexts == "standard"
+        num_proc = args.dataset_num_proc
+        if mode in ("single", "augment"):
+            if kind in ("contexts", "constraints", "messages"):
+                dataset = self._as_prompts(dataset, kind, "single" if standard else mode, args, dataset_name)
+            before = len(dataset) if isinstance(dataset, Dataset) else 0
+            dataset = super()._prepare_dataset(
+                dataset, processing_class, args, False, formatting_func, dataset_name
+            )
+            if isinstance(dataset, Dataset) and "input_ids" not in names:
+                kept = [""] * len(dataset)
+                preparation.report_dropped(kept + ["no label left within max_length"] * (before - len(kept)), dataset_name)
+        elif "miso_layout" not in names:
+            rows = RowPreparation(
+                kind=kind,
+                mode="single" if standard else mode,
+                include_full=args.include_full,
+                include_bare=args.include_bare,
+                tokenizer=Tokenizer(processing_class, self.chat_template, args.response_template, args.assistant_only_loss),
+                layout=_layout(args),
+            )
+            dataset = preparation.prepare_rows(dataset, rows, dataset_name, num_proc)
+        dataset = preparation.add_layout(dataset, num_proc)
+        preparation.report_mixture(dataset, dataset_name)
+        if packing:
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            dataset = preparation.pack_rows(dataset, args.max_length, self._packs_shared, num_proc)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _as_prompts(self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str) -> AnyDataset:
+        """Rows of our formats as rows that TRL prepares; their loss is on the completion, as for prompt-completion rows."""
+        if kind == "messages":
+            return dataset
+        if args.completion_only_loss is None:
+            self.completion_only_loss = True
+        if mode == "augment":
+            num_proc = args.dataset_num_proc
+            return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, name, num_proc)
+        return preparation.full_rows(dataset, kind, name, args.dataset_num_proc)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(preparation.COLUMNS)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        mode = "train" if self.model.training else "eval"
+        counts = inputs.get("miso_num_mixed", 0), inputs.get("miso_num_examples", 1)
+        self._metrics[mode]["multi_context_share"].append(counts[0] / counts[1])
+        if self._probe is not None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # The first batch shows, with the model as it was wrapped for training, that every layer receives the metadata.
+        self._probe = Probe()
+        loss = super().compute_loss(model, inputs | {"miso_probe": self._probe}, *args, **kwargs)
+        check_probe(self._probe, self._support.layers, self.accelerator.unwrap_model(self.model))
+        return loss
+
+
+def _layout(args: MISOSFTConfig) -> Layout:
+    return Layout(
+        max_length=args.max_length,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        chunk_probs=tuple(args.chunk_probs),
+        para_prob=args.para_prob,
+        full_context_weight=args.full_context_weight,
+        output_positions=args.output_positions,
+    )
+
+
+def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
+    """The user's arguments as a MISOSFTConfig, as TRL converts TrainingArguments."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return MISOSFTConfig(f"{name.split('/')[-1]}-MISO")
+    if isinstance(args, MISOSFTConfig):
+        return args
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token  # to_dict hides it
+    return MISOSFTConfig(**values)
+
+
+def _check_request(args: MISOSFTConfig, model: Any, data_collator: Any, processing_class: Any, peft_config: Any) -> None:
+    """Refuse what needs no model or data to be known wrong."""
+    if data_collator is not None:
+        raise ValueError(
+            f"Got data_collator={type(data_collator).__name__}, expected None: the batch layout is part of the method. Fix: drop it, "
+            "and do per-row work in the dataset."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"Got processing_class={type(processing_class).__name__}, expected a tokenizer: MISO trains on text. Fix: pass "
+            "processor.tokenizer."
+        )
+    prompt_learning = getattr(peft_config, "is_prompt_learning", False) or any(
+        getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
+    )
+    if prompt_learning:
+        raise ValueError(
+            "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
+            "weights. Fix: use LoRA or another adapter."
+        )
+    if args.truncation_mode != "keep_start" and args.context_mode != "single":
+        raise ValueError(
+            f"Got truncation_mode={args.truncation_mode!r}, expected 'keep_start': the end of an output can be cut, a context cannot. "
+            "Fix: set truncation_mode='keep_start'."
+        )
+    if isinstance(model, str):
+        source = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
+        check_config(AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **source}))
+    elif isinstance(getattr(model, "config", None), object) and hasattr(model, "config"):
+        check_config(model.config)
