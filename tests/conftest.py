@@ -1,0 +1,59 @@
+"""Shared fixtures: everything is local and generated, no hub is asked."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from trl_miso import MISOSFTConfig  # noqa: E402
+from trl_miso.sources.crab import crab_row  # noqa: E402
+from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def crab_rows():
+    return synthetic_rows(64, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(crab_rows):
+    return build_tokenizer(crab_rows, vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def para_dataset(crab_rows):
+    """Rows with prompt, constraints, completion and full_prompt."""
+    dataset = Dataset.from_list(crab_rows)
+    return dataset.map(crab_row, remove_columns=dataset.column_names)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """MISOSFTConfig for the CPU: float32, one log line a step, nothing saved."""
+
+    def make(cls=MISOSFTConfig, **kwargs):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": [],
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        return cls(**(defaults | kwargs))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,94 @@
+"""Tiny random models of many architectures, and the rotary embedding used on bare tensors."""
+
+import torch
+import transformers as t
+
+_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "attention_dropout": 0.0,
+}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_MOE = {"num_experts_per_tok": 2}
+
+CONFIGS = {
+    "llama": lambda **k: t.LlamaConfig(**_SIZES | k),
+    "llama3_rope": lambda **k: t.LlamaConfig(
+        **_SIZES
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        }
+        | k
+    ),
+    "yarn": lambda **k: t.LlamaConfig(
+        **_SIZES
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        }
+        | k
+    ),
+    "mistral": lambda **k: t.MistralConfig(**_SIZES | {"sliding_window": None} | k),
+    "mixtral": lambda **k: t.MixtralConfig(**_SIZES | {"sliding_window": None, "num_local_experts": 4} | _MOE | k),
+    "qwen2": lambda **k: t.Qwen2Config(**_SIZES | k),
+    "qwen3": lambda **k: t.Qwen3Config(**_SIZES | {"head_dim": 24} | k),
+    "gemma2": lambda **k: t.Gemma2Config(
+        **_SIZES | {"head_dim": 16, "sliding_window": 128, "layer_types": _SLIDING, "query_pre_attn_scalar": 16} | k
+    ),
+    "gemma3": lambda **k: t.Gemma3TextConfig(
+        **_SIZES | {"head_dim": 16, "sliding_window": 128, "layer_types": _SLIDING, "query_pre_attn_scalar": 16} | k
+    ),
+    "phi": lambda **k: t.PhiConfig(**_SIZES | {"resid_pdrop": 0.0, "embd_pdrop": 0.0} | k),
+    "phi3": lambda **k: t.Phi3Config(**_SIZES | {"resid_pdrop": 0.0, "embd_pdrop": 0.0} | k),
+    "glm4": lambda **k: t.Glm4Config(**_SIZES | {"head_dim": 16} | k),
+    "cohere2": lambda **k: t.Cohere2Config(**_SIZES | {"sliding_window": 128, "layer_types": _SLIDING} | k),
+    "smollm3": lambda **k: t.SmolLM3Config(**_SIZES | {"no_rope_layers": [1, 0, 1]} | k),
+    "olmo2": lambda **k: t.Olmo2Config(**_SIZES | k),
+    "granite": lambda **k: t.GraniteConfig(**_SIZES | k),
+    "starcoder2": lambda **k: t.Starcoder2Config(
+        **_SIZES | {"residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": None} | k
+    ),
+}
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> t.PreTrainedModel:
+    torch.manual_seed(0)
+    config = CONFIGS[name](**overrides)
+    model = t.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for p in model.parameters():  # larger than the usual initialisation, so that attention is not uniform
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.15)
+    return model.train()
+
+
+def rotation(head_dim: int, base: float = 10.0):
+    """Rotary embedding in float64 on (N, heads, D) by (N,) positions."""
+    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+    def turn(x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+        angle = offset_N[:, None].double() * frequencies
+        cos, sin = (torch.cat([f(angle)] * 2, dim=-1)[:, None] for f in (torch.cos, torch.sin))
+        half = head_dim // 2
+        turned = torch.cat([-x_NHD[..., half:], x_NHD[..., :half]], dim=-1)
+        return (x_NHD.double() * cos + turned.double() * sin).to(x_NHD.dtype)
+
+    return turn

@@ -1,0 +1,72 @@
+"""The literal execution of MISO on a transformers model: one row per context, each with its own copy of the output.
+
+Row i is context i followed by the output, at positions 0, 1, 2, ...; in every layer the attention outputs of the copies of an
+output token are replaced by their weighted mixture. No packing, no shared prefix, no rotation, no log-sum-exp merge.
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "rows_oracle"
+
+
+def rows_loss(model, contexts, output, labels, weights, weighting="uniform", positions=None):
+    """Summed negative log-likelihood of the labels (-100: none) of one example, by one-row-per-context execution."""
+    lengths = [len(context) for context in contexts]
+    width = max(lengths) + len(output)
+    ids = torch.zeros(len(contexts), width, dtype=torch.long)
+    at = torch.zeros_like(ids)
+    for i, context in enumerate(contexts):
+        ids[i, : lengths[i] + len(output)] = torch.tensor([*context, *output])
+        row = range(lengths[i] + len(output)) if positions is None else positions[i]
+        at[i, : lengths[i] + len(output)] = torch.tensor(list(row))
+    model.set_attn_implementation(NAME)
+    logits = model(
+        input_ids=ids,
+        position_ids=at,
+        use_cache=False,
+        oracle_lengths=lengths,
+        oracle_output=len(output),
+        oracle_weights=weights,
+        oracle_weighting=weighting,
+    ).logits
+    predicted = logits[0, lengths[0] : lengths[0] + len(output) - 1]
+    return torch.nn.functional.cross_entropy(
+        predicted.double(), torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"
+    )
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, sliding_window=None, **kwargs):
+    lengths, size = kwargs["oracle_lengths"], kwargs["oracle_output"]
+    weights, weighting = kwargs["oracle_weights"], kwargs["oracle_weighting"]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    width = query.shape[2]
+    distance = torch.arange(width)[:, None] - torch.arange(width)
+    hidden = (distance < 0) | (distance >= (sliding_window or width))
+    scores = scores.masked_fill(hidden, -torch.inf).double()
+    attended = scores.softmax(-1) @ value.double()
+    spans = [slice(length, length + size) for length in lengths]
+    branches = torch.stack([attended[i, :, span] for i, span in enumerate(spans)])
+    if weighting == "fid":
+        share = torch.stack([scores[i, :, s].logsumexp(-1) for i, s in enumerate(spans)]).softmax(0)[..., None]
+    else:
+        share = torch.tensor(weights, dtype=torch.float64)[:, None, None, None]
+    mixed = (share * branches).sum(0)
+    if weighting == "vanilla":
+        own = scores[0, :, spans[0], spans[0]]
+        to_context = [scores[i, :, span, : lengths[i]] for i, span in enumerate(spans)]
+        values = [value[i, :, : lengths[i]] for i in range(len(lengths))] + [value[0, :, spans[0]]]
+        mixed = torch.cat([*to_context, own], -1).softmax(-1) @ torch.cat(values, 1).double()
+    rows = []
+    for i, span in enumerate(spans):
+        rows.append(torch.cat([attended[i, :, : span.start], mixed, attended[i, :, span.stop :]], dim=1))
+    return torch.stack(rows).to(query.dtype).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda **kwargs: None)
