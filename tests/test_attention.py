@@ -67,7 +67,7 @@ def _dense(batch, leaves, grad, weighting, window=0):
 
 def _packed(batch, leaves, grad, weighting, kernel="cpu", window=0, form=None):
     """Output and gradients by packed attention, back in the examples' own order."""
-    order, _, packed = pack(batch, weighting, pairs=True)
+    order, _, packed = pack(batch, weighting, window=1)
     order = torch.from_numpy(order)
     options = KernelOptions(SCALE, window=window)
     arguments = *(x[order] for x in leaves), packed, KERNELS[kernel], options, TURN

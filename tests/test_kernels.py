@@ -182,7 +182,7 @@ def test_cuda_kernels_equal_cpu(name, weighting, head_dim):
     for window in windows:
         if window:
             batch = [parallel([contexts[5]] * 3, 70, [1 / 3] * 3, "successive")[1], single(130)]
-        _, _, packed = pack(batch, weighting, pairs=True)
+        _, _, packed = pack(batch, weighting, window=1)
         results = []
         for device, dtype, which in (("cpu", torch.float32, KERNELS["cpu"]), ("cuda", torch.bfloat16, kernel)):
             generator = torch.Generator().manual_seed(0)

@@ -39,14 +39,14 @@ class MISODataCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         examples, input_ids, labels = self._flatten(rows)
+        num_examples = len(examples)
         short = -len(input_ids) % (self.pad_to_multiple_of or 1)
         if short:
             examples.append(single(short))
             input_ids += [self.pad_token_id] * short
             labels += [-100] * short
-        order, position_ids, packed = pack(examples, self.weighting)
-        if 0 < self.window < packed.longest and packed.num_mixed:
-            order, position_ids, packed = pack(examples, self.weighting, pairs=True)
+        order, position_ids, packed = pack(examples, self.weighting, self.window)
+        packed.num_examples = num_examples
         batch = {
             "input_ids": torch.tensor(input_ids)[order][None],
             "labels": torch.tensor(labels)[order][None],
@@ -73,9 +73,9 @@ class MISODataCollator:
                 examples.append(example)
                 input_ids += parts[0]
                 labels += parts[1]
-            if at != len(ids) or len(row_labels) != len(ids):
+            if not ids or at != len(ids) or len(row_labels) != len(ids):
                 raise ValueError(
                     f"Got a row of {len(ids)} tokens and {len(row_labels)} labels whose layout has {at} tokens, expected equal "
-                    "numbers. Fix: prepare the dataset again, or drop its miso_layout column."
+                    "numbers above 0. Fix: prepare the dataset again, or drop its miso_layout column and its empty rows."
                 )
         return examples, input_ids, labels

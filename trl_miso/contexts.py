@@ -20,7 +20,7 @@ MODES = ("auto", "para", "succ", "single", "augment")
 _AUTO = {"contexts": "para", "constraints": "para", "prompt": "succ", "messages": "succ"}
 _PARALLEL = ("contexts", "constraints")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_KEPT = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
+KEPT = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
 
 
 class RowDropped(Exception):
@@ -28,11 +28,19 @@ class RowDropped(Exception):
 
 
 class Row(NamedTuple):
-    """Contexts, the full one first unless it was left out, the completion, and fixed weights if the row has them."""
+    """Contexts, the full one first if it is among them, the completion, and fixed weights if the row has them."""
 
     contexts: list[Prompt]
     completion: Prompt
     weights: list[float] | None = None
+
+    @property
+    def text(self) -> str:
+        """What the first context and the completion say: what draws are made from before the row is tokenized."""
+        return "\0".join(
+            value if isinstance(value, str) else "\0".join(str(message.get("content")) for message in value)
+            for value in (self.contexts[0], self.completion)
+        )
 
 
 def row_format(columns: list[str], text_field: str) -> str:
@@ -83,62 +91,112 @@ def full_row(row: dict[str, Any], kind: str) -> Row:
         messages = to_messages(row)
         if not messages or messages[-1]["role"] != "assistant":
             raise RowDropped("no output: the conversation does not end in an assistant turn")
-        prompt, completion = messages[:-1], messages[-1:]
+        return _row([_prompt(messages[:-1], "messages")], messages[-1:])
+    if kind == "contexts" and not row.get("prompt"):
+        contexts = _list_of(row, "contexts", (str, list))
+        if not contexts:
+            raise RowDropped("an empty context: the contexts column is empty")
+        prompt = _prompt(contexts[0], "contexts")
+    elif kind == "constraints" and not row.get("full_prompt"):
+        prompt = _with_constraints(_prompt(row["prompt"], "prompt"), _constraints(row))
     else:
-        completion = row["completion"]
-        if kind == "contexts":
-            prompt = row["prompt"] if row.get("prompt") else _list_of(row, "contexts", (str, list))[0]
-        elif kind == "constraints" and row.get("full_prompt"):
-            prompt = row["full_prompt"]
-        elif kind == "constraints":
-            prompt = _with_constraints(row["prompt"], _list_of(row, "constraints", (str,)))
-        else:
-            prompt = row["prompt"]
-    _check_prompt("completion", completion, prompt)
-    if not prompt:
-        raise RowDropped("an empty context")
-    if not completion or completion == [] or not _text(completion).strip():
-        raise RowDropped("no output: the completion is empty")
-    return Row([prompt], completion)
+        column = "full_prompt" if kind == "constraints" else "prompt"
+        prompt = _prompt(row[column], column)
+    return _row([prompt], row["completion"])
 
 
 def parallel_row(row: dict[str, Any], kind: str, include_full: bool, include_bare: bool) -> Row:
     """The row with its parallel contexts (paper, section 5.1): full, one per constraint, bare; each listed once.
 
-    A row without constraints keeps its full context only.
+    A row without constraints, or with a prompt but no contexts, keeps its full context only.
     """
     full = full_row(row, kind)
     if kind == "contexts":
-        contexts = _list_of(row, "contexts", (str, list))
+        contexts = [_prompt(context, "contexts") for context in _list_of(row, "contexts", (str, list))]
+        if not contexts:
+            return full
         weights = _context_weights(row, len(contexts))
-    else:
-        constraints = _list_of(row, "constraints", (str,))
-        contexts = [*full.contexts, *(_with_constraints(row["prompt"], [c]) for c in constraints), row["prompt"]]
-        contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
-        if not constraints:
-            contexts = full.contexts
-        weights = None
-        contexts = [c for i, c in enumerate(contexts) if c not in contexts[:i]]
-    for context in contexts:
-        _check_prompt("context", context, full.completion)
-        if not context or not _text(context).strip():
-            raise RowDropped("an empty context")
-    return Row(contexts, full.completion, weights)
+        if full.contexts[0] in contexts:
+            at = contexts.index(full.contexts[0])
+            contexts.insert(0, contexts.pop(at))
+            if weights:
+                weights.insert(0, weights.pop(at))
+        return _row(contexts, full.completion, weights)
+    constraints = _constraints(row)
+    if not constraints:
+        return full
+    bare = _prompt(row["prompt"], "prompt")
+    contexts = [*full.contexts, *(_with_constraints(bare, [c]) for c in constraints), bare]
+    contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
+    return _row([c for i, c in enumerate(contexts) if c not in contexts[:i]], full.completion)
 
 
 def as_trl_row(row: dict[str, Any], prompt: Prompt, completion: Prompt) -> dict[str, Any]:
     """A prompt-completion row for TRL's own preparation."""
-    return {"prompt": prompt, "completion": completion} | {k: row[k] for k in _KEPT if k in row}
+    return {"prompt": prompt, "completion": completion} | _kept(row)
+
+
+def messages_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A conversation for TRL's own preparation."""
+    messages = to_messages(row)
+    if not messages:
+        raise RowDropped("an empty conversation")
+    return {"messages": messages} | _kept(row)
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: row[name] for name in KEPT if name in row}
+    if kept.get("chat_template_kwargs", {}) is None:
+        kept["chat_template_kwargs"] = {}  # TRL unpacks it
+    return kept
 
 
 def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Messages of a `messages` row, or of a ShareGPT `conversations` row with its roles mapped."""
-    if row.get("messages") is not None:
-        return row["messages"]
-    turns = row.get("conversations") or []
-    return [
-        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} if "from" in turn else turn for turn in turns
-    ]
+    column = "conversations" if row.get("messages") is None else "messages"
+    turns = row.get(column)
+    if not isinstance(turns, list | None) or not all(isinstance(turn, dict) for turn in turns or []):
+        raise _wrong_type(turns, column, "a list of messages")
+    messages = [_to_message(turn) for turn in turns or []]
+    if not all(isinstance(message.get("role"), str) for message in messages):
+        raise _wrong_type(turns, column, "a list of messages, each with a role (or from)")
+    return messages
+
+
+def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
+    """A ShareGPT turn with TRL's keys and roles. Arrow gives turns of both kinds, where mixed, the keys of both."""
+    if turn.get("from") is None:
+        return turn
+    kept = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    return {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} | kept
+
+
+def _row(contexts: list[Prompt], completion: Any, weights: list[float] | None = None) -> Row:
+    completion = _prompt(completion, "completion")
+    if any(isinstance(context, str) != isinstance(completion, str) for context in contexts):
+        raise ValueError(
+            f"Got a completion of type {type(completion).__name__} beside a prompt or contexts of another, expected all of a row's "
+            "prompts, contexts and completion to be strings, or all lists of messages. Fix: convert one to the other."
+        )
+    return Row(contexts, completion, weights)
+
+
+def _prompt(value: Any, column: str) -> Prompt:
+    """`value`, a prompt or completion that says something. Raises RowDropped if it does not."""
+    if not isinstance(value, str | list | None) or (isinstance(value, list) and not all(map(_is_message, value))):
+        raise _wrong_type(value, column, "a string or a list of messages, each with a role")
+    if not value or not (value.strip() if isinstance(value, str) else any(map(_says_something, value))):
+        raise RowDropped("no output: the completion is empty" if column == "completion" else "an empty context")
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    values = (message.get(key) for key in ("content", "reasoning_content", "tool_calls"))
+    return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _with_constraints(prompt: Prompt, constraints: list[str]) -> Prompt:
@@ -148,26 +206,29 @@ def _with_constraints(prompt: Prompt, constraints: list[str]) -> Prompt:
     if isinstance(prompt, str):
         return f"{prompt}\n\n" + "\n".join(constraints)
     last = prompt[-1]
+    if not isinstance(last.get("content"), str):
+        raise _wrong_type(last, "prompt", "its last message to have text content, which constraints are added to")
     return [*prompt[:-1], {**last, "content": _with_constraints(last["content"], constraints)}]
+
+
+def _constraints(row: dict[str, Any]) -> list[str]:
+    return [constraint for constraint in _list_of(row, "constraints", (str,)) if constraint.strip()]
 
 
 def _list_of(row: dict[str, Any], column: str, types: tuple[type, ...]) -> list:
     value = row[column] if row[column] is not None else []
     if isinstance(value, list) and all(isinstance(item, types) for item in value):
-        if column == "contexts" and not value:
-            raise RowDropped("an empty context: the contexts column is empty")
         return value
     expected = " or ".join("a list of messages" if t is list else "a string" for t in types)
-    raise ValueError(
-        f"Got {value!r:.200} in column {column!r}, expected a list whose items are each {expected}. Fix: convert the column."
-    )
+    raise _wrong_type(value, column, f"a list whose items are each {expected}")
 
 
 def _context_weights(row: dict[str, Any], n: int) -> list[float] | None:
     weights = row.get("context_weights")
     if weights is None:
         return None
-    if len(weights) != n or not all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights):
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < float("inf") for w in weights)
+    if not numbers or len(weights) != n:
         raise ValueError(
             f"Got context_weights {weights!r:.200} for {n} contexts, expected {n} positive numbers (they are scaled to sum to "
             "1). Fix: give one weight a context, and leave out contexts that should have none."
@@ -175,15 +236,5 @@ def _context_weights(row: dict[str, Any], n: int) -> list[float] | None:
     return [w / sum(weights) for w in weights]
 
 
-def _check_prompt(name: str, value: Any, like: Any) -> None:
-    if not isinstance(value, (str, list)) or not isinstance(like, type(value)):
-        raise ValueError(
-            f"Got a {name} of type {type(value).__name__} beside a {type(like).__name__}, expected all of a row's prompts, contexts "
-            "and completion to be strings, or all lists of messages. Fix: convert one to the other."
-        )
-
-
-def _text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "".join(m["content"] if isinstance(m.get("content"), str) else str(m.get("content") or m) for m in prompt)
+def _wrong_type(value: Any, column: str, expected: str) -> ValueError:
+    return ValueError(f"Got {value!r:.200} in column {column!r}, expected {expected}. Fix: convert the column.")

@@ -117,13 +117,13 @@ class PackedSegments:
         return Varlen(self.branch_cu_seqlens_q, self.pair_cu_seqlens_k, *sizes, self.pair_kv_index)
 
 
-def pack(examples: Sequence[Example], weighting: str, pairs: bool = False) -> tuple[np.ndarray, np.ndarray, PackedSegments]:
+def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[np.ndarray, np.ndarray, PackedSegments]:
     """Pack examples into one row `[contexts | outputs | single runs]`.
 
     Args:
         examples: Examples whose tokens are concatenated in this order, each in its own segment order.
         weighting: One of `WEIGHTINGS`.
-        pairs: Also make the metadata of the pairs form, which only binding windows need.
+        window: The model's smallest sliding window, 0 for none. Where it binds, the pairs form's fields are made too.
 
     Returns:
         `order` (T,): packed row r holds token `order[r]` of the concatenation; `position_ids` (T,); the metadata.
@@ -153,7 +153,7 @@ def pack(examples: Sequence[Example], weighting: str, pairs: bool = False) -> tu
         kv_index=torch.from_numpy(_ranges(starts[flat], lengths[flat])) if shared else None,
     )
     if packed.num_mixed:
-        _pack_branches(packed, examples, row, starts, lengths, pairs)
+        _pack_branches(packed, examples, row, starts, lengths, window)
     return order, position_ids, packed
 
 
@@ -175,7 +175,7 @@ def _pack_branches(
     row: dict[tuple[int, int], int],
     starts: np.ndarray,
     lengths: np.ndarray,
-    pairs: bool,
+    window: int,
 ) -> None:
     """Fill in the fields of `packed` that describe how outputs see their contexts."""
     outputs, paths, offsets, weights = [], [], [], []  # one entry a branch
@@ -202,7 +202,7 @@ def _pack_branches(
         packed.branch_q_offset = torch.from_numpy(np.repeat(np.array(offsets), q_lengths))
     if not np.array_equal(flat, np.arange(min(outputs))):  # else the contexts are rows 0..output_start, in order
         packed.branch_kv_index = torch.from_numpy(_ranges(starts[flat], lengths[flat]))
-    if pairs:
+    if 0 < window < packed.longest:
         with_output = [[*path, output] for path, output in zip(paths, outputs, strict=True)]
         flat = np.concatenate(with_output)
         kv_lengths = path_lengths + q_lengths

@@ -1,23 +1,31 @@
 """Raw dataset to prepared dataset: contexts, tokens, layout; rows dropped and counted; packing."""
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, List, Value
+from jinja2 import TemplateError
 from trl.data_utils import get_dataset_column_names
 
-from trl_miso.contexts import _KEPT, Row, RowDropped, as_trl_row, full_row, parallel_row
+from trl_miso.contexts import KEPT, Row, RowDropped, as_trl_row, full_row, messages_row, parallel_row
 from trl_miso.packing import plan_bins
-from trl_miso.segments import Example, decode, single
+from trl_miso.segments import Example, decode, encode, single
 from trl_miso.tokenization import Layout, Tokenizer, columns
 
 logger = get_logger(__name__)
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 COLUMNS = ["input_ids", "labels", "miso_layout"]
+# Given, not inferred: the first rows may all be dropped, whose empty lists have no type.
+_REASON = {"miso_dropped": Value("string")}
+_FEATURES = {name: List(Value("int64")) for name in COLUMNS} | _REASON
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,9 @@ class RowPreparation:
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = _rows(batch)
         made = [self._contexts(row, index) for row, index in zip(rows, indices, strict=True)]
-        kept = [(row, made_row) for row, made_row in zip(rows, made, strict=True) if isinstance(made_row, Row)]
-        kwargs = [_template_kwargs(row) for row, _ in kept]
-        tokenized = iter(self._tokenize([made_row for _, made_row in kept], kwargs, indices))
-        out: dict[str, list] = {name: [] for name in [*COLUMNS, "miso_dropped"]}
+        kept = [i for i, made_row in enumerate(made) if isinstance(made_row, Row)]
+        tokenized = iter(self._tokenize([made[i] for i in kept], [rows[i] for i in kept], [indices[i] for i in kept]))
+        out: dict[str, list] = {name: [] for name in _FEATURES}
         for row in made:
             reason = ""
             try:
@@ -53,40 +60,73 @@ class RowPreparation:
         return out
 
     def _contexts(self, row: dict[str, Any], index: int) -> Row | RowDropped:
-        try:
-            if self.mode == "para":
-                return parallel_row(row, self.kind, self.include_full, self.include_bare)
-            return full_row(row, self.kind)
-        except RowDropped as reason:
-            return reason
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
+        with _naming(index):
+            try:
+                full = full_row(row, self.kind)
+                if self.mode != "para" or not self.layout.is_mixed(full):
+                    return full
+                made = parallel_row(row, self.kind, self.include_full, self.include_bare)
+            except RowDropped as reason:
+                return reason
+            anchored = self.layout.full_context_weight is not None and made.weights is None
+            if anchored and made.contexts[0] != full.contexts[0]:
+                raise ValueError(
+                    "Got full_context_weight and a row whose prompt is not one of its contexts, expected the full context among "
+                    "them. Fix: add the prompt to column 'contexts', or give the row context_weights."
+                )
+            return made
 
-    def _tokenize(self, rows: list[Row], kwargs: list[dict], indices: list[int]) -> list:
+    def _tokenize(self, made: list[Any], rows: list[dict[str, Any]], indices: list[int]) -> list:
+        options = []
+        for row, index in zip(rows, indices, strict=True):
+            with _naming(index):
+                options.append(_template_kwargs(row))
         try:
-            return self.tokenizer(rows, kwargs)
-        except ValueError as error:
-            raise ValueError(f"Rows {indices[0]} to {indices[-1]}: {error}") from error
+            return self.tokenizer(made, options)
+        except (ValueError, TypeError, TemplateError):
+            # One by one, to name the row.
+            for made_row, kwargs, index in zip(made, options, indices, strict=True):
+                with _naming(index):
+                    self.tokenizer([made_row], [kwargs])
+            raise
 
     def _lay_out(self, row: Row, tokenized: Any) -> dict[str, list[int]]:
         if isinstance(tokenized, RowDropped):
             raise tokenized
-        mode = self.mode
-        if mode == "para" and not self.layout.is_mixed(tokenized.contexts[0] + tokenized.output):
-            mode, tokenized.contexts = "single", tokenized.contexts[:1]
-        return self.layout(tokenized, mode, row.weights)
+        return self.layout(tokenized, self.mode, row.weights)
 
 
 def prepare_rows(dataset: AnyDataset, rows: RowPreparation, name: str, num_proc: int | None) -> AnyDataset:
     """Apply a row preparation, drop and report what it dropped. Raises ValueError if no row is left."""
-    options = _map_options(dataset, num_proc, f"Preparing contexts of {name} dataset")
-    names = get_dataset_column_names(dataset)
-    dataset = dataset.map(rows, batched=True, with_indices=True, remove_columns=names, **options)
+    desc = f"Preparing contexts of {name} dataset"
+    dataset = _map_rows(dataset, rows, num_proc, desc, features=Features(_FEATURES))
     if isinstance(dataset, Dataset):
-        report_dropped(dataset["miso_dropped"], name)
-    options = _map_options(dataset, num_proc, f"Dropping empty rows of {name} dataset")
-    dataset = dataset.filter(_is_kept, input_columns="miso_dropped", **options)
+        dataset = _kept(dataset, dataset["miso_dropped"][:], name)
+    else:
+        dataset = dataset.filter(_warn_dropped, input_columns="miso_dropped")
+        _check_not_empty(dataset)
     return dataset.remove_columns("miso_dropped")
+
+
+def _kept(dataset: Dataset, reasons: list[str], name: str) -> Dataset:
+    """The rows without a reason to drop them, the others reported."""
+    report_dropped(reasons, name)
+    return dataset.select([i for i, reason in enumerate(reasons) if not reason]) if any(reasons) else dataset
+
+
+def _warn_dropped(reason: str) -> bool:
+    """Whether a streamed row is kept. A stream has no end at which rows could be counted."""
+    if reason:
+        logger.warning_once(f"Dropped a streamed row, and will drop more without saying so: {reason}.")
+    return not reason
+
+
+def _check_not_empty(dataset: IterableDataset) -> None:
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            "Got a streamed dataset none of whose rows can be trained on (the reasons are logged), expected rows with "
+            "an input and an output that fit. Fix: raise max_length, or check the columns."
+        )
 
 
 def report_dropped(reasons: Iterable[str], name: str) -> None:
@@ -94,7 +134,9 @@ def report_dropped(reasons: Iterable[str], name: str) -> None:
     reasons = list(reasons)
     counts = Counter(reason for reason in reasons if reason)
     for reason, count in counts.items():
-        logger.warning(f"Dropped {count} of {len(reasons)} rows of the {name} dataset (first: row {reasons.index(reason)}): {reason}.")
+        logger.warning(
+            f"Dropped {count} of {len(reasons)} rows of the {name} dataset (first: row {reasons.index(reason)}): {reason}."
+        )
     if reasons and sum(counts.values()) == len(reasons):
         raise ValueError(
             f"Got a {name} dataset of {len(reasons)} rows none of which can be trained on ({dict(counts)}), expected rows with an "
@@ -106,7 +148,8 @@ def report_mixture(dataset: AnyDataset, name: str) -> None:
     """Log how many rows mix contexts and what sharing saves."""
     if not isinstance(dataset, Dataset):
         return
-    examples = [example for layout in dataset["miso_layout"] for example in decode(layout)]
+    batches = dataset.select_columns("miso_layout").iter(1000)
+    examples = [example for batch in batches for layout in batch["miso_layout"] for example in decode(layout)]
     mixed = [example for example in examples if example.branches]
     if not examples:
         return
@@ -120,70 +163,83 @@ def report_mixture(dataset: AnyDataset, name: str) -> None:
 
 
 def full_rows(dataset: AnyDataset, kind: str, name: str, num_proc: int | None) -> AnyDataset:
-    """Rows of our own formats as prompt-completion rows with their full context, for TRL's preparation."""
-    return _to_trl(dataset, _FullRows(kind), name, num_proc)
+    """Rows of our own formats as rows for TRL's preparation: prompt and completion with the full context, or messages."""
+    return _to_trl(dataset, _TRLRows(kind), name, num_proc)
 
 
 def augmented_rows(
     dataset: AnyDataset, kind: str, include_full: bool, include_bare: bool, name: str, num_proc: int | None
 ) -> AnyDataset:
     """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation."""
-    return _to_trl(dataset, _AugmentedRows(kind, include_full, include_bare), name, num_proc)
-
-
-def _to_trl(dataset: AnyDataset, rows: Callable, name: str, num_proc: int | None) -> AnyDataset:
-    options = _map_options(dataset, num_proc, f"Making prompts of {name} dataset")
-    return dataset.map(
-        rows, batched=True, with_indices=True, remove_columns=get_dataset_column_names(dataset), **options
-    )
+    return _to_trl(dataset, _TRLRows(kind, True, include_full, include_bare), name, num_proc)
 
 
 @dataclass(frozen=True)
-class _FullRows:
+class _TRLRows:
+    """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped."""
+
     kind: str
+    augment: bool = False
+    include_full: bool = True
+    include_bare: bool = True
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        return _trl_batch(batch, indices, lambda row: full_row(row, self.kind))
+        rows = []
+        for row, index in zip(_rows(batch), indices, strict=True):
+            try:
+                rows += self.make(row, index)
+            except RowDropped as reason:
+                _warn_dropped(str(reason))
+        names = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
+        return {name: [row[name] for row in rows] for name in [*names, *(name for name in KEPT if name in batch)]}
 
+    def reasons(self, batch: dict[str, list], indices: list[int]) -> dict[str, list[str]]:
+        """Why rows are dropped, empty for the others."""
+        return {"miso_dropped": [self._reason(row, index) for row, index in zip(_rows(batch), indices, strict=True)]}
 
-@dataclass(frozen=True)
-class _AugmentedRows:
-    kind: str
-    include_full: bool
-    include_bare: bool
-
-    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        return _trl_batch(batch, indices, lambda row: parallel_row(row, self.kind, self.include_full, self.include_bare))
-
-
-def _trl_batch(batch: dict[str, list], indices: list[int], make: Callable[[dict], Row]) -> dict[str, list]:
-    out = []
-    for index, row in zip(indices, _rows(batch), strict=True):
+    def _reason(self, row: dict[str, Any], index: int) -> str:
         try:
-            made = make(row)
+            self.make(row, index)
         except RowDropped as reason:
-            logger.warning_once(f"Dropped row {index} and perhaps others for the same reason: {reason}.")
-            continue
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
-        out += [as_trl_row(row, context, made.completion) for context in made.contexts]
-    names = ["prompt", "completion", *(name for name in _KEPT if name in batch)]
-    return {name: [row[name] for row in out] for name in names}
+            return str(reason)
+        return ""
+
+    def make(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
+        """The row as one or more rows for TRL. Raises RowDropped if it carries nothing to learn from."""
+        with _naming(index):
+            if self.kind == "messages":
+                return [messages_row(row)]  # TRL's masks apply, which need no assistant turn at the end
+            if self.augment:
+                made = parallel_row(row, self.kind, self.include_full, self.include_bare)
+            else:
+                made = full_row(row, self.kind)
+            return [as_trl_row(row, context, made.completion) for context in made.contexts]
+
+
+def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None) -> AnyDataset:
+    desc = f"Making prompts of {name} dataset"
+    if isinstance(dataset, Dataset):
+        reasons = _map_rows(dataset, rows.reasons, num_proc, desc, features=Features(_REASON))
+        dataset = _kept(dataset, reasons["miso_dropped"][:], name)
+        return _map_rows(dataset, rows, num_proc, desc)
+    dataset = _map_rows(dataset, rows, num_proc, desc)
+    _check_not_empty(dataset)
+    return dataset
 
 
 def add_layout(dataset: AnyDataset, num_proc: int | None) -> AnyDataset:
     """Give tokenized rows without a layout that of one causal run, and keep only what the collator reads."""
+    if dataset.column_names is None:
+        _check_not_empty(dataset)
     names = get_dataset_column_names(dataset)
-    options = _map_options(dataset, num_proc, "Adding layouts")
     if "miso_layout" not in names:
-        dataset = dataset.map(_single_layout, **options)
+        dataset = _map(dataset, _single_layouts, num_proc, "Adding layouts")
     return dataset.select_columns([name for name in COLUMNS if name in names or name == "miso_layout"])
 
 
 def pack_rows(dataset: AnyDataset, max_length: int, shared: bool, num_proc: int | None) -> AnyDataset:
     """Bins of whole examples with at most `max_length` unique tokens, planned over batches of rows as TRL's packing is."""
-    options = _map_options(dataset, num_proc, "Packing examples")
-    return dataset.select_columns(COLUMNS).map(_Packing(max_length, shared), batched=True, **options)
+    return _map(dataset.select_columns(COLUMNS), _Packing(max_length, shared), num_proc, "Packing examples")
 
 
 @dataclass(frozen=True)
@@ -197,7 +253,9 @@ class _Packing:
             for layout in batch["miso_layout"]
         ]
         bins = plan_bins(sizes, self.max_length)
-        return {name: [sum((batch[name][i] for i in members), []) for members in bins] for name in COLUMNS}
+        return {
+            name: [list(chain.from_iterable(batch[name][i] for i in members)) for members in bins] for name in COLUMNS
+        }
 
 
 def unshared_tokens(example: Example) -> int:
@@ -208,12 +266,8 @@ def unshared_tokens(example: Example) -> int:
     return paths + example.segments[-1].length
 
 
-def _single_layout(row: dict[str, Any]) -> dict[str, list[int]]:
-    return {"miso_layout": columns([], [], single(len(row["input_ids"])))["miso_layout"]}
-
-
-def _is_kept(reason: str) -> bool:
-    return not reason
+def _single_layouts(batch: dict[str, list]) -> dict[str, list[list[int]]]:
+    return {"miso_layout": [encode(single(len(ids))) for ids in batch["input_ids"]]}
 
 
 def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:
@@ -222,16 +276,32 @@ def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     """The row's `tools` and `chat_template_kwargs`, as TRL passes them to the chat template."""
-    import json
-
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Give errors the number of the row."""
+    try:
+        yield
+    except (ValueError, TypeError, TemplateError) as error:
+        raise ValueError(f"Row {index}: {error}") from error
 
 
 def _raise(error: Exception) -> Any:
     raise error
 
 
-def _map_options(dataset: AnyDataset, num_proc: int | None, desc: str) -> dict[str, Any]:
-    return {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
+def _map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
+    """Replace rows and all their columns by what `function` makes of a batch of rows and their indices."""
+    names = get_dataset_column_names(dataset)
+    return _map(dataset, function, num_proc, desc, with_indices=True, remove_columns=names, **options)
+
+
+def _map(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(function, batched=True, **options)
+    with PartialState().local_main_process_first():  # which fills the cache that the node's other ranks read
+        return dataset.map(function, batched=True, num_proc=num_proc, desc=desc, **options)

@@ -185,8 +185,13 @@ def decode(flat: Sequence[int]) -> Iterator[Example]:
     """Inverse of `encode`, for a concatenation of codes."""
     at = 0
     while at < len(flat):
-        n, b = flat[at : at + 2]
+        n, b = (*flat[at : at + 2], 0)[:2]
         rows = [flat[i : i + 3] for i in range(at + 2, at + 2 + 3 * (n + b), 3)]
+        if at + 2 + 3 * (n + b) > len(flat) or not n:
+            raise ValueError(
+                f"Got a layout that ends within an example ({len(flat)} integers), expected what `encode` wrote. Fix: prepare the "
+                "dataset again."
+            )
         segments = tuple(Segment(*row) for row in rows[:n])
         branches = tuple(Branch(row[0], row[1], bits_float(row[2])) for row in rows[n:])
         yield Example(segments, branches)

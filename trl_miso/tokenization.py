@@ -6,10 +6,11 @@ prompt. These leading tokens are common to all contexts and carry no label. For 
 token for token what SFTTrainer trains on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from os.path import commonprefix
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -50,64 +51,89 @@ class Tokenizer:
         Raises:
             ValueError: If contexts have no common beginning of the output.
         """
-        texts, spans = [], []
-        for row, kwargs in zip(rows, template_kwargs, strict=True):
-            rendered = self._render(row, kwargs)
-            spans.append(slice(len(texts), len(texts) + len(rendered)))
-            texts += rendered
         conversational = [not isinstance(row.completion, str) for row in rows]
-        ids = self._ids(texts, add_special_tokens=not any(conversational))
+        if any(conversational) and not all(conversational):
+            raise ValueError(
+                "Got rows of plain text and rows of messages in one dataset, expected one kind: only the former have special "
+                "tokens added to them. Fix: convert one to the other."
+            )
+        rendered = [self._render(row, kwargs) for row, kwargs in zip(rows, template_kwargs, strict=True)]
         results: list[Tokenized | RowDropped] = []
-        for row, kwargs, span in zip(rows, template_kwargs, spans, strict=True):
+        for row, kwargs, ids in zip(rows, template_kwargs, self._ids(rendered, not any(conversational)), strict=True):
             try:
-                results.append(self._assemble(row, kwargs, ids[span]))
+                results.append(self._assemble(row, kwargs, ids))
             except RowDropped as reason:
                 results.append(reason)
         return results
 
-    def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    def _ids(self, rendered: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
+        """Token ids of each row's texts, whose common beginning (earlier turns, system prompt) is tokenized once."""
+        borders = [] if add_special_tokens else self._borders()
+        beginnings = [commonprefix(texts) if borders else "" for texts in rendered]
+        cuts = [max([0, *(text.rfind(border) for border in borders)]) for text in beginnings]
+        flat: list[str] = []
+        for texts, cut in zip(rendered, cuts, strict=True):
+            flat += [texts[0][:cut], *(text[cut:] for text in texts)]
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        ids = iter(self.tokenizer(flat, add_special_tokens=add_special_tokens, **options)["input_ids"] if flat else [])
+        for texts, cut in zip(rendered, cuts, strict=True):
+            shared = next(ids)
+            yield [(shared if cut else []) + next(ids) for _ in texts]
+
+    def _borders(self) -> list[str]:
+        """Special tokens before which text can be cut and tokenized apart with the same result: tokenizers of the
+        tokenizers library look for these first, and what is between them never meets."""
+        if not self.tokenizer.is_fast:
+            return []
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return [t.content for t in tokens if t.special and not (t.normalized or t.lstrip or t.single_word)]
 
     def _render(self, row: Row, kwargs: dict[str, Any]) -> list[str]:
         """Texts to tokenize: the whole row, the first context up to the output, then every context's prompt."""
-        first = row.contexts[0]
         if not isinstance(row.completion, str):
-            whole = self._chat(first + row.completion, kwargs)
-            before = self._chat(first, kwargs)
-            return [whole, before, *(self._chat(c, kwargs, add_generation_prompt=True) for c in row.contexts)]
+            first = cast(list, row.contexts[0])
+            whole_and_before = self._chat([first + row.completion, first], kwargs)
+            return whole_and_before + self._chat(row.contexts, kwargs, add_generation_prompt=True)
         eos = self.tokenizer.eos_token or ""
         completion = row.completion if row.completion.endswith(eos) else row.completion + eos
-        return [first + completion, self._before_response(first), *row.contexts]
+        contexts = cast(list[str], row.contexts)
+        return [contexts[0] + completion, self._before_response(contexts), *contexts]
 
-    def _chat(self, messages: Prompt, kwargs: dict[str, Any], **options: Any) -> str:
+    def _chat(self, conversations: list[Prompt], kwargs: dict[str, Any], **options: Any) -> list[str]:
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, **{"chat_template": self.chat_template, **kwargs, **options}
+            conversations, tokenize=False, **{"chat_template": self.chat_template, **kwargs, **options}
         )
 
-    def _before_response(self, prompt: str) -> str:
+    def _before_response(self, prompts: list[str]) -> str:
+        """The first prompt up to the response template, which all prompts must end with."""
+        first = prompts[0]
         if self.response_template is None:
-            return prompt
-        at = prompt.rfind(self.response_template)
-        if at < 0:
-            raise ValueError(
-                f"Got a prompt without response_template {self.response_template!r}: {prompt[-100:]!r}. Expected it near the end "
-                "of every context. Fix: correct response_template, or add it to the prompts."
-            )
-        return prompt[:at]
+            return first
+        at = first.rfind(self.response_template)
+        for prompt in prompts:
+            if at < 0 or not prompt.endswith(first[at:]):
+                raise ValueError(
+                    f"Got a prompt that ends with {prompt[-100:]!r}, expected every prompt and context to end with "
+                    f"response_template {self.response_template!r}. Fix: correct response_template, or add it to the prompts."
+                )
+        return first[:at]
 
     def _assemble(self, row: Row, kwargs: dict[str, Any], ids: list[list[int]]) -> Tokenized:
         whole, before, *prompts = ids
+        first = prompts[0]
         # As in TRL: the completion begins where prompt and prompt + completion part, tokens may merge across the border.
-        completion_start = common_prefix_length(prompts[0], whole)
-        start = min(common_prefix_length(before, whole), completion_start - 1)
-        if start < 0:
+        completion_start = common_prefix_length(first, whole)
+        if completion_start == 0:
             raise RowDropped("an empty context")
-        head = prompts[0][start:]
-        contexts = [whole[:start]]
+        # The output begins with what follows `before`, but with no token that differs between the contexts: the last
+        # character of a context may merge into the first token of what follows, as in ".\n\n" + "### Response:".
+        head = len(first) - min(common_prefix_length(before, whole), completion_start - 1)
         for prompt in prompts[1:]:
-            if prompt[-len(head) :] != head:
-                self._raise_no_common_head(head, prompt, row)
-            contexts.append(prompt[: -len(head)])
+            head = common_prefix_length(first[: -head - 1 : -1], prompt[: -head - 1 : -1])
+        start = len(first) - head
+        if start >= completion_start:
+            self._raise_no_common_head(prompts, len(first) - completion_start + 1, row)
+        contexts = [prompt[: len(prompt) - head] for prompt in prompts]
         if len(contexts) > 1 and not all(contexts):
             raise RowDropped("an empty context")
         labels = [-100] * (completion_start - start) + whole[completion_start:]
@@ -118,20 +144,26 @@ class Tokenizer:
 
     def _assistant_mask(self, row: Row, kwargs: dict[str, Any]) -> list[int]:
         options = {"chat_template": self.chat_template, **kwargs}
-        messages = row.contexts[0] + row.completion  # type: ignore[operator]
-        return self.tokenizer.apply_chat_template(
+        messages = cast(list, row.contexts[0]) + cast(list, row.completion)
+        mask = self.tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )["assistant_masks"]
+        if 1 not in mask:
+            raise ValueError(
+                "Got assistant_only_loss=True and a conversation in which the chat template marks no token as the assistant's. "
+                "Fix: use a chat template with {% generation %} markers, or set assistant_only_loss=False."
+            )
+        return mask
 
-    def _raise_no_common_head(self, head: list[int], prompt: list[int], row: Row) -> None:
-        decode = self.tokenizer.decode
+    def _raise_no_common_head(self, prompts: list[list[int]], head: int, row: Row) -> None:
+        ends = list(dict.fromkeys(self.tokenizer.decode(prompt[-head:]) for prompt in prompts))
         if isinstance(row.completion, str):
             fix = "set response_template to text with which every prompt ends, e.g. '\\n### Response:\\n'"
         else:
             fix = "use a chat template whose generation prompt is the same after every context"
         raise ValueError(
-            f"Got contexts that end differently: {decode(head)!r} and {decode(prompt[-len(head) :])!r}. Expected the tokens before "
-            f"the completion to be common to all contexts, since the output begins with them. Fix: {fix}."
+            f"Got contexts that end differently: {ends}. Expected the tokens before the completion to be common to all "
+            f"contexts, since the output begins with them. Fix: {fix}."
         )
 
 
@@ -153,27 +185,25 @@ class Layout:
             RowDropped: If truncation leaves no label.
         """
         contexts = tokenized.contexts
-        longest = max(map(len, contexts))
-        room = None if self.max_length is None else max(self.max_length - longest, 0)
+        room = None if self.max_length is None else max(self.max_length - max(map(len, contexts)), 0)
         output, labels = tokenized.output[:room], tokenized.labels[:room]
         if all(label == -100 for label in labels):
-            raise RowDropped("no label left within max_length" if room is not None else "no label")
+            cut = any(label != -100 for label in tokenized.labels)
+            raise RowDropped("no label left within max_length" if cut else "no label")
         if mode == "para" and len(contexts) > 1:
-            n = len(contexts)
-            tokens, example = parallel(
-                contexts, len(output), weights or self._weights(n), self.output_positions
-            )
+            weights = weights or self._weights(len(contexts))
+            tokens, example = parallel(contexts, len(output), weights, self.output_positions)
         elif mode == "succ" and (chunks := self._chunks(contexts[0], tokenized.output)) > 1:
             tokens = contexts[0]
-            lengths = [len(part) for part in np.array_split(np.arange(len(tokens)), chunks)]
-            example = successive(lengths, len(output))
+            size, longer = divmod(len(tokens), chunks)  # as numpy.array_split does
+            example = successive([size + 1] * longer + [size] * (chunks - longer), len(output))
         else:
             tokens, example = contexts[0], single(len(contexts[0]) + len(output))
         return columns(tokens + output, [-100] * len(tokens) + labels, example)
 
-    def is_mixed(self, full: Sequence[int]) -> bool:
-        """Whether a row that could be para is presented so: drawn with `para_prob` from (seed, full context)."""
-        return self.para_prob >= 1 or _draw(self.seed, "para", full) < self.para_prob
+    def is_mixed(self, full: Row) -> bool:
+        """Whether a row that could be para is presented so: drawn with `para_prob` from (seed, full context, completion)."""
+        return self.para_prob >= 1 or _draw(self.seed, "para", full.text.encode()) < self.para_prob
 
     def _weights(self, n: int) -> list[float]:
         if self.full_context_weight is None:
@@ -181,7 +211,7 @@ class Layout:
         return [self.full_context_weight] + [(1 - self.full_context_weight) / (n - 1)] * (n - 1)
 
     def _chunks(self, tokens: Sequence[int], output: Sequence[int]) -> int:
-        drawn = _draw(self.seed, "chunks", [*tokens, *output])
+        drawn = _draw(self.seed, "chunks", np.asarray([*tokens, *output], dtype=np.int64).tobytes())
         chunks = int(np.searchsorted(np.cumsum(self.chunk_probs), drawn * sum(self.chunk_probs), side="right")) + 1
         return max(1, min(chunks, len(self.chunk_probs), len(tokens)))
 
@@ -191,7 +221,7 @@ def columns(input_ids: list[int], labels: list[int], example: Example) -> dict[s
     return {"input_ids": input_ids, "labels": labels, "miso_layout": encode(example)}
 
 
-def _draw(seed: int, purpose: str, tokens: Sequence[int]) -> float:
-    """Uniform in [0, 1), a function of the seed and the row's tokens: the same on every rank, in any order, after a resume."""
-    digest = blake2b(np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=8, salt=purpose.encode(), key=str(seed).encode())
+def _draw(seed: int, purpose: str, row: bytes) -> float:
+    """Uniform in [0, 1), a function of the seed and the row's content: the same on every rank, in any order, after a resume."""
+    digest = blake2b(row, digest_size=8, salt=purpose.encode(), key=str(seed).encode())
     return int.from_bytes(digest.digest(), "big") / 2**64

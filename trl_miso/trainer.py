@@ -22,6 +22,8 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_miso import preparation
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
+from trl_miso.attention.kernels import resolve_kernel
+from trl_miso.attention.mixture import KernelOptions
 from trl_miso.attention.support import check_config, check_probe, prepare_model, sharing_obstacle
 from trl_miso.collator import MISODataCollator
 from trl_miso.config import MISOSFTConfig
@@ -135,6 +137,7 @@ class MISOSFTTrainer(SFTTrainer):
             )
         base = base_implementation(base_model.config.get_text_config()._attn_implementation)
         self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
+        self._check_kernel(base_model, base, args)
         mixes = self._training_mode in ("para", "succ")
         self._check_positions(args, mixes)
         share = args.share_prefixes
@@ -151,6 +154,14 @@ class MISOSFTTrainer(SFTTrainer):
             window=self._support.window,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+
+    def _check_kernel(self, model: PreTrainedModel, base: str, args: MISOSFTConfig) -> None:
+        """Refuse a kernel that cannot run now rather than in the first step."""
+        config = model.config.get_text_config()
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        options = KernelOptions(1.0, softcap=getattr(config, "attn_logit_softcapping", None) or 0.0)
+        resolve_kernel(args.attention_kernel, base == "flash_attention_2", self.accelerator.device, dtype, head_dim, options)
 
     def _check_positions(self, args: MISOSFTConfig, mixes: bool) -> None:
         support, model_type = self._support, self.model.config.model_type
@@ -263,8 +274,8 @@ def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
     if isinstance(args, MISOSFTConfig):
         return args
     values = args.to_dict()
-    values["hub_token"] = args.hub_token  # to_dict hides it
-    return MISOSFTConfig(**values)
+    hidden = [name for name in values if name.endswith("_token")]  # to_dict replaces hub_token, eos_token, ...
+    return MISOSFTConfig(**values | {name: getattr(args, name) for name in hidden})
 
 
 def _check_request(args: MISOSFTConfig, model: Any, data_collator: Any, processing_class: Any, peft_config: Any) -> None:

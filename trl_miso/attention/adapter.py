@@ -136,7 +136,9 @@ def _attention_forward(
             f"Got attention dropout {dropout} with MISO, expected 0: the mixture cannot represent it. Fix: set "
             "model.config.attention_dropout = 0."
         )
-    dtype = get_target_dtype(query, module) or query.dtype
+    dtype = value.dtype  # the projection's own; rotation and norms may have widened query and key
+    if torch.is_autocast_enabled(query.device.type) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(query.device.type)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = KernelOptions(scale, window=sliding_window or 0, softcap=softcap or 0.0)
