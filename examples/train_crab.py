@@ -68,7 +68,9 @@ def load_rows(script_args: ScriptArguments) -> DatasetDict | IterableDatasetDict
     suffix = Path(name).suffix
     if suffix in (".jsonl", ".json", ".parquet"):
         kind = "parquet" if suffix == ".parquet" else "json"
-        return load_dataset(kind, data_files={script_args.dataset_train_split: name}, streaming=script_args.dataset_streaming)
+        return load_dataset(
+            kind, data_files={script_args.dataset_train_split: name}, streaming=script_args.dataset_streaming
+        )
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
 
 
@@ -92,7 +94,9 @@ def as_messages(row: dict[str, Any]) -> dict[str, Any]:
 def toy_model(dataset: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A tokenizer built from the rows' own text, and a small random Llama."""
     rows = [row for _, row in zip(range(EMBEDDED_ROWS), dataset, strict=False)]
-    texts = [row if "messages" in row else {"messages": [{"content": str(value)} for value in row.values()]} for row in rows]
+    texts = [
+        row if "messages" in row else {"messages": [{"content": str(value)} for value in row.values()]} for row in rows
+    ]
     tokenizer = build_tokenizer(texts)
     return build_model(tokenizer), tokenizer
 
@@ -147,7 +151,9 @@ def main(script_args: ScriptArguments, training_args: MISOSFTConfig, model_args:
     trainer.save_model(training_args.output_dir)
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trainer.accelerator.print(f"\nTraining loss: {losses[0]:.2f} -> {losses[-1]:.2f}. Saved to {training_args.output_dir}.")
+    trainer.accelerator.print(
+        f"\nTraining loss: {losses[0]:.2f} -> {losses[-1]:.2f}. Saved to {training_args.output_dir}."
+    )
     if example and trainer.is_world_process_zero():
         print(f"\nA held-out instruction: {example['full_prompt'][-1]['content']}")
         show("Before", before, example["constraints"])

@@ -30,7 +30,9 @@ def examples(draw, contiguous=False):
     made = []
     for _ in range(draw(st.integers(1, 4))):
         output = draw(st.integers(1, 5))
-        kind = draw(st.sampled_from(["single", "para", "para", "unshared"] + ([] if contiguous else ["succ", "after_longest"])))
+        kind = draw(
+            st.sampled_from(["single", "para", "para", "unshared"] + ([] if contiguous else ["succ", "after_longest"]))
+        )
         if kind == "single":
             made.append(single(draw(st.integers(1, 8))))
         elif kind == "succ":
@@ -116,7 +118,9 @@ def test_shared_equals_unshared(weighting, batch, seed):
         # Right-aligned contexts stand `-offset` positions later, the output where it was.
         q, k, v = (x.detach()[copies] for x in leaves)
         if example.branches:
-            shift = [(-b.offset, sum(example.segments[i].length for i in example.path(b.segment))) for b in example.branches]
+            shift = [
+                (-b.offset, sum(example.segments[i].length for i in example.path(b.segment))) for b in example.branches
+            ]
             moved = torch.tensor([s for s, n in shift for _ in range(n)] + [0] * example.segments[-1].length)
             q, k = TURN(q, moved), TURN(k, moved)
         order, _, packed = pack([apart], weighting)
@@ -177,7 +181,10 @@ def test_softcap_equals_the_definition():
     expected = reference_attention(*leaves, batch[0], "fid", SCALE, TURN, softcap=1.5)
     options = KernelOptions(SCALE, softcap=1.5)
     got = miso_attention(*(x[order] for x in leaves), packed, KERNELS["reference"], options, TURN)[order.argsort()]
-    for a, b in ((got, expected), *zip(*(torch.autograd.grad((x * grad).sum(), leaves) for x in (got, expected)), strict=True)):
+    for a, b in (
+        (got, expected),
+        *zip(*(torch.autograd.grad((x * grad).sum(), leaves) for x in (got, expected)), strict=True),
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 

@@ -105,6 +105,26 @@ def test_full_prompt_is_taken_verbatim():
     assert texts(full_row(TEXT | {"full_prompt": None}, "constraints")) == [FULL]
 
 
+def test_constraints_come_before_the_response_template():
+    row = TEXT | {"prompt": "Describe the sea.\n\n### Response:\n"}
+    end = "\n\n### Response:\n"
+    for template in ("### Response:\n", end):
+        made = parallel_row(row, "constraints", True, True, template)
+        assert texts(made) == [
+            f"{context}{end}"
+            for context in (
+                FULL,
+                "Describe the sea.\n\nUse no commas.",
+                "Describe the sea.\n\nRhyme.",
+                "Describe the sea.",
+            )
+        ]
+        assert full_row(row, "constraints", template).contexts == made.contexts[:1]
+    # a template that the prompt lacks is for the tokenization to refuse; messages have their chat template
+    assert full_row(TEXT, "constraints", end).contexts == [FULL]
+    assert texts(full_row(CHAT, "constraints", "sea")) == [FULL]
+
+
 def test_each_context_is_listed_once():
     # with one constraint the full context is that constraint's
     row = TEXT | {"constraints": ["Rhyme.", "Rhyme."]}
@@ -143,7 +163,8 @@ def test_a_row_with_a_prompt_and_no_contexts_keeps_its_prompt():
 
 
 @pytest.mark.parametrize(
-    "weights", [[1, 2], [1, 2, 3, 4], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1], ["1", 1, 1], 1.0]
+    "weights",
+    [[1, 2], [1, 2, 3, 4], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1], ["1", 1, 1], 1.0],
 )
 def test_wrong_weights_are_refused(weights):
     row = {"contexts": ["a", "b", "c"], "completion": "d", "context_weights": weights}
@@ -169,7 +190,9 @@ def test_sharegpt_roles_are_mapped(human, gpt):
     ]
     assert messages_of({"conversations": turns}) == expected
     # arrow fills in the keys of the other kind of turn, and of the other column
-    mixed = [turn | {"role": None, "content": None} for turn in turns[:2]] + [{"from": None, "value": None} | expected[2]]
+    mixed = [turn | {"role": None, "content": None} for turn in turns[:2]] + [
+        {"from": None, "value": None} | expected[2]
+    ]
     assert [
         {key: value for key, value in message.items() if value is not None}
         for message in messages_of({"messages": None, "conversations": mixed})
@@ -259,7 +282,9 @@ def test_wrong_types_are_refused_naming_the_column(row, kind, column):
     ],
 )
 def test_strings_beside_messages_are_refused(row, kind):
-    with pytest.raises(ValueError, match=r"Got .*completion.*expected all .* to be strings, or all lists of messages.*Fix"):
+    with pytest.raises(
+        ValueError, match=r"Got .*completion.*expected all .* to be strings, or all lists of messages.*Fix"
+    ):
         if kind in ("contexts", "constraints"):
             parallel_row(row, kind, True, True)
         else:

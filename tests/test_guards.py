@@ -92,11 +92,19 @@ def _small(config_class, **sizes):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: _small(t.StableLmConfig, intermediate_size=32, num_key_value_heads=2), "StableLmForCausalLM.*0 of 2 layers"),
-        (lambda: _small(t.NemotronConfig, intermediate_size=32, num_key_value_heads=2), "NemotronForCausalLM.*0 of 2 layers"),
+        (
+            lambda: _small(t.StableLmConfig, intermediate_size=32, num_key_value_heads=2),
+            "StableLmForCausalLM.*0 of 2 layers",
+        ),
+        (
+            lambda: _small(t.NemotronConfig, intermediate_size=32, num_key_value_heads=2),
+            "NemotronForCausalLM.*0 of 2 layers",
+        ),
         (lambda: _small(t.BloomConfig), "BloomForCausalLM"),
         (
-            lambda: _small(t.GptOssConfig, intermediate_size=32, num_key_value_heads=2, head_dim=16, num_local_experts=4),
+            lambda: _small(
+                t.GptOssConfig, intermediate_size=32, num_key_value_heads=2, head_dim=16, num_local_experts=4
+            ),
             "GptOssForCausalLM.*attention sinks",
         ),
     ],
@@ -207,7 +215,10 @@ def test_metadata_is_checked_on_the_first_batch(train):
 def test_neftune_and_dropout_turn_sharing_off(train, caplog):
     peft = pytest.importorskip("peft")
     assert train().data_collator.share_prefixes
-    for options in ({"neftune_noise_alpha": 1.0}, {"peft_config": peft.LoraConfig(lora_dropout=0.1, target_modules=["q_proj"])}):
+    for options in (
+        {"neftune_noise_alpha": 1.0},
+        {"peft_config": peft.LoraConfig(lora_dropout=0.1, target_modules=["q_proj"])},
+    ):
         caplog.clear()
         assert not train(**options).data_collator.share_prefixes
         assert caplog.text.count("share_prefixes is turned off") == 1
@@ -241,7 +252,11 @@ def test_weights_out_of_reach_are_checked_without_a_forward():
     [
         (Dataset.from_dict({"question": ["a"]}), {}, "columns.*question"),
         (Dataset.from_dict({"text": ["a b c"]}), {"context_mode": "para"}, "plain text"),
-        (Dataset.from_dict({"prompt": ["a b"], "completion": [" c"]}), {"context_mode": "para"}, "constraints or a contexts column"),
+        (
+            Dataset.from_dict({"prompt": ["a b"], "completion": [" c"]}),
+            {"context_mode": "para"},
+            "constraints or a contexts column",
+        ),
     ],
 )
 def test_rows_that_fit_no_format(train, dataset, options, match):
@@ -263,7 +278,11 @@ def test_without_metadata_the_base_implementation_runs(base, name):
 
     def run():
         generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-        return model(ids, attention_mask=mask).logits, model(ids[:1], position_ids=positions, use_cache=False).logits, generated
+        return (
+            model(ids, attention_mask=mask).logits,
+            model(ids[:1], position_ids=positions, use_cache=False).logits,
+            generated,
+        )
 
     expected = run()
     model.set_attn_implementation(register_miso_attention(base, "auto"))

@@ -24,7 +24,9 @@ def _tensors(device="cpu", dtype=torch.float64, head_dim=D):
     return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=2)])
+@pytest.mark.parametrize(
+    "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=2)]
+)
 def test_cpu_and_reference_equal_autograd(options):
     """Bottom-right causality with keys longer than queries, GQA, windows."""
     q, k, v, dout = _tensors()
@@ -59,7 +61,9 @@ def test_log_sum_exp_is_float32_at_least(dtype):
 
 
 @pytest.mark.parametrize("head_dim", [16, 20])
-@pytest.mark.parametrize("options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)])
+@pytest.mark.parametrize(
+    "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)]
+)
 def test_torch_flash_shapes_on_meta(head_dim, options):
     """torch checks the real operator's arguments on meta tensors; 20 is not a multiple of 8 and must be padded."""
     q, k, v, dout = _tensors("meta", torch.bfloat16, head_dim)
@@ -87,7 +91,11 @@ def stub_flash_attn(monkeypatch):
     def backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                  dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
                  deterministic, rng_state=None, zero_tensors=False):  # fmt: skip
-        assert all(x.is_contiguous() for x in (dq, dk, dv)) and (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+        assert all(x.is_contiguous() for x in (dq, dk, dv)) and (dq.shape, dk.shape, dv.shape) == (
+            q.shape,
+            k.shape,
+            v.shape,
+        )
         options = KernelOptions(softmax_scale, causal, window_size_left + 1, softcap)
         call = Varlen(cu_seqlens_q, cu_seqlens_k, 0, 0)
         made = KERNELS["reference"].backward(dout, q, k, v, out, softmax_lse, call, options)
@@ -111,7 +119,9 @@ def _clear_caches():
 
 
 @pytest.mark.parametrize("head_dim", [16, 20])
-@pytest.mark.parametrize("options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)])
+@pytest.mark.parametrize(
+    "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)]
+)
 def test_flash_attn_arguments(stub_flash_attn, head_dim, options):
     q, k, v, dout = _tensors(head_dim=head_dim)
     expected, expected_lse = KERNELS["reference"].forward(q, k, v, CALL, options)
@@ -125,7 +135,9 @@ def test_flash_attn_arguments(stub_flash_attn, head_dim, options):
 
 
 def _resolve(requested, flash_only=False, device="cpu", dtype=torch.float32, head_dim=64, **options):
-    return resolve_kernel(requested, flash_only, torch.device(device), dtype, head_dim, KernelOptions(0.3, **options)).name
+    return resolve_kernel(
+        requested, flash_only, torch.device(device), dtype, head_dim, KernelOptions(0.3, **options)
+    ).name
 
 
 def test_auto_takes_the_first_that_can_run(stub_flash_attn, monkeypatch):
@@ -145,7 +157,10 @@ def test_auto_takes_the_first_that_can_run(stub_flash_attn, monkeypatch):
         ({"requested": "flash_attn"}, "flash-attn package is not installed"),
         ({"requested": "torch_flash"}, "needs CUDA tensors"),
         ({"requested": "torch_flash", "device": "cuda"}, "float16 and bfloat16"),
-        ({"requested": "torch_flash", "device": "cuda", "dtype": torch.bfloat16, "head_dim": 512}, "head_dim up to 256"),
+        (
+            {"requested": "torch_flash", "device": "cuda", "dtype": torch.bfloat16, "head_dim": 512},
+            "head_dim up to 256",
+        ),
         ({"requested": "torch_flash", "device": "cuda", "dtype": torch.bfloat16, "softcap": 3.0}, "no softcap"),
         ({"requested": "cpu", "device": "cuda"}, "runs on CPU tensors"),
         ({"requested": "cpu", "flash_only": True}, "no FlashAttention-2 kernel"),

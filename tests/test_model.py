@@ -18,7 +18,20 @@ CONTEXTS = [
 OUTPUTS = [[2, 60, 61, 62], [2, 63, 64, 65, 66], [2, 67, 68]]
 WEIGHTS = [[0.4, 0.3, 0.2, 0.1], [0.5, 0.5], [1.0]]
 REQUIRED = ["llama", "mistral", "qwen3", "gemma3", "phi3"]
-OTHERS = ["llama3_rope", "yarn", "mixtral", "qwen2", "gemma2", "phi", "glm4", "cohere2", "smollm3", "olmo2", "granite", "starcoder2"]
+OTHERS = [
+    "llama3_rope",
+    "yarn",
+    "mixtral",
+    "qwen2",
+    "gemma2",
+    "phi",
+    "glm4",
+    "cohere2",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "starcoder2",
+]
 
 
 def _row(contexts, output, weights, output_positions="successive"):
@@ -53,7 +66,13 @@ def _assert_same(model, got, expected, tolerance=1e-5):
     assert got_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         scale = gradient.abs().max().clamp(min=1.0)
-        torch.testing.assert_close(got_gradients[name] / scale, gradient / scale, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            got_gradients[name] / scale,
+            gradient / scale,
+            rtol=0,
+            atol=tolerance,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def _oracle(model, weighting="uniform"):
@@ -85,7 +104,9 @@ def test_other_weightings_equal_one_row_per_context(name, weighting):
 @pytest.mark.parametrize("weighting", ["uniform", "fid"])
 def test_sharing_on_equals_sharing_off(name, weighting):
     model = tiny_model(name)
-    _assert_same(model, _loss(model, _rows(), weighting=weighting, share=False), _loss(model, _rows(), weighting=weighting))
+    _assert_same(
+        model, _loss(model, _rows(), weighting=weighting, share=False), _loss(model, _rows(), weighting=weighting)
+    )
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -155,7 +176,9 @@ def test_perturbing_one_context_changes_no_other():
     start, end = batch["miso_output_start"], batch["miso_output_start"] + len(OUTPUTS[0])
     for x, y in zip(before[1:], after[1:], strict=True):
         differs = (x != y)[0].any(-1).nonzero().flatten().tolist()
-        assert set(differs) <= {*moved, *range(start, end)}, "only the context's last token and its own output may change"
+        assert set(differs) <= {*moved, *range(start, end)}, (
+            "only the context's last token and its own output may change"
+        )
     assert (before[-1] != after[-1])[0, start:end].any(-1).all(), "every token of the output sees the context"
 
 
@@ -176,5 +199,7 @@ def test_one_context_is_ordinary_attention():
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
         logits = model(ids, use_cache=False).logits[0]
-        expected = expected + torch.nn.functional.cross_entropy(logits[:-1].double(), labels[1:], ignore_index=-100, reduction="sum")
+        expected = expected + torch.nn.functional.cross_entropy(
+            logits[:-1].double(), labels[1:], ignore_index=-100, reduction="sum"
+        )
     _assert_same(model, got, expected)

@@ -17,10 +17,10 @@ from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 from trl_miso.tokenization import Layout, Tokenized, Tokenizer, columns
 
 # Llama 3's: punctuation takes the newlines after it along, so ".\n\n" can be one token
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CORPUS = [f"{word}{end}\n\n### Response:\n<|user|>\n<|assistant|>\n" for word in ("the sea", "a ship") for end in ".?!:"]
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CORPUS = [
+    f"{word}{end}\n\n### Response:\n<|user|>\n<|assistant|>\n" for word in ("the sea", "a ship") for end in ".?!:"
+]
 
 TEMPLATES = {
     # Crab's own: headers are plain text
@@ -68,10 +68,14 @@ def make_tokenizer(template=None):
     """A byte-level BPE that adds a bos token to plain text, and merges across ends of sentences and newlines."""
     bpe = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     answers = [message["content"] for row in synthetic_rows(20) for message in row["messages"]]
     bpe.train_from_iterator(CORPUS * 20 + answers, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 2)])
@@ -113,7 +117,13 @@ def sft(rows, tokenizer, tmp_path, max_length=1000, **config):
     size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
     args = SFTConfig(
-        str(tmp_path), report_to="none", use_cpu=True, bf16=False, shuffle_dataset=False, max_length=max_length, **config
+        str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        shuffle_dataset=False,
+        max_length=max_length,
+        **config,
     )
     trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
@@ -148,13 +158,19 @@ def example_of(prepared):
 CHATS = [
     {"prompt": [user("Describe the sea.")], "completion": [assistant("Blue and wide.")]},
     {"prompt": [user("Describe the sea.")], "completion": [assistant("\n\nBlue.\n")]},
-    {"prompt": [{"role": "system", "content": "Be brief."}, user("What is a ship?")], "completion": [assistant(" A boat")]},
+    {
+        "prompt": [{"role": "system", "content": "Be brief."}, user("What is a ship?")],
+        "completion": [assistant(" A boat")],
+    },
     {"prompt": [user("Hi!"), assistant("Hello."), user("A ship\n")], "completion": [assistant("the sea")]},
 ]
 PLAIN = [
     {"prompt": "Describe the sea.", "completion": " Blue and wide."},
     {"prompt": "Describe the sea.\n\n### Response:\n", "completion": "Blue and wide."},
-    {"prompt": "Question: what is a ship? Answer: ", "completion": "a ship"},  # the space joins the completion's first word
+    {
+        "prompt": "Question: what is a ship? Answer: ",
+        "completion": "a ship",
+    },  # the space joins the completion's first word
     {"prompt": "Describe the sea.", "completion": "\n\nBlue.<|eos|>"},  # ".\n\n" is one token
     {"prompt": "the s", "completion": "ea"},
 ]
@@ -177,9 +193,7 @@ def test_one_context_is_what_sft_trains_on_in_plain_text(tmp_path, response_temp
     data = [row for row in PLAIN if response_template is None or response_template in row["prompt"]]
     expected = sft(data, tokenizer, tmp_path)
     assert len(expected) == len(data) >= 4
-    tokenized = tokenize(
-        tokenizer, [full_row(row, "prompt") for row in data], response_template=response_template
-    )
+    tokenized = tokenize(tokenizer, [full_row(row, "prompt") for row in data], response_template=response_template)
     assert laid_out(tokenized, "para", layout()) == expected
     assert laid_out(tokenized, "succ", layout(chunk_probs=(0.0, 1.0))) == expected
     assert [ids.count(tokenizer.bos_token_id) for ids, _ in expected] == [1] * len(data)
@@ -190,7 +204,9 @@ def test_a_template_with_a_bos_token_gets_no_second_one(rows):
     tokenizer = make_tokenizer("merging")
     assert tokenizer("the sea")["input_ids"][0] == tokenizer.bos_token_id
     for tokenized in tokenize(tokenizer, [parallel_row(crab_row(row), "constraints", True, True) for row in rows[:20]]):
-        assert [context.count(tokenizer.bos_token_id) for context in tokenized.contexts] == [1] * len(tokenized.contexts)
+        assert [context.count(tokenizer.bos_token_id) for context in tokenized.contexts] == [1] * len(
+            tokenized.contexts
+        )
         assert tokenizer.bos_token_id not in tokenized.output
 
 
@@ -263,15 +279,19 @@ def test_the_output_begins_with_the_generation_prompt_unlabelled(template, synth
         head = next(i for i, label in enumerate(tokenized.labels) if label != -100)
         assert head >= 1, "the first labelled token is never the first of the output"
         assert tokenized.labels[head:] == tokenized.output[head:]
-        heads[tokenizer.decode(tokenized.output[:head])] += len(row.contexts) > 1
+        heads[tokenizer.decode(tokenized.output[:head])] += len(row.contexts)
         for context, ids in zip(row.contexts, tokenized.contexts, strict=True):
             prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True, return_dict=False)
             rest = len(prompt) - len(ids)
             assert prompt[: len(ids)] == ids
             # gemma4's has an ending that the trained output lacks
             assert prompt[len(ids) :][:head] == tokenized.output[: min(head, rest)]
-        assert tokenizer.decode(tokenized.output[head:]).strip().startswith(("<think>", row.completion[0]["content"][:5]))
-    assert set(heads) <= {GENERATION_PROMPTS[template], "\n\n### Response:\n", ".\n\n### Response:\n"}
+        assert (
+            tokenizer.decode(tokenized.output[head:]).strip().startswith(("<think>", row.completion[0]["content"][:5]))
+        )
+    # a token in which all contexts end alike comes along
+    alike = {end + "\n\n### Response:\n" for end in ".?!"} if template == "merging" else set()
+    assert set(heads) <= {GENERATION_PROMPTS[template]} | alike
     assert heads[GENERATION_PROMPTS[template]] > 20
 
 
@@ -337,10 +357,10 @@ def test_text_and_messages_are_not_mixed():
 
 
 def test_a_context_without_tokens_of_its_own_drops_the_row():
-    # the only token of "x" is the last one common to all contexts, which begins the output
+    # the only token of "?" is the last one common to all contexts, which begins the output
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
-    (dropped,) = tokenize(tokenizer, [Row(["a x", " x"], " y")])
+    (dropped,) = tokenize(tokenizer, [Row(["a?", "?"], " y")])
     assert isinstance(dropped, RowDropped)
     assert str(dropped) == "an empty context"
 
@@ -349,7 +369,9 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     """Earlier turns are tokenized once a row; the ids are those of each text in one piece."""
     tokenizer = Tokenizer(chat_tokenizer)
     made = [parallel_row(crab_row(row), "constraints", True, True) for row in rows[:60]]
-    made.append(Row([[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")]))
+    made.append(
+        Row([[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")])
+    )
     rendered = [tokenizer._render(row, {"tools": None}) for row in made]
     expected = [[chat_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in rendered]
     assert list(tokenizer._ids(rendered, add_special_tokens=False)) == expected

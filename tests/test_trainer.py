@@ -53,7 +53,10 @@ def test_single_mode_equals_sft_trainer(crab_rows, tokenizer, make_config, kind,
     dataset = _plain(crab_rows, kind)
     options = {"max_steps": 20, "per_device_train_batch_size": 2} | options
     trainers = []
-    for trainer_class, config in ((SFTTrainer, make_config(SFTConfig, **options)), (MISOSFTTrainer, make_config(context_mode="single", **options))):
+    for trainer_class, config in (
+        (SFTTrainer, make_config(SFTConfig, **options)),
+        (MISOSFTTrainer, make_config(context_mode="single", **options)),
+    ):
         trainers.append(trainer_class(tiny_model("llama"), config, train_dataset=dataset, processing_class=tokenizer))
     theirs, ours = trainers
     if not options.get("packing"):
@@ -62,7 +65,9 @@ def test_single_mode_equals_sft_trainer(crab_rows, tokenizer, make_config, kind,
     expected = _losses(theirs)
     assert len(expected) == 20 and expected[-1] < expected[0]
     if options.get("packing"):  # bins come in another order
-        assert sorted(len(ids) for ids in ours.train_dataset["input_ids"]) == sorted(len(ids) for ids in theirs.train_dataset["input_ids"])
+        assert sorted(len(ids) for ids in ours.train_dataset["input_ids"]) == sorted(
+            len(ids) for ids in theirs.train_dataset["input_ids"]
+        )
         return
     torch.testing.assert_close(torch.tensor(_losses(ours)), torch.tensor(expected), rtol=0, atol=1e-5)
     for (name, p), q in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
@@ -122,7 +127,11 @@ def test_evaluation_is_standard_inference_by_default(para_dataset, tokenizer, ma
     for eval_contexts in ("standard", "miso"):
         config = make_config(eval_contexts=eval_contexts, per_device_eval_batch_size=64, max_length=512)
         trainer = MISOSFTTrainer(
-            tiny_model("llama"), config, train_dataset=para_dataset, eval_dataset=para_dataset, processing_class=tokenizer
+            tiny_model("llama"),
+            config,
+            train_dataset=para_dataset,
+            eval_dataset=para_dataset,
+            processing_class=tokenizer,
         )
         results[eval_contexts] = trainer.evaluate()
     model, total, count = tiny_model("llama").eval(), 0.0, 0
@@ -154,7 +163,9 @@ def test_signature_is_that_of_sft_trainer():
 def test_other_arguments_are_converted(para_dataset, tokenizer, make_config, config_class, monkeypatch, tmp_path):
     if config_class is None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(MISOSFTConfig, "__post_init__", lambda self: setattr(self, "bf16", False) or SFTConfig.__post_init__(self))
+        monkeypatch.setattr(
+            MISOSFTConfig, "__post_init__", lambda self: setattr(self, "bf16", False) or SFTConfig.__post_init__(self)
+        )
         args = None
         model = tiny_model("llama")
         model.config._name_or_path = "someone/tiny"
@@ -173,7 +184,9 @@ def test_streaming(para_dataset, tokenizer, make_config):
     for packing in (False, True):
         losses = []
         for dataset in (para_dataset, para_dataset.to_iterable_dataset()):
-            config = make_config(max_steps=3, per_device_train_batch_size=2, packing=packing, train_sampling_strategy="sequential")
+            config = make_config(
+                max_steps=3, per_device_train_batch_size=2, packing=packing, train_sampling_strategy="sequential"
+            )
             trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=dataset, processing_class=tokenizer)
             losses.append(torch.tensor(_losses(trainer)))
         torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
@@ -197,7 +210,9 @@ def test_streaming(para_dataset, tokenizer, make_config):
 )
 def test_settings_of_sft_trainer_work(para_dataset, tokenizer, make_config, options):
     config = make_config(max_steps=6, **options)
-    losses = _losses(MISOSFTTrainer(tiny_model("llama"), config, train_dataset=para_dataset, processing_class=tokenizer))
+    losses = _losses(
+        MISOSFTTrainer(tiny_model("llama"), config, train_dataset=para_dataset, processing_class=tokenizer)
+    )
     if "loss_type" in options:  # dft: -p log p, which rises while p is small
         assert 0 < losses[0] < losses[-1]
     else:
@@ -209,7 +224,11 @@ def test_settings_of_sft_trainer_work(para_dataset, tokenizer, make_config, opti
 def test_lora(para_dataset, tokenizer, make_config, tmp_path, checkpointing, dora):
     """LoRA and DoRA, with reentrant, non-reentrant and no checkpointing; the reloaded adapter gives the same logits."""
     peft = pytest.importorskip("peft")
-    options = {} if checkpointing is None else {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+    options = (
+        {}
+        if checkpointing is None
+        else {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+    )
     model = tiny_model("llama")
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = MISOSFTTrainer(
@@ -221,7 +240,11 @@ def test_lora(para_dataset, tokenizer, make_config, tmp_path, checkpointing, dor
     )
     losses = _losses(trainer)
     assert losses[-1] < losses[0]
-    assert all(torch.equal(p, frozen[name.replace(".base_layer", "")]) for name, p in model.named_parameters() if "lora" not in name)
+    assert all(
+        torch.equal(p, frozen[name.replace(".base_layer", "")])
+        for name, p in model.named_parameters()
+        if "lora" not in name
+    )
     trainer.save_model(str(tmp_path))
     ids = torch.arange(5, 25)[None]
     reloaded = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
@@ -233,7 +256,9 @@ def test_resume_equals_an_uninterrupted_run(para_dataset, tokenizer, make_config
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "para_prob": 0.5}
     runs = []
     for resume in (None, str(tmp_path / "out" / "checkpoint-3")):
-        trainer = MISOSFTTrainer(tiny_model("llama"), make_config(**options), train_dataset=para_dataset, processing_class=tokenizer)
+        trainer = MISOSFTTrainer(
+            tiny_model("llama"), make_config(**options), train_dataset=para_dataset, processing_class=tokenizer
+        )
         trainer.train(resume_from_checkpoint=resume)
         runs.append(trainer)
     for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
@@ -241,8 +266,12 @@ def test_resume_equals_an_uninterrupted_run(para_dataset, tokenizer, make_config
 
 
 def _run(code, *arguments, **environment):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    environment = (
+        os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -273,7 +302,9 @@ print(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist())
 def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_path):
     """TRL's own SFT script, changed in the import and the class name only, trains; so does its flag for succ."""
     script = Path(trl.__file__).parent.joinpath("scripts", "sft.py").read_text()
-    swapped = script.replace("from trl import SFTTrainer, ", "from trl_miso import MISOSFTTrainer\n    from trl import ")
+    swapped = script.replace(
+        "from trl import SFTTrainer, ", "from trl_miso import MISOSFTTrainer\n    from trl import "
+    )
     swapped = swapped.replace("trainer = SFTTrainer(", "trainer = MISOSFTTrainer(")
     assert swapped.count("MISOSFTTrainer") == 2 and script.count("SFTTrainer(") == 1
     (tmp_path / "sft.py").write_text(swapped)
@@ -291,7 +322,11 @@ def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_
         "bf16": "false",
         "use_cpu": "true",
     }
-    command = [sys.executable, str(tmp_path / "sft.py"), *(str(x) for key, value in arguments.items() for x in (f"--{key}", value))]
+    command = [
+        sys.executable,
+        str(tmp_path / "sft.py"),
+        *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

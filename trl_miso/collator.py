@@ -63,7 +63,7 @@ class MISODataCollator:
         for row in rows:
             at = 0
             ids = list(row["input_ids"])
-            row_labels = list(row["labels"] if "labels" in row else ids)
+            row_labels = list(row.get("labels", ids))
             layout = row.get("miso_layout")
             for example in decode(layout) if layout else [single(len(ids))]:
                 span = slice(at, at := at + example.num_tokens)

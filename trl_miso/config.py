@@ -161,9 +161,13 @@ class MISOSFTConfig(SFTConfig):
         if weight is not None:
             _check(0 < weight < 1, "full_context_weight", weight, "a share strictly between 0 and 1, or None")
             fixed = self.context_weighting == "uniform" and self.include_full
-            _check(fixed, "full_context_weight", weight, "None unless context_weighting='uniform' and include_full=True")
+            _check(
+                fixed, "full_context_weight", weight, "None unless context_weighting='uniform' and include_full=True"
+            )
         if self.packing and self.packing_strategy != "bfd":
-            _check(False, "packing_strategy", self.packing_strategy, "'bfd': others cut examples, which would cut contexts")
+            _check(
+                False, "packing_strategy", self.packing_strategy, "'bfd': others cut examples, which would cut contexts"
+            )
 
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:

@@ -99,6 +99,12 @@ class PackedSegments:
         return cls(**{f.name: batch[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in batch})
 
     @property
+    def branch_rows(self) -> torch.Tensor:
+        """(Q,) output row, from `output_start`, of every branch row."""
+        assert self.branch_q_index is not None, "no example of the batch mixes contexts"
+        return self.branch_q_index
+
+    @property
     def self_call(self) -> Varlen:
         return Varlen(self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k, self.kv_index)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     AutoConfig,
@@ -15,7 +16,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from accelerate.logging import get_logger
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
@@ -101,10 +101,12 @@ class MISOSFTTrainer(SFTTrainer):
         _check_request(args, model, data_collator, processing_class, peft_config)
         # Multi-process data loading must not concatenate flat batches.
         if args.accelerator_config.dispatch_batches:
-            logger.warning("`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated.")
+            logger.warning(
+                "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
+            )
         args.accelerator_config.dispatch_batches = False
         self._training_mode: str | None = None
-        self._probe: Probe | None = None
+        self._probed: set[str] = set()
         # Known before the model is: what bins are measured by. The model may still turn sharing off below.
         noisy = args.neftune_noise_alpha or getattr(peft_config, "lora_dropout", 0)
         self._packs_shared = args.share_prefixes and not noisy
@@ -138,14 +140,18 @@ class MISOSFTTrainer(SFTTrainer):
         base = base_implementation(base_model.config.get_text_config()._attn_implementation)
         self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
         self._check_kernel(base_model, base, args)
-        mixes = self._training_mode in ("para", "succ")
+        mixes = self._training_mode not in ("single", "augment")  # None: prepared by the user
         self._check_positions(args, mixes)
         share = args.share_prefixes
         if share and mixes:
-            noise = sharing_obstacle(self.model, args.neftune_noise_alpha)
-            reason = noise or ("" if self._support.shares or self._training_mode == "succ" else self._support.reason)
+            rotates = self._training_mode != "succ" and args.output_positions == "successive"
+            reason = sharing_obstacle(self.model, args.neftune_noise_alpha)
+            if rotates and not self._support.shares:
+                reason = reason or self._support.reason
             if reason:
-                logger.warning(f"share_prefixes is turned off: {reason}. Every context gets its own copy of its tokens.")
+                logger.warning(
+                    f"share_prefixes is turned off: {reason}. Every context gets its own copy of its tokens."
+                )
                 share = False
         self.data_collator = MISODataCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -161,11 +167,13 @@ class MISOSFTTrainer(SFTTrainer):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         options = KernelOptions(1.0, softcap=getattr(config, "attn_logit_softcapping", None) or 0.0)
-        resolve_kernel(args.attention_kernel, base == "flash_attention_2", self.accelerator.device, dtype, head_dim, options)
+        resolve_kernel(
+            args.attention_kernel, base == "flash_attention_2", self.accelerator.device, dtype, head_dim, options
+        )
 
     def _check_positions(self, args: MISOSFTConfig, mixes: bool) -> None:
         support, model_type = self._support, self.model.config.model_type
-        para = self._training_mode == "para"
+        para = mixes and self._training_mode != "succ"
         if para and args.output_positions == "successive" and not support.relative:
             raise ValueError(
                 f"Got a {model_type} model, whose positions are not rotary, with output_positions='successive': its output cannot "
@@ -190,10 +198,15 @@ class MISOSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         if packing and args.max_length is None:
-            raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
+            raise ValueError(
+                "Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length."
+            )
         names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
-        kind = row_format(names, args.dataset_text_field)
         training = self._training_mode is None  # TRL prepares the training set first
+        if "miso_layout" in names:  # prepared before
+            self._training_mode = self._training_mode or "para"
+            return dataset
+        kind = row_format(names, args.dataset_text_field)
         mode = resolve_mode(args.context_mode, kind)
         if training:
             self._training_mode = mode
@@ -203,19 +216,21 @@ class MISOSFTTrainer(SFTTrainer):
             if kind in ("contexts", "constraints", "messages"):
                 dataset = self._as_prompts(dataset, kind, "single" if standard else mode, args, dataset_name)
             before = len(dataset) if isinstance(dataset, Dataset) else 0
-            dataset = super()._prepare_dataset(
-                dataset, processing_class, args, False, formatting_func, dataset_name
-            )
+            dataset = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
             if isinstance(dataset, Dataset) and "input_ids" not in names:
                 kept = [""] * len(dataset)
-                preparation.report_dropped(kept + ["no label left within max_length"] * (before - len(kept)), dataset_name)
-        elif "miso_layout" not in names:
+                preparation.report_dropped(
+                    kept + ["no label left within max_length"] * (before - len(kept)), dataset_name
+                )
+        else:
             rows = RowPreparation(
                 kind=kind,
                 mode="single" if standard else mode,
                 include_full=args.include_full,
                 include_bare=args.include_bare,
-                tokenizer=Tokenizer(processing_class, self.chat_template, args.response_template, args.assistant_only_loss),
+                tokenizer=Tokenizer(
+                    processing_class, self.chat_template, args.response_template, args.assistant_only_loss
+                ),
                 layout=_layout(args),
             )
             dataset = preparation.prepare_rows(dataset, rows, dataset_name, num_proc)
@@ -239,19 +254,19 @@ class MISOSFTTrainer(SFTTrainer):
         return preparation.full_rows(dataset, kind, name, args.dataset_num_proc)
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(preparation.COLUMNS)
+        self._signature_columns = list(preparation.COLUMNS)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         mode = "train" if self.model.training else "eval"
         counts = inputs.get("miso_num_mixed", 0), inputs.get("miso_num_examples", 1)
         self._metrics[mode]["multi_context_share"].append(counts[0] / counts[1])
-        if self._probe is not None:
+        if mode in self._probed:
             return super().compute_loss(model, inputs, *args, **kwargs)
         # The first batch shows, with the model as it was wrapped for training, that every layer receives the metadata.
-        self._probe = Probe()
-        loss = super().compute_loss(model, inputs | {"miso_probe": self._probe}, *args, **kwargs)
-        check_probe(self._probe, self._support.layers, self.accelerator.unwrap_model(self.model))
+        probe = Probe()
+        loss = super().compute_loss(model, inputs | {"miso_probe": probe}, *args, **kwargs)
+        check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
+        self._probed.add(mode)
         return loss
 
 
@@ -278,7 +293,9 @@ def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
     return MISOSFTConfig(**values | {name: getattr(args, name) for name in hidden})
 
 
-def _check_request(args: MISOSFTConfig, model: Any, data_collator: Any, processing_class: Any, peft_config: Any) -> None:
+def _check_request(
+    args: MISOSFTConfig, model: Any, data_collator: Any, processing_class: Any, peft_config: Any
+) -> None:
     """Refuse what needs no model or data to be known wrong."""
     if data_collator is not None:
         raise ValueError(

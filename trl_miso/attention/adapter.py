@@ -121,16 +121,17 @@ def _attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), None."""
     if miso_probe is not None:
-        sinks = kwargs.get("s_aux")
-        miso_probe.record(module, query, sinks=sinks, position_bias=kwargs.get("position_bias"))
+        other_size = value.shape[-1] if value.shape[-1] != query.shape[-1] else None
+        unusual = {"sinks": kwargs.get("s_aux"), "position_bias": kwargs.get("position_bias"), "value_dim": other_size}
+        miso_probe.record(module, query, **unusual)
         if miso_probe.skip_attention:
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     packed = PackedSegments.from_batch(kwargs)
     if packed is None:
         mask = attention_mask.get() if isinstance(attention_mask, _LazyMask) else attention_mask
         forward = _base_forward(base, module)
-        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
-        return forward(module, query, key, value, mask, **options, **kwargs)
+        kwargs |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+        return forward(module, query, key, value, mask, **kwargs)
     if dropout:
         raise ValueError(
             f"Got attention dropout {dropout} with MISO, expected 0: the mixture cannot represent it. Fix: set "
@@ -145,8 +146,9 @@ def _attention_forward(
     flash_only = base == "flash_attention_2"
     kernel = resolve_kernel(requested, flash_only, q_THD.device, dtype, q_THD.shape[-1], options)
     _log_kernel_once(kernel, requested, dtype)
-    rotation = getattr(module, "miso_rotation", None)
-    out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
+    rotation = query_rotation(module)
+    with torch.autocast(query.device.type, enabled=False):
+        out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
     return out[None], None
 
 
@@ -220,7 +222,16 @@ class ModelRotation:
         return next((b.device for b in self.rotary.buffers()), torch.device("cpu"))
 
 
-def candidate_rotations(model: nn.Module, attention: nn.Module) -> list[Rotation]:
+def set_query_rotation(module: nn.Module, rotation: Rotation | None) -> None:
+    """Keep an attention module's rotation on the module: a plain attribute, not part of its state."""
+    object.__setattr__(module, "miso_rotation", rotation)
+
+
+def query_rotation(module: nn.Module) -> Rotation | None:
+    return getattr(module, "miso_rotation", None)
+
+
+def candidate_rotations(model: nn.Module, attention: nn.Module) -> list[ModelRotation]:
     """Rotations that an attention module of the model may be using."""
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if apply is None:

@@ -82,7 +82,12 @@ class TorchFlash:
 
     def forward(self, q, k, v, call, options):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(_pad_heads(x) for x in (q, k, v)), *self._sizes(call), 0.0, options.causal, False, **self._keywords(options)
+            *(_pad_heads(x) for x in (q, k, v)),
+            *self._sizes(call),
+            0.0,
+            options.causal,
+            False,
+            **self._keywords(options),
         )
         return out[..., : q.shape[-1]], lse
 
@@ -316,6 +321,7 @@ def _cpu_parts(
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
     if 0 < options.window < n_k:
         hidden = _hidden(n_q, n_k, options, q.device)
+        assert hidden is not None
         return [(keys, False, q.new_zeros(n_q, n_k).masked_fill_(hidden, -torch.inf))]
     if not options.causal:
         return [(keys, False, None)]

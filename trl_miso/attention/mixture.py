@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from trl_miso.packing import WEIGHTINGS, PackedSegments, Varlen
 
@@ -138,6 +139,7 @@ class _Varlen(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse = ctx.saved_tensors
         packed, kernel, options = ctx.arguments
@@ -155,9 +157,7 @@ class _Split(torch.autograd.Function):
         own, cross = packed.self_call, packed.cross_call
         out, lse_HT = kernel.forward(q, *_keys(own, k, v), own, options)
         q_branch = _branch_queries(q[rows], packed, rotation)
-        o_branch, l_branch = kernel.forward(
-            q_branch, *_keys(cross, k, v, packed), cross, options.without_causality()
-        )
+        o_branch, l_branch = kernel.forward(q_branch, *_keys(cross, k, v, packed), cross, options.without_causality())
         mixed = _merge(out[rows], lse_HT[:, rows].T, o_branch, l_branch.T, packed)
         out[rows] = mixed.out.to(out.dtype)
         lse_HT[:, rows] = mixed.lse_self.T  # the backward's, like out_self and out_branch
@@ -167,19 +167,20 @@ class _Split(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse_HT, out_self, out_branch, lse_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
         rows = slice(packed.output_start, packed.output_end)
         own, cross = packed.self_call, packed.cross_call
         if out_branch is None:
-            out_branch, lse_branch = out[rows][packed.branch_q_index], lse_branch[packed.branch_q_index]
+            out_branch, lse_branch = out[rows][packed.branch_rows], lse_branch[packed.branch_rows]
         if out_self is not None:
             out = out.clone()
             out[rows] = out_self
         dq, dk, dv = kernel.backward(dout, q, *_keys(own, k, v), out, lse_HT, own, options)
         dq_branch, dk_branch, dv_branch = kernel.backward(
-            dout[rows].index_select(0, packed.branch_q_index),
+            dout[rows].index_select(0, packed.branch_rows),
             _branch_queries(q[rows], packed, rotation),
             *_keys(cross, k, v, packed),
             out_branch,
@@ -208,13 +209,14 @@ class _Pairs(torch.autograd.Function):
         if WEIGHTINGS[packed.weighting] == "uniform":
             lse_branch = l_branch - weights.log().T
         else:
-            a_branch = out[rows][packed.branch_q_index]
-            lse_branch = _logsumexp(l_branch.T, packed)[packed.branch_q_index].T.contiguous()
+            a_branch = out[rows][packed.branch_rows]
+            lse_branch = _logsumexp(l_branch.T, packed)[packed.branch_rows].T.contiguous()
         ctx.save_for_backward(q, k, v, out, lse_HT, a_branch, lse_branch)
         ctx.arguments = packed, kernel, options, rotation
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse_HT, out_branch, lse_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
@@ -224,7 +226,7 @@ class _Pairs(torch.autograd.Function):
         dout_own[rows] = 0  # the self call's output rows were not used
         dq, dk, dv = kernel.backward(dout_own, q, *_keys(own, k, v), out, lse_HT, own, options)
         dq_branch, dk_branch, dv_branch = kernel.backward(
-            dout[rows].index_select(0, packed.branch_q_index),
+            dout[rows].index_select(0, packed.branch_rows),
             _branch_queries(q[rows], packed, rotation),
             *_pair_keys(k, v, packed, rotation),
             out_branch,
@@ -253,7 +255,7 @@ def _merge(
 ) -> _Mixed:
     """Merge the self call (U rows) with the cross call (Q rows), in the dtype of the log-sum-exps (>= float32)."""
     o_out, o_branch = o_out.to(l_out.dtype), o_branch.to(l_out.dtype)
-    at = packed.branch_q_index
+    at = packed.branch_rows
     if WEIGHTINGS[packed.weighting] == "uniform":
         weight = _fixed_weights(packed, l_out.dtype)
         lse = torch.logaddexp(l_branch, l_out[at]) - weight.log()  # L_i - log w_i
@@ -264,7 +266,7 @@ def _merge(
         share = torch.exp(lse_self[at] - lse)
         return _Mixed(out, lse_self, lse, _to_outputs(share[..., None] * a_branch, packed), a_branch)
     # fid counts the output once a branch, vanilla once: the same softmax with another l_out.
-    repeats = 0.0
+    repeats = torch.zeros_like(l_out)
     if WEIGHTINGS[packed.weighting] == "fid":
         repeats = _to_outputs(torch.ones_like(l_branch), packed).log()
     lse = torch.logaddexp(_logsumexp(l_branch, packed), l_out + repeats)
@@ -283,19 +285,17 @@ def _branch_weights(lse_branch: torch.Tensor, packed: PackedSegments) -> torch.T
     """(Q, H or 1) weights of whole branches from their log-sum-exps L_i."""
     if WEIGHTINGS[packed.weighting] == "uniform":
         return _fixed_weights(packed, lse_branch.dtype)
-    return torch.exp(lse_branch - _logsumexp(lse_branch, packed)[packed.branch_q_index])
+    return torch.exp(lse_branch - _logsumexp(lse_branch, packed)[packed.branch_rows])
 
 
 def _to_outputs(x_Q: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
     """Sum over each output token's branches: (Q, ...) -> (U, ...)."""
-    return x_Q.new_zeros(packed.output_end - packed.output_start, *x_Q.shape[1:]).index_add_(
-        0, packed.branch_q_index, x_Q
-    )
+    return x_Q.new_zeros(packed.output_end - packed.output_start, *x_Q.shape[1:]).index_add_(0, packed.branch_rows, x_Q)
 
 
 def _logsumexp(x_QH: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
     """Log-sum-exp over each output token's branches: (Q, H) -> (U, H)."""
-    at = packed.branch_q_index
+    at = packed.branch_rows
     size = packed.output_end - packed.output_start, x_QH.shape[1]
     top = x_QH.new_full(size, -torch.inf).scatter_reduce_(0, at[:, None].expand_as(x_QH), x_QH, "amax")
     return top + _to_outputs(torch.exp(x_QH - top[at]), packed).log()
@@ -303,7 +303,7 @@ def _logsumexp(x_QH: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
 
 def _branch_queries(q_UHD: torch.Tensor, packed: PackedSegments, rotation: Rotation | None) -> torch.Tensor:
     """Each output query once a branch, turned to follow that branch's context: (U, H, D) -> (Q, H, D)."""
-    q_branch = q_UHD.index_select(0, packed.branch_q_index)
+    q_branch = q_UHD.index_select(0, packed.branch_rows)
     if packed.branch_q_offset is None:
         return q_branch
     assert rotation is not None, "a batch with query offsets needs the model's rotation"

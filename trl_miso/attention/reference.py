@@ -38,6 +38,7 @@ def reference_attention(
         """(H, queries, keys): causal along `keys`, which ends with the queries, or not causal if they are not in it."""
         q = q_THD[queries]
         if offset:
+            assert rotation is not None, "an example with query offsets needs a rotation"
             q = rotation(q, torch.full((len(queries),), offset))
         s = torch.einsum("qhd,khd->hqk", q, k_THD[keys]) * scale
         return softcap * torch.tanh(s / softcap) if softcap else s

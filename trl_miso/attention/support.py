@@ -8,18 +8,37 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation
-from trl_miso.attention.mixture import Rotation
+from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation, set_query_rotation
 
 logger = logging.get_logger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Families in which every layer rotates its queries, known from their sources. Only asked where no forward can run.
-_ROTATES_EVERY_LAYER = {
-    *("llama", "mistral", "ministral", "ministral3", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3"),
-    *("gemma", "gemma2", "gemma3_text", "gemma3", "olmo", "olmo2", "granite", "granitemoe", "starcoder2", "glm4", "seed_oss"),
-}
+_ROTATES_EVERY_LAYER = [
+    "llama",
+    "mistral",
+    "ministral",
+    "ministral3",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "phi",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "olmo",
+    "olmo2",
+    "granite",
+    "granitemoe",
+    "starcoder2",
+    "glm4",
+    "seed_oss",
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,9 @@ def check_config(config: PreTrainedConfig) -> None:
             _refuse(text, f"{name}={getattr(text, name)}", "attention without dropout", f"set config.{name} = 0")
     others = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
-        _refuse(text, f"layers of type {sorted(others)}", "only full and sliding attention", "use a pure attention model")
+        _refuse(
+            text, f"layers of type {sorted(others)}", "only full and sliding attention", "use a pure attention model"
+        )
     if getattr(config, "is_encoder_decoder", False):
         _refuse(text, "an encoder-decoder", "a decoder-only causal language model", "use one")
     if getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", True) is False:
@@ -73,9 +94,10 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
     known = config.model_type in _ROTATES_EVERY_LAYER and len(modules) == config.num_hidden_layers
     for module in modules if known else ():
-        composing = (r for r in candidate_rotations(model, module) if r.composes(_head_dim(config)))  # type: ignore[attr-defined]
-        module.miso_rotation = next(composing, None)
-        known = known and module.miso_rotation is not None
+        composing = (r for r in candidate_rotations(model, module) if r.composes(_head_dim(config)))
+        rotation = next(composing, None)
+        set_query_rotation(module, rotation)
+        known = known and rotation is not None
     reason = "" if known else f"how {config.model_type} rotates queries cannot be checked without its weights"
     return _with_length(ModelSupport(known, True, window, config.num_hidden_layers, reason), config, max_length)
 
@@ -88,7 +110,11 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
             f"Got {model_type}, in which {len(probe.queries)} of {layers} layers pass keyword arguments on to attention: the "
             "others would ignore the contexts. Expected all of them. Fix: use a supported architecture (see the README)."
         )
-    unmergeable = {"sinks": "attention sinks", "position_bias": "a position bias", "value_dim": "values of another size"}
+    unmergeable = {
+        "sinks": "attention sinks",
+        "position_bias": "a position bias",
+        "value_dim": "values of another size",
+    }
     for argument, what in unmergeable.items():
         if argument in probe.arguments:
             raise ValueError(
@@ -118,11 +144,11 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
         x, y = (q[0].transpose(0, 1) for q in (query, moved))
         offset = torch.full((x.shape[0],), distance, device=x.device)
         if _far(x, y) < tolerance:
-            module.miso_rotation = _identity  # a layer without positions
+            set_query_rotation(module, _identity)  # a layer without positions
             continue
         rotations = candidate_rotations(model, module)
-        fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset), y) < tolerance]  # type: ignore[attr-defined]
-        module.miso_rotation = fits[0] if fits else None
+        fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset), y) < tolerance]
+        set_query_rotation(module, fits[0] if fits else None)
         shares = shares and bool(fits)
         relative = relative and bool(rotations)
     reason = "" if shares else "the model's queries cannot be rotated after the fact"
@@ -190,4 +216,6 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _refuse(config: PreTrainedConfig, got: str, expected: str, fix: str) -> None:
-    raise ValueError(f"Got a {config.model_type} model with {got}, expected {expected}: MISO cannot train it. Fix: {fix}.")
+    raise ValueError(
+        f"Got a {config.model_type} model with {got}, expected {expected}: MISO cannot train it. Fix: {fix}."
+    )
