@@ -6,13 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads co
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
+import pytest
+import torch
+from datasets import Dataset
 
-from trl_miso import MISOSFTConfig  # noqa: E402
-from trl_miso.sources.crab import crab_row  # noqa: E402
-from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows  # noqa: E402
+from trl_miso import MISOSFTConfig
+from trl_miso.sources.crab import crab_row
+from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,11 @@ def test_flash_attention_2_asks_for_flash_kernels(train):
         train(model)
 
 
+def test_flash_attention_2_without_its_package(train):
+    with _refused("flash_attention_2.*attention_kernel='torch_flash'"):
+        train("some/model", model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
 def test_kernel_without_its_package(train):
     with _refused("attention_kernel='flash_attn'.*not installed"):
         train(attention_kernel="flash_attn")
@@ -304,3 +309,30 @@ def test_registered_names_avoid_transformers_own():
             name = register_miso_attention(base, kernel)
             assert not any(word in name for word in ("flash", "sdpa", "flex_attention", "paged|", "/"))
             assert adapter.base_implementation(name) == base
+
+
+def test_loss_on_contexts_is_refused(train):
+    with _refused("completion_only_loss=False.*context_mode='single'"):
+        train(completion_only_loss=False)
+
+
+def test_dataset_with_a_transform(train, para_dataset):
+    with _refused("with_transform"):
+        train(dataset=para_dataset.with_transform(lambda batch: batch))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+@pytest.mark.parametrize("mode", ["para", "single"])
+def test_formatted_datasets_are_read_as_stored(train, para_dataset, kind, mode):
+    expected = train(context_mode=mode).train_dataset["input_ids"][:]
+    got = train(dataset=para_dataset.with_format(kind), context_mode=mode).train_dataset
+    assert got.with_format(None)["input_ids"][:] == expected
+
+
+def test_prepared_rows_are_taken_as_they_are(train):
+    """What a trainer prepared, saved and loaded, trains again without its text columns."""
+    prepared = train().train_dataset
+    again = train(dataset=prepared)
+    assert again.train_dataset["miso_layout"][:] == prepared["miso_layout"][:]
+    again.train()
+    assert again.state.log_history[0]["multi_context_share"] > 0

@@ -13,13 +13,12 @@ from trl import SFTConfig, SFTTrainer
 from trl_miso import MISOSFTConfig, MISOSFTTrainer, preparation
 from trl_miso.packing import plan_bins
 from trl_miso.preparation import RowPreparation, full_rows, pack_rows, prepare_rows, report_mixture, unshared_tokens
-from trl_miso.segments import decode
+from trl_miso.segments import decode, unshare
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 from trl_miso.tokenization import Layout, Tokenizer
 
 REAL = Path(__file__).parents[2] / "shared/data/multi_constraint/rows.jsonl"
-SINGLE_PATH = pytest.mark.xfail(strict=False, reason="the trainer hands prompt and messages rows to TRL as they are")
 COLUMNS = ["input_ids", "labels", "miso_layout"]
 
 
@@ -203,14 +202,13 @@ def test_messages_for_trl_need_no_answer_at_the_end_but_a_message(caplog):
     assert dropped(caplog) == ["Dropped 2 of 5 rows of the train dataset (first: row 1): an empty conversation."]
 
 
-@pytest.mark.parametrize("mode", ["succ", pytest.param("single", marks=SINGLE_PATH)])
+@pytest.mark.parametrize("mode", ["succ", "single"])
 def test_messages_without_an_answer(mode, tok, train):
     made = train([{"messages": m} for m in MESSAGES], context_mode=mode)
     expected = MESSAGES[:1] if mode == "succ" else [MESSAGES[0], MESSAGES[2], MESSAGES[4]]
     assert [row["input_ids"] for row in made] == [tok.apply_chat_template(m, return_dict=False) for m in expected]
 
 
-@SINGLE_PATH
 def test_empty_completions_are_dropped_from_prompt_rows_in_single_mode_too(train, caplog):
     rows = [{"prompt": "the sea", "completion": c} for c in (" is blue", "", None, " ")]
     assert len(train(rows, context_mode="single")) == 1
@@ -324,7 +322,7 @@ SHAREGPT = [
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("mode", ["auto", "succ", pytest.param("single", marks=SINGLE_PATH)])
+@pytest.mark.parametrize("mode", ["auto", "succ", "single"])
 def test_sharegpt_rows_are_trained_as_messages(mode, streamed, tok, train):
     rows = Dataset.from_list(SHAREGPT)
     made = train(stream(rows) if streamed else rows, context_mode=mode)
@@ -413,7 +411,6 @@ def test_plain_text_with_constraints_is_the_same_in_every_mode(tok, train):
     assert made["input_ids"] == single[0]["input_ids"]
 
 
-@SINGLE_PATH
 def test_single_mode_of_plain_text_with_constraints(tok, train):
     rows = [{"prompt": "the sea\nAnswer:\n", "constraints": ["Rhyme!", "No commas."], "completion": "blue"}]
     expected = prepare(rows, tok, mode="single", template="\nAnswer:\n")
@@ -438,8 +435,10 @@ def test_bins_hold_whole_examples_by_their_tokens(shared, crab, tok):
         assert sum(sizes[i] for i in members) <= capacity or len(members) == 1
     assert sorted(i for members in bins for i in members) == list(range(len(rows)))
     assert sum(len(members) == 1 and sizes[members[0]] > capacity for members in bins) == 9
-    # by their own copies examples are larger, so fewer fit
-    assert sum(sizes) < sum(unshared_tokens(example_of(row)) for row in rows) or not shared
+    # what the collator will make of them
+    copied = [unshare(example_of(row), [])[0].num_tokens for row in rows]
+    assert [unshared_tokens(example_of(row)) for row in rows] == copied
+    assert sum(len(row["input_ids"]) for row in rows) < sum(copied)
 
 
 def test_the_mixture_is_logged(tok, caplog):

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -377,14 +377,24 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     assert list(tokenizer._ids(rendered, add_special_tokens=False)) == expected
 
 
+def test_special_tokens_that_take_spaces_along_are_no_place_to_cut():
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<mask>", special=True, lstrip=True)]})
+    row = Row([[user(f"the sea   <mask> {end}")] for end in ("a", "b")], [assistant("blue")])
+    (made,) = tokenize(tokenizer, [row])
+    for context, ids in zip(row.contexts, made.contexts, strict=True):
+        prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True, return_dict=False)
+        assert prompt[: len(ids)] == ids
+
+
 # Layout
 
 
 def test_truncation_cuts_the_end_of_the_output_to_the_longest_path():
-    tokenized = Tokenized([[1, 2, 3, 4], [1, 5], [1, 2, 6]], [7, 8, 9], [-100, 8, 9])
+    tokenized = Tokenized([[1, 5], [1, 2, 3, 4], [1, 2, 6]], [7, 8, 9], [-100, 8, 9])
     for max_length, output in ((7, [7, 8, 9]), (6, [7, 8])):
         prepared = layout(max_length=max_length)(tokenized, "para", None)
-        assert prepared["input_ids"] == [1, 2, 3, 4, 6, 5, *output]
+        assert prepared["input_ids"] == [1, 5, 2, 3, 4, 6, *output]
         assert prepared["labels"] == [-100] * 7 + output[1:]
         example = example_of(prepared)
         paths = [sum(example.segments[i].length for i in example.path(b.segment)) for b in example.branches]

@@ -10,6 +10,8 @@ A prompt is a string or a list of messages. Row formats, by their columns (the f
 | `prompt`, `completion` | `prompt` |
 | `messages` or ShareGPT `conversations`, ending in an assistant turn | `messages` |
 | the text field | `text`: one context, plain language modelling |
+
+Constraints are added to the last message, or to a string before its `response_template`, if it has one.
 """
 
 from typing import Any, NamedTuple
@@ -85,7 +87,7 @@ def resolve_mode(mode: str, kind: str) -> str:
     return mode
 
 
-def full_row(row: dict[str, Any], kind: str) -> Row:
+def full_row(row: dict[str, Any], kind: str, response_template: str | None = None) -> Row:
     """The row with its full context alone: what standard inference would see."""
     if kind == "messages":
         messages = to_messages(row)
@@ -98,19 +100,21 @@ def full_row(row: dict[str, Any], kind: str) -> Row:
             raise RowDropped("an empty context: the contexts column is empty")
         prompt = _prompt(contexts[0], "contexts")
     elif kind == "constraints" and not row.get("full_prompt"):
-        prompt = _with_constraints(_prompt(row["prompt"], "prompt"), _constraints(row))
+        prompt = _with_constraints(_prompt(row["prompt"], "prompt"), _constraints(row), response_template)
     else:
         column = "full_prompt" if kind == "constraints" else "prompt"
         prompt = _prompt(row[column], column)
     return _row([prompt], row["completion"])
 
 
-def parallel_row(row: dict[str, Any], kind: str, include_full: bool, include_bare: bool) -> Row:
+def parallel_row(
+    row: dict[str, Any], kind: str, include_full: bool, include_bare: bool, response_template: str | None = None
+) -> Row:
     """The row with its parallel contexts (paper, section 5.1): full, one per constraint, bare; each listed once.
 
     A row without constraints, or with a prompt but no contexts, keeps its full context only.
     """
-    full = full_row(row, kind)
+    full = full_row(row, kind, response_template)
     if kind == "contexts":
         contexts = [_prompt(context, "contexts") for context in _list_of(row, "contexts", (str, list))]
         if not contexts:
@@ -126,7 +130,7 @@ def parallel_row(row: dict[str, Any], kind: str, include_full: bool, include_bar
     if not constraints:
         return full
     bare = _prompt(row["prompt"], "prompt")
-    contexts = [*full.contexts, *(_with_constraints(bare, [c]) for c in constraints), bare]
+    contexts = [*full.contexts, *(_with_constraints(bare, [c], response_template) for c in constraints), bare]
     contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
     return _row([c for i, c in enumerate(contexts) if c not in contexts[:i]], full.completion)
 
@@ -199,16 +203,18 @@ def _says_something(message: dict[str, Any]) -> bool:
     return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
-def _with_constraints(prompt: Prompt, constraints: list[str]) -> Prompt:
+def _with_constraints(prompt: Prompt, constraints: list[str], response_template: str | None) -> Prompt:
     """The base instruction followed by constraints, as Crab writes most of its rows."""
     if not constraints:
         return prompt
     if isinstance(prompt, str):
-        return f"{prompt}\n\n" + "\n".join(constraints)
+        at = prompt.rfind(response_template) if response_template else -1
+        base = prompt[:at].rstrip() if at >= 0 else prompt
+        return f"{base}\n\n" + "\n".join(constraints) + prompt[len(base) :]
     last = prompt[-1]
     if not isinstance(last.get("content"), str):
         raise _wrong_type(last, "prompt", "its last message to have text content, which constraints are added to")
-    return [*prompt[:-1], {**last, "content": _with_constraints(last["content"], constraints)}]
+    return [*prompt[:-1], {**last, "content": _with_constraints(last["content"], constraints, None)}]
 
 
 def _constraints(row: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Raw dataset to prepared dataset: contexts, tokens, layout; rows dropped and counted; packing."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -62,10 +63,11 @@ class RowPreparation:
     def _contexts(self, row: dict[str, Any], index: int) -> Row | RowDropped:
         with _naming(index):
             try:
-                full = full_row(row, self.kind)
+                template = self.tokenizer.response_template
+                full = full_row(row, self.kind, template)
                 if self.mode != "para" or not self.layout.is_mixed(full):
                     return full
-                made = parallel_row(row, self.kind, self.include_full, self.include_bare)
+                made = parallel_row(row, self.kind, self.include_full, self.include_bare, template)
             except RowDropped as reason:
                 return reason
             anchored = self.layout.full_context_weight is not None and made.weights is None
@@ -144,34 +146,53 @@ def report_dropped(reasons: Iterable[str], name: str) -> None:
         )
 
 
+def report_truncated(before: AnyDataset, after: AnyDataset, name: str) -> None:
+    """Log how many rows TRL dropped since truncation left no label. Raises ValueError if it was all of them."""
+    if isinstance(before, Dataset) and isinstance(after, Dataset) and len(after) < len(before):
+        reason = "no label left within max_length"
+        logger.warning(f"Dropped {len(before) - len(after)} of {len(before)} rows of the {name} dataset: {reason}.")
+        if not len(after):
+            report_dropped([reason] * len(before), name)
+
+
 def report_mixture(dataset: AnyDataset, name: str) -> None:
     """Log how many rows mix contexts and what sharing saves."""
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or not logger.isEnabledFor(logging.INFO):
         return
-    batches = dataset.select_columns("miso_layout").iter(1000)
-    examples = [example for batch in batches for layout in batch["miso_layout"] for example in decode(layout)]
-    mixed = [example for example in examples if example.branches]
-    if not examples:
-        return
-    tokens = sum(example.num_tokens for example in examples)
-    unshared = sum(unshared_tokens(example) for example in examples)
-    contexts = sum(len(example.branches) for example in mixed) / max(len(mixed), 1)
+    count = Counter[str]()
+    for batch in dataset.select_columns("miso_layout").iter(1000):
+        for example in chain.from_iterable(map(decode, batch["miso_layout"])):
+            count["examples"] += 1
+            count["mixed"] += bool(example.branches)
+            count["contexts"] += len(example.branches)
+            count["tokens"] += example.num_tokens
+            count["unshared"] += unshared_tokens(example)
     logger.info(
-        f"{name} dataset: {len(examples)} examples, {len(mixed) / len(examples):.0%} with several contexts ({contexts:.1f} on "
-        f"average), {tokens} tokens ({unshared} without shared prefixes)."
+        f"{name} dataset: {count['examples']} examples, {count['mixed'] / max(count['examples'], 1):.0%} with several contexts "
+        f"({count['contexts'] / max(count['mixed'], 1):.1f} on average), {count['tokens']} tokens ({count['unshared']} without "
+        "shared prefixes)."
     )
 
 
-def full_rows(dataset: AnyDataset, kind: str, name: str, num_proc: int | None) -> AnyDataset:
+def full_rows(
+    dataset: AnyDataset, kind: str, name: str, num_proc: int | None, response_template: str | None = None
+) -> AnyDataset:
     """Rows of our own formats as rows for TRL's preparation: prompt and completion with the full context, or messages."""
-    return _to_trl(dataset, _TRLRows(kind), name, num_proc)
+    return _to_trl(dataset, _TRLRows(kind, response_template), name, num_proc)
 
 
 def augmented_rows(
-    dataset: AnyDataset, kind: str, include_full: bool, include_bare: bool, name: str, num_proc: int | None
+    dataset: AnyDataset,
+    kind: str,
+    include_full: bool,
+    include_bare: bool,
+    name: str,
+    num_proc: int | None,
+    response_template: str | None = None,
 ) -> AnyDataset:
     """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation."""
-    return _to_trl(dataset, _TRLRows(kind, True, include_full, include_bare), name, num_proc)
+    rows = _TRLRows(kind, response_template, augment=True, include_full=include_full, include_bare=include_bare)
+    return _to_trl(dataset, rows, name, num_proc)
 
 
 @dataclass(frozen=True)
@@ -179,6 +200,7 @@ class _TRLRows:
     """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped."""
 
     kind: str
+    response_template: str | None = None
     augment: bool = False
     include_full: bool = True
     include_bare: bool = True
@@ -210,9 +232,9 @@ class _TRLRows:
             if self.kind == "messages":
                 return [messages_row(row)]  # TRL's masks apply, which need no assistant turn at the end
             if self.augment:
-                made = parallel_row(row, self.kind, self.include_full, self.include_bare)
+                made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template)
             else:
-                made = full_row(row, self.kind)
+                made = full_row(row, self.kind, self.response_template)
             return [as_trl_row(row, context, made.completion) for context in made.contexts]
 
 
@@ -278,7 +300,12 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     """The row's `tools` and `chat_template_kwargs`, as TRL passes them to the chat template."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise ValueError(
+            f"Got {kwargs!r:.200} in column 'chat_template_kwargs', expected a dict. Fix: convert the column."
+        )
+    return {"tools": tools, **kwargs}
 
 
 @contextmanager

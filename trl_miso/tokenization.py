@@ -114,7 +114,7 @@ class Tokenizer:
             if at < 0 or not prompt.endswith(first[at:]):
                 raise ValueError(
                     f"Got a prompt that ends with {prompt[-100:]!r}, expected every prompt and context to end with "
-                    f"response_template {self.response_template!r}. Fix: correct response_template, or add it to the prompts."
+                    f"response_template {self.response_template!r}. Fix: correct response_template, or end the prompts with it."
                 )
         return first[:at]
 

@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
@@ -197,10 +198,9 @@ class MISOSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> AnyDataset:
-        if packing and args.max_length is None:
-            raise ValueError(
-                "Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length."
-            )
+        _check_dataset(dataset, args, packing)
+        if isinstance(dataset, Dataset):
+            dataset = dataset.with_format(None)
         names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
         training = self._training_mode is None  # TRL prepares the training set first
         if "miso_layout" in names:  # prepared before
@@ -211,47 +211,42 @@ class MISOSFTTrainer(SFTTrainer):
         if training:
             self._training_mode = mode
         standard = not training and args.eval_contexts == "standard"
-        num_proc = args.dataset_num_proc
         if mode in ("single", "augment"):
-            if kind in ("contexts", "constraints", "messages"):
+            if kind not in ("text", "tokenized"):
                 dataset = self._as_prompts(dataset, kind, "single" if standard else mode, args, dataset_name)
-            before = len(dataset) if isinstance(dataset, Dataset) else 0
+            raw = dataset
             dataset = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-            if isinstance(dataset, Dataset) and "input_ids" not in names:
-                kept = [""] * len(dataset)
-                preparation.report_dropped(
-                    kept + ["no label left within max_length"] * (before - len(kept)), dataset_name
-                )
+            preparation.report_truncated(raw, dataset, dataset_name)
         else:
-            rows = RowPreparation(
-                kind=kind,
-                mode="single" if standard else mode,
-                include_full=args.include_full,
-                include_bare=args.include_bare,
-                tokenizer=Tokenizer(
-                    processing_class, self.chat_template, args.response_template, args.assistant_only_loss
-                ),
-                layout=_layout(args),
-            )
-            dataset = preparation.prepare_rows(dataset, rows, dataset_name, num_proc)
-        dataset = preparation.add_layout(dataset, num_proc)
+            dataset = self._prepare_contexts(dataset, kind, "single" if standard else mode, args, dataset_name)
+        dataset = preparation.add_layout(dataset, args.dataset_num_proc)
         preparation.report_mixture(dataset, dataset_name)
         if packing:
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
-            dataset = preparation.pack_rows(dataset, args.max_length, self._packs_shared, num_proc)
+            dataset = preparation.pack_rows(dataset, args.max_length, self._packs_shared, args.dataset_num_proc)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
+    def _prepare_contexts(
+        self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str
+    ) -> AnyDataset:
+        if args.completion_only_loss is False:
+            raise ValueError(
+                f"Got completion_only_loss=False with context_mode={args.context_mode!r}, expected None or True: with several contexts "
+                "only their common output has a loss. Fix: leave it unset, or set context_mode='single'."
+            )
+        tokenizer = Tokenizer(self._tokenizer, self.chat_template, args.response_template, args.assistant_only_loss)
+        rows = RowPreparation(kind, mode, args.include_full, args.include_bare, tokenizer, _layout(args))
+        return preparation.prepare_rows(dataset, rows, name, args.dataset_num_proc)
+
     def _as_prompts(self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str) -> AnyDataset:
-        """Rows of our formats as rows that TRL prepares; their loss is on the completion, as for prompt-completion rows."""
-        if kind == "messages":
-            return dataset
-        if args.completion_only_loss is None:
+        """Rows of our formats as rows that TRL prepares; with a completion, the loss is on it by default."""
+        if kind != "messages" and args.completion_only_loss is None:
             self.completion_only_loss = True
+        common = name, args.dataset_num_proc, args.response_template
         if mode == "augment":
-            num_proc = args.dataset_num_proc
-            return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, name, num_proc)
-        return preparation.full_rows(dataset, kind, name, args.dataset_num_proc)
+            return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common)
+        return preparation.full_rows(dataset, kind, *common)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(preparation.COLUMNS)
@@ -321,7 +316,28 @@ def _check_request(
             "Fix: set truncation_mode='keep_start'."
         )
     if isinstance(model, str):
+        _check_flash_attention(args)
         source = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
         check_config(AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **source}))
-    elif isinstance(getattr(model, "config", None), object) and hasattr(model, "config"):
+    else:
         check_config(model.config)
+
+
+def _check_dataset(dataset: AnyDataset, args: MISOSFTConfig, packing: bool) -> None:
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            "Got a dataset with a transform (Dataset.with_transform), which preparation would bake in or read past. Expected stored "
+            "columns. Fix: apply the transform with Dataset.map before training."
+        )
+    if packing and args.max_length is None:
+        raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
+
+
+def _check_flash_attention(args: MISOSFTConfig) -> None:
+    asked = (args.model_init_kwargs or {}).get("attn_implementation") == "flash_attention_2"
+    if asked and not (is_flash_attn_2_available() or is_kernels_available()):
+        raise ValueError(
+            "Got attn_implementation='flash_attention_2' without a usable flash-attn package, expected it to be installed on a "
+            "machine with CUDA. Fix: pip install 'trl-miso[flash]', or use the same kernel from torch with "
+            "attn_implementation='sdpa' and attention_kernel='torch_flash'."
+        )
