@@ -34,14 +34,14 @@ from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, check_constraints, synthetic_rows
 
-EMBEDDED_ROWS = 1600
+EMBEDDED_ROWS = 1000
 EMBEDDED_ARGUMENTS = {
     "output_dir": "crab-miso",
-    "learning_rate": 3e-3,
+    "learning_rate": 5e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 32,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 16,
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "save_strategy": "no",

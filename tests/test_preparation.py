@@ -151,7 +151,7 @@ MIXED = [GOOD, *BAD.values(), GOOD, *BAD.values()]
 
 
 def dropped(caplog):
-    return [record.getMessage().split("] ", 1)[1] for record in caplog.records if "Dropped" in record.getMessage()]
+    return [record.getMessage().split("] ", 1)[-1] for record in caplog.records if "Dropped" in record.getMessage()]
 
 
 @pytest.mark.parametrize("mode", ["para", "succ", "single"])

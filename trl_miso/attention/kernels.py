@@ -137,39 +137,31 @@ class Cpu:
     def forward(self, q, k, v, call, options):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
+        q_, k_, v_, out_ = (_heads_first(x) for x in (q, k, v, out))
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         for rows, keys in _sequences(call):
-            parts = []
-            for part, causal, mask in _cpu_parts(rows, keys, options, q):
-                parts.append(
-                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                        _bhld(q, rows), _bhld(k, part), _bhld(v, part), 0.0, causal, attn_mask=mask, scale=options.scale
-                    )
-                )
-            o, part_lse = parts[0]
-            if len(parts) == 2:
-                o, part_lse = _merge_two(parts[0], parts[1])
-            out[rows] = o[0].transpose(0, 1)
+            parts = [
+                attend(q_[:, :, rows], k_[:, :, part], v_[:, :, part], 0.0, causal, attn_mask=mask, scale=options.scale)
+                for part, causal, mask in _cpu_parts(rows, keys, options, q)
+            ]
+            o, part_lse = parts[0] if len(parts) == 1 else _merge_two(*parts)
+            out_[:, :, rows] = o
             lse[:, rows] = part_lse[0]
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, call, options):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q_, k_, v_, out_, dout_ = (_heads_first(x) for x in (q, k, v, out, dout))
+        dq_, dk_, dv_ = (_heads_first(x) for x in (dq, dk, dv))
+        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         for rows, keys in _sequences(call):
+            given = dout_[:, :, rows], q_[:, :, rows]
+            saved = out_[:, :, rows], lse[None, :, rows].contiguous()
             for part, causal, mask in _cpu_parts(rows, keys, options, q):
-                gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    _bhld(dout, rows),
-                    _bhld(q, rows),
-                    _bhld(k, part),
-                    _bhld(v, part),
-                    _bhld(out, rows),
-                    lse[None, :, rows].contiguous(),
-                    0.0,
-                    causal,
-                    attn_mask=mask,
-                    scale=options.scale,
-                )
-                for total, where, gradient in zip((dq, dk, dv), (rows, part, part), gradients, strict=True):
-                    total[where] += gradient[0].transpose(0, 1)
+                read = k_[:, :, part], v_[:, :, part]
+                gradients = differentiate(*given, *read, *saved, 0.0, causal, attn_mask=mask, scale=options.scale)
+                for total, where, gradient in zip((dq_, dk_, dv_), (rows, part, part), gradients, strict=True):
+                    total[:, :, where] += gradient
         return dq, dk, dv
 
 
@@ -292,8 +284,9 @@ def _sequences(call: Varlen) -> list[tuple[slice, slice]]:
     return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False)]
 
 
-def _bhld(x: torch.Tensor, rows: slice) -> torch.Tensor:
-    return x[rows].transpose(0, 1)[None]
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(T, heads, D) as a (1, heads, T, D) view."""
+    return x.transpose(0, 1)[None]
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
