@@ -13,7 +13,7 @@ On Crab (a hub id, or a local .jsonl / .parquet file in any row format of trl_mi
         --attn_implementation flash_attention_2 \
         --chat_template_path path/to/template.jinja \
         --max_length 4096 --packing \
-        --learning_rate 5e-6 --warmup_ratio 0.1 --num_train_epochs 3 \
+        --learning_rate 5e-6 --warmup_steps 0.1 --num_train_epochs 3 \
         --per_device_train_batch_size 1 --gradient_accumulation_steps 32 \
         --output_dir Llama-3-8B-MISO
 
@@ -76,19 +76,19 @@ def load_rows(script_args: ScriptArguments) -> DatasetDict | IterableDatasetDict
 
 def adapt(dataset: Any, chat: bool) -> Any:
     """Crab rows as prompt, constraints, completion; plain-text rows as chat messages if the model is a chat model."""
-    names = list(next(iter(dataset)))
-    if "cnt_id" in names and "messages" in names:
-        return dataset.map(crab_row, remove_columns=names, features=crab_features())
-    if chat and isinstance(next(iter(dataset)).get("prompt"), str):
-        return dataset.map(as_messages)
-    return dataset
+    first = next(iter(dataset))
+    if "cnt_id" in first and "messages" in first:
+        return dataset.map(crab_row, remove_columns=list(first), features=crab_features())
+    return dataset.map(as_messages) if chat and isinstance(first.get("completion"), str) else dataset
 
 
 def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["completion"]}],
-    }
+    def user(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    prompts = {name: user(row[name]) for name in ("prompt", "full_prompt") if row.get(name) is not None}
+    contexts = {"contexts": [user(text) for text in row["contexts"]]} if row.get("contexts") else {}
+    return prompts | contexts | {"completion": [{"role": "assistant", "content": row["completion"]}]}
 
 
 def toy_model(dataset: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -122,6 +122,11 @@ def main(script_args: ScriptArguments, training_args: MISOSFTConfig, model_args:
     dataset = load_rows(script_args)
     train = dataset[script_args.dataset_train_split]
     if model_args.model_name_or_path is None:
+        if model_args.attn_implementation or model_args.dtype != ModelConfig().dtype:
+            raise ValueError(
+                "Got attn_implementation or dtype without a model, expected them unset for the built-in toy model. Fix: set "
+                "--model_name_or_path, or leave them out."
+            )
         model, tokenizer = toy_model(train)
     else:
         model = model_args.model_name_or_path
@@ -135,6 +140,11 @@ def main(script_args: ScriptArguments, training_args: MISOSFTConfig, model_args:
         }
     chat = bool(tokenizer.chat_template or training_args.chat_template_path) and training_args.response_template is None
     evaluates = training_args.eval_strategy != "no"
+    if evaluates and script_args.dataset_test_split not in dataset:
+        raise ValueError(
+            f"Got eval_strategy={training_args.eval_strategy!r} and a data set with splits {list(dataset)}, expected one named "
+            f"{script_args.dataset_test_split!r}. Fix: set --dataset_test_split, or --eval_strategy no."
+        )
     trainer = MISOSFTTrainer(
         model=model,
         args=training_args,
@@ -151,9 +161,8 @@ def main(script_args: ScriptArguments, training_args: MISOSFTConfig, model_args:
     trainer.save_model(training_args.output_dir)
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trainer.accelerator.print(
-        f"\nTraining loss: {losses[0]:.2f} -> {losses[-1]:.2f}. Saved to {training_args.output_dir}."
-    )
+    course = f"Training loss: {losses[0]:.2f} -> {losses[-1]:.2f}. " if losses else ""
+    trainer.accelerator.print(f"\n{course}Saved to {training_args.output_dir}.")
     if example and trainer.is_world_process_zero():
         print(f"\nA held-out instruction: {example['full_prompt'][-1]['content']}")
         show("Before", before, example["constraints"])

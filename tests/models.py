@@ -63,6 +63,40 @@ CONFIGS = {
     "cohere2": lambda **k: t.Cohere2Config(**_SIZES | {"sliding_window": 128, "layer_types": _SLIDING} | k),
     "smollm3": lambda **k: t.SmolLM3Config(**_SIZES | {"no_rope_layers": [1, 0, 1]} | k),
     "olmo2": lambda **k: t.Olmo2Config(**_SIZES | k),
+    "olmo3": lambda **k: t.Olmo3Config(**_SIZES | {"sliding_window": 128, "layer_types": _SLIDING} | k),
+    "ministral3": lambda **k: t.Ministral3Config(
+        **_SIZES
+        | {
+            "head_dim": 16,
+            "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.5,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        }
+        | k
+    ),
+    "gemma4": lambda **k: t.Gemma4TextConfig(
+        **_SIZES
+        | {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 512,
+        }
+        | k
+    ),
     "granite": lambda **k: t.GraniteConfig(**_SIZES | k),
     "starcoder2": lambda **k: t.Starcoder2Config(
         **_SIZES | {"residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": None} | k

@@ -65,7 +65,7 @@ def test_unknown_columns_are_refused_with_the_known_ones():
         ("succ", "constraints", "succ"),
         ("single", "messages", "single"),
         ("augment", "contexts", "augment"),
-        ("para", "tokenized", "single"),
+        ("auto", "tokenized", "single"),
     ],
 )
 def test_modes(mode, kind, expected):

@@ -107,8 +107,12 @@ def _small(config_class, **sizes):
             ),
             "GptOssForCausalLM.*attention sinks",
         ),
+        (
+            lambda: _small(t.DogeConfig, intermediate_size=32, num_key_value_heads=2),
+            "DogeForCausalLM.*mask in a way of its own",
+        ),
     ],
-    ids=["stablelm", "nemotron", "bloom", "gpt_oss"],
+    ids=["stablelm", "nemotron", "bloom", "gpt_oss", "doge"],
 )
 def test_architectures(make, match):
     with _refused(match):
@@ -336,3 +340,101 @@ def test_prepared_rows_are_taken_as_they_are(train):
     assert again.train_dataset["miso_layout"][:] == prepared["miso_layout"][:]
     again.train()
     assert again.state.log_history[0]["multi_context_share"] > 0
+
+
+def test_queries_scaled_by_position_are_not_relative(train):
+    """Ministral 3 scales queries beyond its original length: neither rotation nor right-alignment is right there."""
+    with _refused("ministral3.*scaled by their position beyond 64 tokens.*after_longest"):
+        train(tiny_model("ministral3"))
+    assert train(tiny_model("ministral3"), output_positions="after_longest").data_collator.share_prefixes
+    assert prepare_model(tiny_model("ministral3"), NAME, 64).shares
+
+
+def test_vanilla_weighting_needs_windows_that_do_not_bind(train):
+    with _refused("context_weighting='vanilla'.*sliding window of 300"):
+        train(tiny_model("mistral", sliding_window=300), context_weighting="vanilla")
+
+
+def test_rows_packed_by_trl_keep_their_borders(train):
+    rows = {"input_ids": [list(range(5, 29))] * 4, "labels": [list(range(5, 29))] * 4, "seq_lengths": [[10, 14]] * 4}
+    trainer = train(dataset=Dataset.from_dict(rows))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert batch["miso_cu_seqlens_q"].tolist() == [0, 10, 24]
+    with _refused("seq_lengths"):
+        train(dataset=Dataset.from_dict(rows), max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "match"),
+    [
+        ({"input_ids": [5, 6, 7]}, {"context_mode": "succ"}, "context_mode='succ'"),
+        (
+            {"contexts": ["a b", "c b"], "context_weights": [1.0, 2.0]},
+            {"context_weighting": "fid"},
+            "context_weighting",
+        ),
+        (
+            {"contexts": ["a b", "c b"], "context_weights": [1.0, 2.0]},
+            {"full_context_weight": 0.5},
+            "full_context_weight",
+        ),
+        ({"contexts": ["a b", "c b"]}, {"include_full": False}, "include_full"),
+        ({"prompt": "a b"}, {"full_context_weight": 0.5}, "full_context_weight"),
+        ({"prompt": "a b"}, {"include_bare": False}, "include_bare"),
+        ({"prompt": "a b"}, {"output_positions": "after_longest"}, "output_positions"),
+    ],
+)
+def test_settings_without_effect(train, row, options, match):
+    row = row if "input_ids" in row else row | {"completion": " c"}
+    with _refused(match):
+        train(dataset=Dataset.from_list([row]), **options)
+
+
+def test_prepared_rows_are_packed_but_never_cut(train):
+    prepared = train().train_dataset
+    packed = train(dataset=prepared, packing=True, max_length=700).train_dataset
+    assert len(packed) < len(prepared)
+    assert sum(map(len, packed["input_ids"])) == sum(map(len, prepared["input_ids"]))
+    with _refused("row . has an example of .* positions, expected at most max_length=40"):
+        train(dataset=prepared, max_length=40)
+
+
+def test_bins_are_measured_without_sharing_where_dropout_forbids_it(train):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(lora_dropout=0.1, target_modules=["q_proj"])
+    for model, options in (
+        (tiny_model("llama"), {"peft_config": config}),
+        (peft.get_peft_model(tiny_model("llama"), config), {}),
+        (tiny_model("phi3", resid_pdrop=0.1), {}),
+    ):
+        trainer = train(model, packing=True, max_length=3000, **options)
+        assert not trainer.data_collator.share_prefixes
+        assert max(trainer.data_collator([row])["input_ids"].shape[1] for row in trainer.train_dataset) <= 3000
+
+
+def test_probe_is_handed_on_by_fsdp_as_it_is():
+    """FSDP rebuilds dataclasses and dicts among the inputs; layers would note their metadata in a copy."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    probe = adapter.Probe()
+    assert _apply_to_tensors(lambda x: x, {"miso_probe": probe})["miso_probe"] is probe
+
+
+def test_config_overrides_reach_the_check(train, tokenizer, tmp_path):
+    tiny_model("llama", attention_dropout=0.1).save_pretrained(tmp_path)
+    with _refused("attention_dropout=0.1"):
+        train(str(tmp_path))
+    train(str(tmp_path), model_init_kwargs={"attention_dropout": 0.0}).train()
+
+
+def test_arguments_of_another_class(train, make_config):
+    from dataclasses import dataclass
+
+    from trl import SFTConfig
+
+    @dataclass
+    class Mine(SFTConfig):
+        extra: int = 1
+
+    with _refused("Mine with .'extra'"):
+        MISOSFTTrainer(tiny_model("llama"), make_config(Mine))

@@ -29,6 +29,8 @@ OTHERS = [
     "cohere2",
     "smollm3",
     "olmo2",
+    "olmo3",
+    "gemma4",
     "granite",
     "starcoder2",
 ]
@@ -203,3 +205,10 @@ def test_one_context_is_ordinary_attention():
             logits[:-1].double(), labels[1:], ignore_index=-100, reduction="sum"
         )
     _assert_same(model, got, expected)
+
+
+@pytest.mark.parametrize("name", REQUIRED + OTHERS)
+def test_every_listed_model_shares_prefixes(name):
+    """The models of these tests take the shared path, not the fallback of a copy for every context."""
+    support = prepare_model(tiny_model(name), register_miso_attention("sdpa", "auto"), 512)
+    assert support.shares and support.relative and not support.reason

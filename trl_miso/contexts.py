@@ -70,12 +70,12 @@ def row_format(columns: list[str], text_field: str) -> str:
 def resolve_mode(mode: str, kind: str) -> str:
     """The mode that rows of this format are trained in. Raises ValueError if the format cannot be."""
     if kind in ("text", "tokenized"):
-        if mode in ("auto", "single") or kind == "tokenized":
+        if mode in ("auto", "single"):
             return "single"
         raise ValueError(
-            f"Got context_mode={mode!r} for rows of plain text, which have no input apart from their output, expected rows "
-            "with a prompt and a completion. Fix: split the text into prompt and completion columns, or set "
-            "context_mode='single'."
+            f"Got context_mode={mode!r} for rows of {'plain text' if kind == 'text' else 'tokens'}, which have no input apart from "
+            "their output, expected rows with a prompt and a completion. Fix: give the prompt and the completion as columns, or "
+            "set context_mode='single'."
         )
     if mode == "auto":
         return _AUTO[kind]

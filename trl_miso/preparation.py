@@ -259,6 +259,19 @@ def add_layout(dataset: AnyDataset, num_proc: int | None) -> AnyDataset:
     return dataset.select_columns([name for name in COLUMNS if name in names or name == "miso_layout"])
 
 
+def check_prepared(dataset: AnyDataset, max_length: int | None, name: str) -> None:
+    """Raise ValueError if a row prepared before has an example longer than `max_length`: it is no longer cut."""
+    if max_length is None or not isinstance(dataset, Dataset):
+        return
+    for index, row in enumerate(dataset.select_columns("miso_layout")):
+        longest = max(example.end(len(example.segments) - 1) for example in decode(row["miso_layout"]))
+        if longest > max_length:
+            raise ValueError(
+                f"Got a prepared {name} dataset whose row {index} has an example of {longest} positions, expected at most "
+                f"max_length={max_length}. Fix: prepare it again from its text, or set max_length={longest}."
+            )
+
+
 def pack_rows(dataset: AnyDataset, max_length: int, shared: bool, num_proc: int | None) -> AnyDataset:
     """Bins of whole examples with at most `max_length` unique tokens, planned over batches of rows as TRL's packing is."""
     return _map(dataset.select_columns(COLUMNS), _Packing(max_length, shared), num_proc, "Packing examples")
@@ -289,7 +302,17 @@ def unshared_tokens(example: Example) -> int:
 
 
 def _single_layouts(batch: dict[str, list]) -> dict[str, list[list[int]]]:
-    return {"miso_layout": [encode(single(len(ids))) for ids in batch["input_ids"]]}
+    """One causal run a row, or one for each of the `seq_lengths` of a row that TRL packed."""
+    layouts = []
+    for i, ids in enumerate(batch["input_ids"]):
+        lengths = batch["seq_lengths"][i] if "seq_lengths" in batch else [len(ids)]
+        if sum(lengths) != len(ids):
+            raise ValueError(
+                f"Got a packed row of {len(ids)} tokens with seq_lengths {lengths!r:.100}, expected them to add up to its tokens. Fix: "
+                "set max_length to at least the length it was packed to."
+            )
+        layouts.append(list(chain.from_iterable(encode(single(length)) for length in lengths)))
+    return {"miso_layout": layouts}
 
 
 def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:

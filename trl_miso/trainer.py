@@ -7,7 +7,6 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
-    AutoConfig,
     DataCollator,
     EvalPrediction,
     PreTrainedModel,
@@ -16,16 +15,13 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
-from trl_miso import preparation
+from trl_miso import guards, preparation
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
-from trl_miso.attention.kernels import resolve_kernel
-from trl_miso.attention.mixture import KernelOptions
-from trl_miso.attention.support import check_config, check_probe, prepare_model, sharing_obstacle
+from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle
 from trl_miso.collator import MISODataCollator
 from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
@@ -99,7 +95,7 @@ class MISOSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ):
         args = _miso_config(args, model)
-        _check_request(args, model, data_collator, processing_class, peft_config)
+        config = guards.check_request(args, model, data_collator, processing_class, peft_config)
         # Multi-process data loading must not concatenate flat batches.
         if args.accelerator_config.dispatch_batches:
             logger.warning(
@@ -108,9 +104,10 @@ class MISOSFTTrainer(SFTTrainer):
         args.accelerator_config.dispatch_batches = False
         self._training_mode: str | None = None
         self._probed: set[str] = set()
-        # Known before the model is: what bins are measured by. The model may still turn sharing off below.
-        noisy = args.neftune_noise_alpha or getattr(peft_config, "lora_dropout", 0)
-        self._packs_shared = args.share_prefixes and not noisy
+        # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
+        known = model if isinstance(model, torch.nn.Module) else None
+        noise = sharing_obstacle(known, config, args.neftune_noise_alpha)
+        self._packs_shared = args.share_prefixes and not noise and not getattr(peft_config, "lora_dropout", 0)
         super().__init__(
             model=model,
             args=args,
@@ -132,26 +129,25 @@ class MISOSFTTrainer(SFTTrainer):
     def _install(self, args: MISOSFTConfig) -> None:
         """Switch the model's attention and the collator over, now that TRL has made the model and wrapped it."""
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
-            raise ValueError(
-                "Got context or sequence parallelism, which splits a row's tokens across ranks; expected every rank to hold whole "
-                "rows. Fix: use FSDP or DeepSpeed ZeRO-3, and gradient checkpointing, to save memory."
-            )
+        guards.check_parallelism(self.accelerator.parallelism_config)
         base = base_implementation(base_model.config.get_text_config()._attn_implementation)
         self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
-        self._check_kernel(base_model, base, args)
-        mixes = self._training_mode not in ("single", "augment")  # None: prepared by the user
-        self._check_positions(args, mixes)
+        mode = self._training_mode or "para"  # the user prepared the rows, and may have made contexts
+        guards.check_kernel(args, base_model, base, self.accelerator.device)
+        guards.check_positions(args, mode, base_model.config.model_type, self._support)
         share = args.share_prefixes
-        if share and mixes:
-            rotates = self._training_mode != "succ" and args.output_positions == "successive"
-            reason = sharing_obstacle(self.model, args.neftune_noise_alpha)
+        if share and mode in ("para", "succ"):
+            rotates = mode == "para" and args.output_positions == "successive"
+            reason = sharing_obstacle(self.model, self.model.config, args.neftune_noise_alpha)
             if rotates and not self._support.shares:
                 reason = reason or self._support.reason
             if reason:
+                larger = (
+                    " Bins were planned with shared prefixes and can exceed max_length." if self._packs_shared else ""
+                )
                 logger.warning(
                     f"share_prefixes is turned off: {reason}. Every context gets its own copy of its tokens."
+                    f"{larger if args.packing else ''}"
                 )
                 share = False
         self.data_collator = MISODataCollator(
@@ -162,33 +158,6 @@ class MISOSFTTrainer(SFTTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
 
-    def _check_kernel(self, model: PreTrainedModel, base: str, args: MISOSFTConfig) -> None:
-        """Refuse a kernel that cannot run now rather than in the first step."""
-        config = model.config.get_text_config()
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        options = KernelOptions(1.0, softcap=getattr(config, "attn_logit_softcapping", None) or 0.0)
-        resolve_kernel(
-            args.attention_kernel, base == "flash_attention_2", self.accelerator.device, dtype, head_dim, options
-        )
-
-    def _check_positions(self, args: MISOSFTConfig, mixes: bool) -> None:
-        support, model_type = self._support, self.model.config.model_type
-        para = mixes and self._training_mode != "succ"
-        if para and args.output_positions == "successive" and not support.relative:
-            raise ValueError(
-                f"Got a {model_type} model, whose positions are not rotary, with output_positions='successive': its output cannot "
-                "follow contexts of different lengths. Expected a rotary model. Fix: set output_positions='after_longest'."
-            )
-        gap = mixes and (not para or args.output_positions == "after_longest")
-        if support.window and gap:
-            raise ValueError(
-                f"Got a {model_type} model with a sliding window of {support.window} tokens and max_length={args.max_length}, with "
-                f"{'succ chunks' if not para else 'after_longest positions'}: contexts that do not end where their output begins "
-                f"cannot honour a window shorter than a row. Expected max_length <= {support.window}. Fix: set max_length="
-                f"{support.window}, or train on para contexts with output_positions='successive'."
-            )
-
     def _prepare_dataset(
         self,
         dataset: AnyDataset,
@@ -198,16 +167,18 @@ class MISOSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> AnyDataset:
-        _check_dataset(dataset, args, packing)
+        guards.check_dataset(dataset, args, packing)
         if isinstance(dataset, Dataset):
             dataset = dataset.with_format(None)
         names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
         training = self._training_mode is None  # TRL prepares the training set first
         if "miso_layout" in names:  # prepared before
             self._training_mode = self._training_mode or "para"
-            return dataset
+            preparation.check_prepared(dataset, args.max_length, dataset_name)
+            return self._pack(dataset, args) if packing else dataset
         kind = row_format(names, args.dataset_text_field)
         mode = resolve_mode(args.context_mode, kind)
+        guards.check_settings(args, mode, kind, names)
         if training:
             self._training_mode = mode
         standard = not training and args.eval_contexts == "standard"
@@ -222,10 +193,13 @@ class MISOSFTTrainer(SFTTrainer):
         dataset = preparation.add_layout(dataset, args.dataset_num_proc)
         preparation.report_mixture(dataset, dataset_name)
         if packing:
-            if args.shuffle_dataset:
-                dataset = dataset.shuffle(seed=args.seed)
-            dataset = preparation.pack_rows(dataset, args.max_length, self._packs_shared, args.dataset_num_proc)
+            dataset = self._pack(dataset, args)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _pack(self, dataset: AnyDataset, args: MISOSFTConfig) -> AnyDataset:
+        if args.shuffle_dataset:  # bins are planned over neighbouring rows
+            dataset = dataset.shuffle(seed=args.seed)
+        return preparation.pack_rows(dataset, args.max_length, self._packs_shared, args.dataset_num_proc)
 
     def _prepare_contexts(
         self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str
@@ -284,60 +258,11 @@ def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
     if isinstance(args, MISOSFTConfig):
         return args
     values = args.to_dict()
+    unknown = sorted(set(values) - set(MISOSFTConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(
+            f"Got args of type {type(args).__name__} with {unknown}, expected fields of MISOSFTConfig. Fix: derive "
+            f"{type(args).__name__} from MISOSFTConfig."
+        )
     hidden = [name for name in values if name.endswith("_token")]  # to_dict replaces hub_token, eos_token, ...
     return MISOSFTConfig(**values | {name: getattr(args, name) for name in hidden})
-
-
-def _check_request(
-    args: MISOSFTConfig, model: Any, data_collator: Any, processing_class: Any, peft_config: Any
-) -> None:
-    """Refuse what needs no model or data to be known wrong."""
-    if data_collator is not None:
-        raise ValueError(
-            f"Got data_collator={type(data_collator).__name__}, expected None: the batch layout is part of the method. Fix: drop it, "
-            "and do per-row work in the dataset."
-        )
-    if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            f"Got processing_class={type(processing_class).__name__}, expected a tokenizer: MISO trains on text. Fix: pass "
-            "processor.tokenizer."
-        )
-    prompt_learning = getattr(peft_config, "is_prompt_learning", False) or any(
-        getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
-    )
-    if prompt_learning:
-        raise ValueError(
-            "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
-            "weights. Fix: use LoRA or another adapter."
-        )
-    if args.truncation_mode != "keep_start" and args.context_mode != "single":
-        raise ValueError(
-            f"Got truncation_mode={args.truncation_mode!r}, expected 'keep_start': the end of an output can be cut, a context cannot. "
-            "Fix: set truncation_mode='keep_start'."
-        )
-    if isinstance(model, str):
-        _check_flash_attention(args)
-        source = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
-        check_config(AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **source}))
-    else:
-        check_config(model.config)
-
-
-def _check_dataset(dataset: AnyDataset, args: MISOSFTConfig, packing: bool) -> None:
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(
-            "Got a dataset with a transform (Dataset.with_transform), which preparation would bake in or read past. Expected stored "
-            "columns. Fix: apply the transform with Dataset.map before training."
-        )
-    if packing and args.max_length is None:
-        raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
-
-
-def _check_flash_attention(args: MISOSFTConfig) -> None:
-    asked = (args.model_init_kwargs or {}).get("attn_implementation") == "flash_attention_2"
-    if asked and not (is_flash_attn_2_available() or is_kernels_available()):
-        raise ValueError(
-            "Got attn_implementation='flash_attention_2' without a usable flash-attn package, expected it to be installed on a "
-            "machine with CUDA. Fix: pip install 'trl-miso[flash]', or use the same kernel from torch with "
-            "attn_implementation='sdpa' and attention_kernel='torch_flash'."
-        )

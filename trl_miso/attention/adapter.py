@@ -7,7 +7,7 @@ runs `miso_attention`; without them (evaluation of other batches, generation) ex
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,9 @@ class _LazyMask:
     def __init__(self, make: Callable[[], Any]):
         self._make, self._made, self._mask = make, False, None
 
+    def __getitem__(self, index: Any) -> "_LazyMask":
+        return _LazyMask(lambda: mask if (mask := self.get()) is None else mask[index])
+
     def get(self) -> Any:
         if not self._made:
             self._mask, self._made = self._make(), True
@@ -87,16 +90,17 @@ def _mask(*args: Any, base: str, **kwargs: Any) -> Any:
     return make()
 
 
-@dataclass
 class Probe:
     """Passed as the model's keyword argument `miso_probe`: notes which attention modules receive keyword arguments.
 
-    With `skip_attention` attention returns zeros: what is left is each layer's query at given positions.
+    With `skip_attention` attention returns zeros: what is left is each layer's query at given positions. Not a dataclass:
+    FSDP hands copies of those to the layers.
     """
 
-    skip_attention: bool = False
-    queries: dict[nn.Module, torch.Tensor | None] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, skip_attention: bool = False):
+        self.skip_attention = skip_attention
+        self.queries: dict[nn.Module, torch.Tensor | None] = {}
+        self.arguments: dict[str, Any] = {}
 
     def record(self, module: nn.Module, query: torch.Tensor, **arguments: Any) -> None:
         self.queries[module] = query.detach() if self.skip_attention else None
@@ -236,12 +240,13 @@ def candidate_rotations(model: nn.Module, attention: nn.Module) -> list[ModelRot
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         return []
-    layer_type = getattr(attention, "layer_type", None)
-    rotaries = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    takes_type = ["layer_type" in inspect.signature(m.forward).parameters for m in rotaries]
-    return [
-        ModelRotation(m, layer_type if typed else None, apply) for m, typed in zip(rotaries, takes_type, strict=True)
-    ]
+    own = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
+    rotations = []
+    for rotary in (m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")):
+        typed = "layer_type" in inspect.signature(rotary.forward).parameters
+        types = [own] if own else sorted(set(getattr(rotary, "layer_types", ())))
+        rotations += [ModelRotation(rotary, layer_type, apply) for layer_type in (types if typed else [None])]
+    return rotations
 
 
 def set_implementation(model: PreTrainedModel, name: str) -> None:

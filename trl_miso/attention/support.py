@@ -1,7 +1,7 @@
 """Can this model be trained with MISO, and how do its layers rotate queries? Asked before training, never guessed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,13 +13,16 @@ from trl_miso.attention.adapter import Probe, candidate_rotations, set_implement
 logger = logging.get_logger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_OTHER_DROPOUTS = (
+    *("resid_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout"),
+    *("hidden_dropout", "hidden_dropout_prob", "dropout", "activation_dropout"),
+)
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Families in which every layer rotates its queries, known from their sources. Only asked where no forward can run.
 _ROTATES_EVERY_LAYER = [
     "llama",
     "mistral",
     "ministral",
-    "ministral3",
     "mixtral",
     "qwen2",
     "qwen2_moe",
@@ -123,12 +126,15 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
             )
 
 
-def sharing_obstacle(model: nn.Module, neftune_noise_alpha: float | None) -> str:
-    """Why equal tokens would not have equal hidden states in training, or ''."""
+def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_noise_alpha: float | None) -> str:
+    """Why equal tokens would not have equal hidden states in training, or ''. Without a model its config decides."""
     if neftune_noise_alpha:
         return f"NEFTune noise (neftune_noise_alpha={neftune_noise_alpha}) makes equal tokens unequal"
-    rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
-    return f"dropout (p={max(rates)}) makes equal tokens unequal" if rates else ""
+    text = config.get_text_config()
+    rates = {rate for name in _OTHER_DROPOUTS if isinstance(rate := getattr(text, name, None), float)}
+    if model is not None:
+        rates |= {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    return f"dropout (p={max(rates)}) makes equal tokens unequal" if max(rates, default=0) > 0 else ""
 
 
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
@@ -151,7 +157,8 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
         set_query_rotation(module, fits[0] if fits else None)
         shares = shares and bool(fits)
         relative = relative and bool(rotations)
-    reason = "" if shares else "the model's queries cannot be rotated after the fact"
+    reason = "its queries cannot be rotated after the fact" if relative else "its positions are not rotary"
+    reason = "" if shares else reason
     return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
 
 
@@ -166,10 +173,10 @@ def _run(model: PreTrainedModel, start: int) -> Probe:
     try:
         with torch.no_grad():
             model(input_ids=ids, position_ids=positions, use_cache=False, miso_probe=probe)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(
-            f"Got {type(model).__name__}, which does not take the metadata as keyword arguments ({error}). Expected a model that "
-            "passes them on to attention. Fix: use a supported architecture (see the README)."
+            f"Got {type(model).__name__}, which fails on keyword arguments for attention or uses its mask in a way of its own "
+            f"({error}). Expected a model that passes them on. Fix: use a supported architecture (see the README)."
         ) from error
     finally:
         model.train(training)
@@ -186,12 +193,21 @@ def _far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _with_length(support: ModelSupport, config: PreTrainedConfig, max_length: int | None) -> ModelSupport:
-    """No sharing where the rotation depends on the length of the batch: an offset alone would be turned differently."""
+    """What changes beyond a length that a short forward cannot show.
+
+    Where the rotation depends on the length of the batch, an offset alone would be turned differently: no sharing. Where
+    queries are scaled by their position, attention is not relative.
+    """
     for rope in _rope_parameters(config):
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if rope.get("rope_type") in ("dynamic", "longrope") and (max_length or math.inf) > original:
+        if (max_length or math.inf) <= original:
+            continue
+        if rope.get("llama_4_scaling_beta") or getattr(config, "attn_temperature_tuning", None):
+            reason = f"queries are scaled by their position beyond {original} tokens (max_length={max_length})"
+            return replace(support, shares=False, relative=False, reason=reason)
+        if rope.get("rope_type") in ("dynamic", "longrope"):
             reason = f"{rope['rope_type']} positions change beyond {original} tokens (max_length={max_length})"
-            return ModelSupport(False, support.relative, support.window, support.layers, reason)
+            return replace(support, shares=False, reason=reason)
     return support
 
 
