@@ -105,7 +105,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: l
     """Greedy answer by standard inference: the plain model on the plain prompt."""
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
-        out = model.eval().generate(**inputs.to(model.device), max_new_tokens=80, do_sample=False)
+        out = model.eval().generate(**inputs.to(model.device), max_new_tokens=40, do_sample=False)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -154,8 +154,8 @@ def main(script_args: ScriptArguments, training_args: MISOSFTConfig, model_args:
         quantization_config=get_quantization_config(model_args) if model_args.model_name_or_path else None,
         peft_config=get_peft_config(model_args),
     )
-    example = crab_row(dataset["test"][3]) if embedded else None
-    before = answer(trainer.model, tokenizer, example["full_prompt"]) if example else ""
+    held_out = crab_row(dataset["test"][0]) if embedded else None
+    before = answer(trainer.model, tokenizer, held_out["full_prompt"]) if held_out else ""
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
@@ -163,10 +163,10 @@ def main(script_args: ScriptArguments, training_args: MISOSFTConfig, model_args:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     course = f"Training loss: {losses[0]:.2f} -> {losses[-1]:.2f}. " if losses else ""
     trainer.accelerator.print(f"\n{course}Saved to {training_args.output_dir}.")
-    if example and trainer.is_world_process_zero():
-        print(f"\nA held-out instruction: {example['full_prompt'][-1]['content']}")
-        show("Before", before, example["constraints"])
-        show("After", answer(trainer.model, tokenizer, example["full_prompt"]), example["constraints"])
+    if held_out and trainer.is_world_process_zero():
+        print(f"\nA held-out instruction: {held_out['full_prompt'][-1]['content']}")
+        show("Before", before, held_out["constraints"])
+        show("After", answer(trainer.model, tokenizer, held_out["full_prompt"]), held_out["constraints"])
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
