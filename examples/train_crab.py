@@ -34,7 +34,7 @@ from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, check_constraints, synthetic_rows
 
-EMBEDDED_ROWS = 1000
+EMBEDDED_ROWS = 800
 EMBEDDED_ARGUMENTS = {
     "output_dir": "crab-miso",
     "learning_rate": 5e-3,

@@ -89,6 +89,12 @@ def _small(config_class, **sizes):
     return t.AutoModelForCausalLM.from_config(config_class(**base | sizes))
 
 
+def _falcon_h1():
+    """Attention and a state-space mixer side by side in every layer: all layers receive the metadata."""
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
+    return _small(t.FalconH1Config, intermediate_size=32, num_key_value_heads=2, head_dim=16, **sizes)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -111,8 +117,9 @@ def _small(config_class, **sizes):
             lambda: _small(t.DogeConfig, intermediate_size=32, num_key_value_heads=2),
             "DogeForCausalLM.*mask in a way of its own",
         ),
+        (_falcon_h1, "falcon_h1.*hybrid"),
     ],
-    ids=["stablelm", "nemotron", "bloom", "gpt_oss", "doge"],
+    ids=["stablelm", "nemotron", "bloom", "gpt_oss", "doge", "falcon_h1"],
 )
 def test_architectures(make, match):
     with _refused(match):
@@ -438,3 +445,14 @@ def test_arguments_of_another_class(train, make_config):
 
     with _refused("Mine with .'extra'"):
         MISOSFTTrainer(tiny_model("llama"), make_config(Mine))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_tokens_that_meet_outside_of_attention(layer):
+    """A token shift in one layer's MLP, as recurrent and convolutional layers have, joins packed contexts."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[layer].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x + torch.nn.functional.pad(x, (0, 0, 1, -1)))
+    with _refused("LlamaForCausalLM, in which tokens see each other outside of attention"):
+        prepare_model(model, NAME, None)

@@ -94,6 +94,8 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     window = _window(model, config, max_length)
     if all(not p.is_meta and not hasattr(p, "ds_id") for p in model.parameters()):
         return _probe(model, config, window, max_length)
+    if any(isinstance(m, nn.Conv1d | nn.RNNBase) or "Mamba" in type(m).__name__ for m in model.modules()):
+        _refuse(config, "recurrent or convolutional layers", "a pure attention model", "use one")
     modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
     known = config.model_type in _ROTATES_EVERY_LAYER and len(modules) == config.num_hidden_layers
     for module in modules if known else ():
@@ -140,13 +142,14 @@ def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
     """Compare each layer's queries at two positions: turned by the model's rotation, the same, or neither."""
     distance = 5
-    probes = [_run(model, start) for start in (0, distance)]
+    probes = [_run(model, start)[0] for start in (0, distance)]
     check_probe(probes[0], config.num_hidden_layers, model)
+    _check_isolation(model)
     relative, shares = True, True
     for module, query in probes[0].queries.items():
         moved = probes[1].queries[module]
         assert query is not None and moved is not None
-        tolerance = 1e-3 if query.dtype in (torch.float32, torch.float64) else 5e-2
+        tolerance = _tolerance(query.dtype)
         x, y = (q[0].transpose(0, 1) for q in (query, moved))
         offset = torch.full((x.shape[0],), distance, device=x.device)
         if _far(x, y) < tolerance:
@@ -162,17 +165,29 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
     return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
 
 
-def _run(model: PreTrainedModel, start: int) -> Probe:
+def _check_isolation(model: PreTrainedModel) -> None:
+    """Without attention no token may see another: recurrent and convolutional layers would join packed contexts."""
+    (probe, logits), (changed, changed_logits) = _run(model, 0), _run(model, 0, first=1)
+    pairs = [(q[0].transpose(0, 1), changed.queries[m][0].transpose(0, 1)) for m, q in probe.queries.items()]  # type: ignore[index]
+    if any(_far(x[1:], y[1:]) > _tolerance(x.dtype) for x, y in [*pairs, (logits, changed_logits)]):
+        raise ValueError(
+            f"Got {type(model).__name__}, in which tokens see each other outside of attention (recurrent or convolutional layers). "
+            "Expected a pure attention model. Fix: use a supported architecture (see the README)."
+        )
+
+
+def _run(model: PreTrainedModel, start: int, first: int = 3) -> tuple[Probe, torch.Tensor]:
+    """A forward without attention over 8 tokens from position `start`: the probe, and the logits (8, vocabulary)."""
     probe = Probe(skip_attention=True)
     device = model.get_input_embeddings().weight.device
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(3, 11, device=device) % vocab)[None]
+    ids = (torch.tensor([first, *range(4, 11)], device=device) % vocab)[None]
     positions = torch.arange(start, start + ids.shape[1], device=device)[None]
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            model(input_ids=ids, position_ids=positions, use_cache=False, miso_probe=probe)
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False, miso_probe=probe).logits[0]
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"Got {type(model).__name__}, which fails on keyword arguments for attention or uses its mask in a way of its own "
@@ -180,7 +195,11 @@ def _run(model: PreTrainedModel, start: int) -> Probe:
         ) from error
     finally:
         model.train(training)
-    return probe
+    return probe, logits
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def _identity(x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
