@@ -148,6 +148,24 @@ def test_evaluation_is_standard_inference_by_default(para_dataset, tokenizer, ma
     assert results["miso"]["eval_multi_context_share"] > 0.5
 
 
+@pytest.mark.parametrize("kind", ["prompt-completion", "messages", "text"])
+def test_standard_evaluation_needs_no_constraints(crab_rows, para_dataset, tokenizer, make_config, kind):
+    """Training on para rows by request, evaluating on rows of any format; the loss is on the output."""
+    dataset = _plain(crab_rows, kind)
+    config = make_config(context_mode="para", eval_strategy="steps", eval_steps=1)
+    trainer = MISOSFTTrainer(
+        tiny_model("llama"),
+        config,
+        train_dataset=para_dataset,
+        eval_dataset={"train": dataset, "other": dataset.select(range(8))},
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert {"eval_train_loss", "eval_other_loss"} <= set().union(*trainer.state.log_history)
+    rows = trainer.eval_dataset["other"]
+    assert all((-100 in labels) == (kind != "text") for labels in rows["labels"])
+
+
 def test_evaluate_takes_a_fresh_raw_dataset(para_dataset, tokenizer, make_config):
     trainer = MISOSFTTrainer(tiny_model("llama"), make_config(), train_dataset=para_dataset, processing_class=tokenizer)
     assert trainer.evaluate(para_dataset.select(range(8)))["eval_loss"] > 0

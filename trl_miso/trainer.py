@@ -177,19 +177,23 @@ class MISOSFTTrainer(SFTTrainer):
             preparation.check_prepared(dataset, args.max_length, dataset_name)
             return self._pack(dataset, args) if packing else dataset
         kind = row_format(names, args.dataset_text_field)
-        mode = resolve_mode(args.context_mode, kind)
-        guards.check_settings(args, mode, kind, names)
+        if not training and args.eval_contexts == "standard":
+            mode = "single"
+            as_trl = kind in ("text", "tokenized") or self._training_mode in ("single", "augment")
+        else:
+            mode = resolve_mode(args.context_mode, kind)
+            guards.check_settings(args, mode, kind, names)
+            as_trl = mode in ("single", "augment")
         if training:
             self._training_mode = mode
-        standard = not training and args.eval_contexts == "standard"
-        if mode in ("single", "augment"):
+        if as_trl:
             if kind not in ("text", "tokenized"):
-                dataset = self._as_prompts(dataset, kind, "single" if standard else mode, args, dataset_name)
+                dataset = self._as_prompts(dataset, kind, mode, args, dataset_name)
             raw = dataset
             dataset = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
             preparation.report_truncated(raw, dataset, dataset_name)
         else:
-            dataset = self._prepare_contexts(dataset, kind, "single" if standard else mode, args, dataset_name)
+            dataset = self._prepare_contexts(dataset, kind, mode, args, dataset_name)
         dataset = preparation.add_layout(dataset, args.dataset_num_proc)
         preparation.report_mixture(dataset, dataset_name)
         if packing:
