@@ -92,7 +92,8 @@ def _rows(**kwargs):
 def test_equals_one_row_per_context(name):
     model = tiny_model(name)
     kernel = "reference" if name == "gemma2" else "cpu"  # softcap
-    _assert_same(model, _loss(model, _rows(), kernel), _oracle(model))
+    tolerance = 1e-5 if name in REQUIRED else 5e-5  # float32 summed in another order, in deeper or scaled models
+    _assert_same(model, _loss(model, _rows(), kernel), _oracle(model), tolerance)
 
 
 @pytest.mark.parametrize("weighting", ["fid", "vanilla"])
