@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions
-from trl_miso.attention.support import ModelSupport, check_config
+from trl_miso.attention.support import ModelSupport, check_config, head_dim
 from trl_miso.config import MISOSFTConfig
 from trl_miso.preparation import AnyDataset
 
@@ -116,9 +116,8 @@ def check_kernel(args: MISOSFTConfig, model: PreTrainedModel, base: str, device:
     """Refuse a kernel that cannot run now rather than in the first step."""
     config = model.config.get_text_config()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     options = KernelOptions(1.0, softcap=getattr(config, "attn_logit_softcapping", None) or 0.0)
-    resolve_kernel(args.attention_kernel, base == "flash_attention_2", device, dtype, head_dim, options)
+    resolve_kernel(args.attention_kernel, base == "flash_attention_2", device, dtype, head_dim(config), options)
 
 
 def check_positions(args: MISOSFTConfig, mode: str, model_type: str, support: ModelSupport) -> None:

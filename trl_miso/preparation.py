@@ -17,7 +17,7 @@ from trl.data_utils import get_dataset_column_names
 
 from trl_miso.contexts import KEPT, Row, RowDropped, as_trl_row, full_row, messages_row, parallel_row
 from trl_miso.packing import plan_bins
-from trl_miso.segments import Example, decode, encode, single
+from trl_miso.segments import Example, decode, encode, single, unshare
 from trl_miso.tokenization import Layout, Tokenizer, columns
 
 logger = get_logger(__name__)
@@ -295,10 +295,7 @@ class _Packing:
 
 def unshared_tokens(example: Example) -> int:
     """Tokens of the example when every context has its own copy."""
-    if not example.branches:
-        return example.num_tokens
-    paths = sum(example.segments[i].length for branch in example.branches for i in example.path(branch.segment))
-    return paths + example.segments[-1].length
+    return unshare(example, [])[0].num_tokens
 
 
 def _single_layouts(batch: dict[str, list]) -> dict[str, list[list[int]]]:

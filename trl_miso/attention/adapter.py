@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -209,8 +209,7 @@ class ModelRotation:
         norm = torch.hypot(cos, sin)  # long-context variants scale both
         cos, sin = cos / norm, sin / norm
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        takes_key = "k" in inspect.signature(self.apply).parameters
-        turned = self.apply(turned, turned, cos, sin)[0] if takes_key else self.apply(turned, cos, sin)
+        turned = self.apply(turned, turned, cos, sin)[0] if _takes_key(self.apply) else self.apply(turned, cos, sin)
         return torch.cat([turned, rest], dim=-1)[0].transpose(0, 1).to(x_NHD.dtype)
 
     def composes(self, head_dim: int) -> bool:
@@ -224,6 +223,12 @@ class ModelRotation:
 
     def _device(self) -> torch.device:
         return next((b.device for b in self.rotary.buffers()), torch.device("cpu"))
+
+
+@cache
+def _takes_key(apply: Callable[..., Any]) -> bool:
+    """Whether a model's `apply_rotary_pos_emb` turns query and key together."""
+    return "k" in inspect.signature(apply).parameters
 
 
 def set_query_rotation(module: nn.Module, rotation: Rotation | None) -> None:

@@ -228,10 +228,12 @@ def resolve_kernel(
     names = list(KERNELS) if requested == "auto" else [requested]
     if flash_only:
         names = [name for name in names if name in ("flash_attn", "torch_flash")]
-    reasons = {name: KERNELS[name].refuses(device, dtype, head_dim, options) for name in names}
-    for name, reason in reasons.items():
+    reasons = {}
+    for name in names:
+        reason = KERNELS[name].refuses(device, dtype, head_dim, options)
         if reason is None:
             return KERNELS[name]
+        reasons[name] = reason
     asked = f"attention_kernel={requested!r}" + (" with attn_implementation='flash_attention_2'" if flash_only else "")
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it is no FlashAttention-2 kernel"
     raise ValueError(

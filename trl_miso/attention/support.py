@@ -6,11 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation, set_query_rotation
-
-logger = logging.get_logger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _OTHER_DROPOUTS = (
@@ -99,7 +96,7 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
     known = config.model_type in _ROTATES_EVERY_LAYER and len(modules) == config.num_hidden_layers
     for module in modules if known else ():
-        composing = (r for r in candidate_rotations(model, module) if r.composes(_head_dim(config)))
+        composing = (r for r in candidate_rotations(model, module) if r.composes(head_dim(config)))
         rotation = next(composing, None)
         set_query_rotation(module, rotation)
         known = known and rotation is not None
@@ -142,12 +139,12 @@ def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
     """Compare each layer's queries at two positions: turned by the model's rotation, the same, or neither."""
     distance = 5
-    probes = [_run(model, start)[0] for start in (0, distance)]
-    check_probe(probes[0], config.num_hidden_layers, model)
-    _check_isolation(model)
+    (first, logits), (second, _) = _run(model, 0), _run(model, distance)
+    check_probe(first, config.num_hidden_layers, model)
+    _check_isolation(model, first, logits)
     relative, shares = True, True
-    for module, query in probes[0].queries.items():
-        moved = probes[1].queries[module]
+    for module, query in first.queries.items():
+        moved = second.queries[module]
         assert query is not None and moved is not None
         tolerance = _tolerance(query.dtype)
         x, y = (q[0].transpose(0, 1) for q in (query, moved))
@@ -165,9 +162,9 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
     return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
 
 
-def _check_isolation(model: PreTrainedModel) -> None:
+def _check_isolation(model: PreTrainedModel, probe: Probe, logits: torch.Tensor) -> None:
     """Without attention no token may see another: recurrent and convolutional layers would join packed contexts."""
-    (probe, logits), (changed, changed_logits) = _run(model, 0), _run(model, 0, first=1)
+    changed, changed_logits = _run(model, 0, first=1)
     pairs = [(q[0].transpose(0, 1), changed.queries[m][0].transpose(0, 1)) for m, q in probe.queries.items()]  # type: ignore[index]
     if any(_far(x[1:], y[1:]) > _tolerance(x.dtype) for x, y in [*pairs, (logits, changed_logits)]):
         raise ValueError(
@@ -246,7 +243,8 @@ def _window(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | 
     return smallest if max_length is None or smallest < max_length else 0
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
+    """Size of a query head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
