@@ -10,9 +10,10 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from trl_miso import MISOSFTConfig, MISOSFTTrainer, preparation
+from trl_miso import MISOSFTConfig, MISOSFTTrainer, preparation, report
 from trl_miso.packing import plan_bins
-from trl_miso.preparation import RowPreparation, full_rows, pack_rows, prepare_rows, report_mixture, unshared_tokens
+from trl_miso.preparation import RowPreparation, full_rows, pack_rows, prepare_rows
+from trl_miso.report import report_mixture
 from trl_miso.segments import decode, unshare
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
@@ -20,6 +21,7 @@ from trl_miso.tokenization import Layout, Tokenizer
 
 REAL = Path(__file__).parents[2] / "shared/data/multi_constraint/rows.jsonl"
 COLUMNS = ["input_ids", "labels", "miso_layout"]
+PREPARED = [*COLUMNS, "miso_row", "miso_cut"]
 
 
 def user(text):
@@ -74,7 +76,7 @@ def prepare(
     tokenizer = Tokenizer(tok, response_template=template)
     rows = RowPreparation(kind, mode, full, bare, tokenizer, layout(**options))
     dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
-    return prepare_rows(dataset, rows, "train", num_proc)
+    return prepare_rows(dataset, rows, "train", num_proc)[0]
 
 
 def example_of(row):
@@ -93,6 +95,11 @@ def output_of(row, tok):
 
 def learned(rows):
     return [(row["input_ids"], row["labels"]) for row in rows]
+
+
+def as_prompts(dataset, template=None):
+    """What TRL's own trainer is given in comparisons."""
+    return full_rows(dataset, "constraints", "train", None, template)[0].remove_columns("miso_row")
 
 
 def stream(dataset):
@@ -114,7 +121,8 @@ def test_draws_depend_on_seed_and_row_only(mode, crab, tok):
     assert list(prepare(stream(crab), tok, **options)) == expected
     assert list(prepare(crab.to_iterable_dataset(num_shards=3), tok, **options)) == expected
     order = [(7 * i + 3) % len(crab) for i in range(len(crab))]
-    assert list(prepare(crab.select(order), tok, **options)) == [expected[i] for i in order]
+    renumbered = [expected[i] | {"miso_row": [n]} for n, i in enumerate(order)]
+    assert list(prepare(crab.select(order), tok, **options)) == renumbered
     assert list(prepare(crab, tok, **options | {"seed": 1})) != expected
 
 
@@ -159,8 +167,9 @@ def dropped(caplog):
 def test_dropped_rows_are_counted_once_per_reason(mode, num_proc, tok, caplog):
     made = prepare(MIXED, tok, mode=mode, num_proc=num_proc)
     assert len(made) == 2
-    assert made.column_names == COLUMNS
-    assert made[0] == made[1]
+    assert made.column_names == PREPARED
+    assert learned(made)[0] == learned(made)[1]
+    assert made["miso_row"][:] == [[0], [4]]
     assert sorted(dropped(caplog)) == sorted(
         f"Dropped 2 of 8 rows of the train dataset (first: row {i}): {reason}." for i, reason in enumerate(BAD, start=1)
     )
@@ -169,14 +178,13 @@ def test_dropped_rows_are_counted_once_per_reason(mode, num_proc, tok, caplog):
 @pytest.mark.parametrize("mode", ["single", "augment"])
 def test_rows_for_trl_are_counted_alike(mode, tok, train, caplog):
     made = train(MIXED, context_mode=mode)
-    # "the sea" 300 times is for TRL's truncation to drop
+    # "the sea" 300 times is cut after TRL's tokenization, when a row may have become several
     assert len(made) == (2 if mode == "single" else 4)
-    reasons = list(BAD)[:2]
-    assert set(dropped(caplog)) >= {
-        f"Dropped 2 of 8 rows of the train dataset (first: row {i}): {reason}."
-        for i, reason in enumerate(reasons, start=1)
+    of = {"no label left within max_length": "2 of 4" if mode == "single" else "4 of 8"}
+    assert set(dropped(caplog)) == {
+        f"Dropped {of.get(reason, '2 of 8')} rows of the train dataset (first: row {i}): {reason}."
+        for i, reason in enumerate(BAD, start=1)
     }
-    assert any(list(BAD)[2] in line for line in dropped(caplog))
 
 
 @pytest.mark.parametrize("kind", ["constraints", "prompt", "contexts"])
@@ -184,12 +192,12 @@ def test_full_rows_for_trl(kind, caplog):
     rows = MIXED if kind == "constraints" else [row | {"constraints": None} for row in MIXED]
     if kind == "contexts":
         rows = [{"contexts": [row["prompt"]], "completion": row["completion"], "id": 1} for row in rows]
-    made = full_rows(Dataset.from_list(rows), kind, "train", None)
-    assert set(made.column_names) == {"prompt", "completion"}
+    made, _ = full_rows(Dataset.from_list(rows), kind, "train", None)
+    assert set(made.column_names) == {"prompt", "completion", "miso_row"}
     assert len(made) == 4
     assert len(dropped(caplog)) == 2
     prompt = "Describe the sea.\n\nRhyme." if kind == "constraints" else "Describe the sea."
-    assert made[0] == {"prompt": [user(prompt)], "completion": [assistant("Blue.")]}
+    assert made[0] == {"prompt": [user(prompt)], "completion": [assistant("Blue.")], "miso_row": [0]}
 
 
 MESSAGES = [[user("a"), assistant("b")], [], [user("a"), assistant("b"), user("c")], None, [user("d"), assistant("")]]
@@ -197,8 +205,11 @@ MESSAGES = [[user("a"), assistant("b")], [], [user("a"), assistant("b"), user("c
 
 def test_messages_for_trl_need_no_answer_at_the_end_but_a_message(caplog):
     """TRL's own masks decide what is learned, but it cannot read an empty list."""
-    made = full_rows(Dataset.from_list([{"messages": m, "id": 0} for m in MESSAGES]), "messages", "train", None)
-    assert list(made) == [{"messages": m} for m in (MESSAGES[0], MESSAGES[2], MESSAGES[4])]
+    made, reasons = full_rows(
+        Dataset.from_list([{"messages": m, "id": 0} for m in MESSAGES]), "messages", "train", None
+    )
+    assert list(made) == [{"messages": MESSAGES[i], "miso_row": [i]} for i in (0, 2, 4)]
+    assert reasons == {"an empty conversation": [1, 3]}
     assert dropped(caplog) == ["Dropped 2 of 5 rows of the train dataset (first: row 1): an empty conversation."]
 
 
@@ -240,14 +251,24 @@ def test_columns_have_types_even_if_the_first_thousand_rows_are_dropped(num_proc
     rows = [{"prompt": "the sea", "completion": ""}] * 1100 + [{"prompt": "the sea", "completion": " is blue"}]
     made = prepare(rows, tok, "prompt", "succ", num_proc)
     assert len(made) == 1
-    assert made.features == Features({name: List(Value("int64")) for name in COLUMNS})
+    assert made.features == Features({name: List(Value("int64")) for name in PREPARED})
 
 
 def test_streams_say_once_what_they_drop(tok, caplog):
     made = list(prepare(stream(MIXED * 3), tok))
     assert len(made) == 6
     assert len(dropped(caplog)) == 3
+    assert set(dropped(caplog)) == {
+        f"Dropped 6 of the first 24 streamed rows of the train dataset (first: row {i}): {reason}."
+        for i, reason in enumerate(BAD, start=1)
+    }
+
+
+def test_streams_also_say_what_they_drop_after_the_counted_rows(tok, caplog):
+    rows = [GOOD] * report.SAMPLE + list(BAD.values()) * 2
+    assert len(list(prepare(stream(rows), tok))) == report.SAMPLE
     assert {line.split(": ", 1)[1] for line in dropped(caplog)} == {f"{reason}." for reason in BAD}
+    assert len(dropped(caplog)) == 3
 
 
 # Errors name the row
@@ -297,7 +318,7 @@ def test_nulls_and_other_columns_do_no_harm(tok):
         GOOD | {"id": 2, "full_prompt": [user("Describe the sea. Rhyme.")], "score": 0.5},
     ]
     made = prepare(rows, tok)
-    assert made.column_names == COLUMNS
+    assert made.column_names == PREPARED
     assert [contexts_of(row) for row in made] == [2, 1, 3]
     assert [output_of(row, tok) for row in (made[0], made[2])] == ["<|assistant|>Blue.<|eos|>"] * 2
     assert list(prepare(stream(Dataset.from_list(rows)), tok)) == list(made)
@@ -312,7 +333,7 @@ def test_nulls_in_what_trl_reads(tok, train):
     expected = train([GOOD, GOOD], context_mode="single")
     assert train(rows, context_mode="single") == expected
     assert train(stream(rows), context_mode="single") == expected
-    assert train([rows[0]] * 1001 + rows, context_mode="single")[-2:] == expected
+    assert learned(train([rows[0]] * 1001 + rows, context_mode="single")[-2:]) == learned(expected)
 
 
 SHAREGPT = [
@@ -348,7 +369,7 @@ def test_streams_are_prepared_as_datasets_are(mode, packing, crab, train):
     expected = train(crab, **options)
     assert train(crab.to_iterable_dataset(), **options) == expected
     assert train(stream(crab), **options) == expected
-    assert all(set(row) == set(COLUMNS) for row in expected)
+    assert all(set(row) == set(COLUMNS if packing else PREPARED) for row in expected)
     sizes = [len(row["input_ids"]) for row in expected]
     assert all(
         sum(e.num_tokens for e in decode(row["miso_layout"])) == n for row, n in zip(expected, sizes, strict=True)
@@ -358,7 +379,7 @@ def test_streams_are_prepared_as_datasets_are(mode, packing, crab, train):
 
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_single_mode_is_sft(num_proc, crab, train):
-    data = full_rows(crab, "constraints", "train", None)
+    data = as_prompts(crab)
     expected = learned(train(data, SFTTrainer, max_length=120))
     assert 50 < len(expected) < len(crab)
     made = train(crab, context_mode="single", max_length=120, dataset_num_proc=num_proc)
@@ -366,7 +387,7 @@ def test_single_mode_is_sft(num_proc, crab, train):
     assert not any(example_of(row).branches for row in made)
     # para presents rows without constraints so
     plain = crab.filter(lambda row: not row["constraints"])
-    assert learned(train(plain)) == learned(train(full_rows(plain, "constraints", "train", None), SFTTrainer))
+    assert learned(train(plain)) == learned(train(as_prompts(plain), SFTTrainer))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +428,7 @@ def test_plain_text_with_constraints_is_the_same_in_every_mode(tok, train):
     para, single = (prepare(rows, tok, mode=mode, template="\nAnswer:\n") for mode in ("para", "single"))
     assert output_of(para[0], tok) == "\nAnswer:\nblue<|eos|>"
     assert tok.decode(single[0]["input_ids"]) == "the sea\n\nRhyme!\nNo commas.\nAnswer:\nblue<|eos|>"
-    (made,) = train(list(full_rows(Dataset.from_list(rows), "constraints", "train", None, "\nAnswer:\n")), SFTTrainer)
+    (made,) = train(as_prompts(Dataset.from_list(rows), "\nAnswer:\n"), SFTTrainer)
     assert made["input_ids"] == single[0]["input_ids"]
 
 
@@ -424,7 +445,7 @@ def test_single_mode_of_plain_text_with_constraints(tok, train):
 @pytest.mark.parametrize("shared", [True, False])
 def test_bins_hold_whole_examples_by_their_tokens(shared, crab, tok):
     rows = list(prepare(crab, tok, max_length=None))
-    sizes = [(example_of(row).num_tokens if shared else unshared_tokens(example_of(row))) for row in rows]
+    sizes = [(example_of(row).num_tokens if shared else example_of(row).num_unshared_tokens) for row in rows]
     capacity = sorted(sizes)[-10]  # nine examples are larger than a bin
     packed = list(pack_rows(prepare(crab, tok, max_length=None), capacity, shared, None))
     bins = plan_bins(sizes, capacity)
@@ -437,7 +458,7 @@ def test_bins_hold_whole_examples_by_their_tokens(shared, crab, tok):
     assert sum(len(members) == 1 and sizes[members[0]] > capacity for members in bins) == 9
     # what the collator will make of them
     copied = [unshare(example_of(row), [])[0].num_tokens for row in rows]
-    assert [unshared_tokens(example_of(row)) for row in rows] == copied
+    assert [example_of(row).num_unshared_tokens for row in rows] == copied
     assert sum(len(row["input_ids"]) for row in rows) < sum(copied)
 
 
@@ -445,7 +466,7 @@ def test_the_mixture_is_logged(tok, caplog):
     made = prepare([GOOD, GOOD | {"constraints": []}], tok)
     with caplog.at_level(logging.INFO):
         report_mixture(made, "train")
-    unshared = sum(unshared_tokens(example_of(row)) for row in made)
+    unshared = sum(example_of(row).num_unshared_tokens for row in made)
     tokens = sum(len(row["input_ids"]) for row in made)
     assert tokens < unshared
     assert caplog.messages[-1].endswith(

@@ -372,7 +372,7 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     made.append(
         Row([[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")])
     )
-    rendered = [tokenizer._render(row, {"tools": None}) for row in made]
+    rendered = tokenizer._render(made, [{"tools": None}] * len(made))
     expected = [[chat_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in rendered]
     assert list(tokenizer._ids(rendered, add_special_tokens=False)) == expected
 
@@ -497,4 +497,4 @@ def test_para_draws_follow_para_prob_and_the_row():
 
 def test_columns_are_those_of_the_dataset():
     prepared = layout()(Tokenized([[1, 2]], [3], [3]), "single", None)
-    assert prepared == columns([1, 2, 3], [-100, -100, 3], example_of(prepared))
+    assert prepared == columns([1, 2, 3], [-100, -100, 3], example_of(prepared)) | {"miso_cut": [0]}

@@ -14,7 +14,7 @@ from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions
 from trl_miso.attention.support import ModelSupport, check_config, head_dim
 from trl_miso.config import MISOSFTConfig
-from trl_miso.preparation import AnyDataset
+from trl_miso.report import AnyDataset
 
 
 def check_request(

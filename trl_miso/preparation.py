@@ -1,13 +1,11 @@
 """Raw dataset to prepared dataset: contexts, tokens, layout; rows dropped and counted; packing."""
 
 import json
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -17,16 +15,19 @@ from trl.data_utils import get_dataset_column_names
 
 from trl_miso.contexts import KEPT, Row, RowDropped, as_trl_row, full_row, messages_row, parallel_row
 from trl_miso.packing import plan_bins
-from trl_miso.segments import Example, decode, encode, single, unshare
+from trl_miso.report import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
+from trl_miso.segments import decode, encode, single
 from trl_miso.tokenization import Layout, Tokenizer, columns
 
 logger = get_logger(__name__)
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
-COLUMNS = ["input_ids", "labels", "miso_layout"]
+COLUMNS = ["input_ids", "labels", "miso_layout"]  # what the collator reads
+# The number of the raw row, and how many tokens of its output's end max_length took; lists, as in a packed row.
+_ORIGIN = ["miso_row", "miso_cut"]
 # Given, not inferred: the first rows may all be dropped, whose empty lists have no type.
 _REASON = {"miso_dropped": Value("string")}
-_FEATURES = {name: List(Value("int64")) for name in COLUMNS} | _REASON
+_FEATURES = Features({name: List(Value("int64")) for name in [*COLUMNS, *_ORIGIN]} | _REASON)
+_BATCH = 250  # rows prepared at a time: enough to tokenize many texts in one call, few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,9 @@ class RowPreparation:
         made = [self._contexts(row, index) for row, index in zip(rows, indices, strict=True)]
         kept = [i for i, made_row in enumerate(made) if isinstance(made_row, Row)]
         tokenized = iter(self._tokenize([made[i] for i in kept], [rows[i] for i in kept], [indices[i] for i in kept]))
-        out: dict[str, list] = {name: [] for name in _FEATURES}
-        for row in made:
-            reason = ""
-            try:
-                prepared = self._lay_out(row, next(tokenized)) if isinstance(row, Row) else _raise(row)
-            except RowDropped as dropped:
-                reason, prepared = str(dropped), columns([], [], single(0))
-            for name, value in (prepared | {"miso_dropped": reason}).items():
-                out[name].append(value)
-        return out
+        return _columns(
+            _reasoned(self._prepared, row, tokenized, index) for row, index in zip(made, indices, strict=True)
+        )
 
     def _contexts(self, row: dict[str, Any], index: int) -> Row | RowDropped:
         with _naming(index):
@@ -92,35 +86,106 @@ class RowPreparation:
                     self.tokenizer([made_row], [kwargs])
             raise
 
-    def _lay_out(self, row: Row, tokenized: Any) -> dict[str, list[int]]:
-        if isinstance(tokenized, RowDropped):
-            raise tokenized
-        return self.layout(tokenized, self.mode, row.weights)
+    def _prepared(self, row: Row | RowDropped, tokenized: Iterator, index: int) -> dict[str, list[int]]:
+        if isinstance(row, RowDropped):
+            raise row
+        ids = next(tokenized)
+        if isinstance(ids, RowDropped):
+            raise ids
+        return self.layout(ids, self.mode, row.weights) | {"miso_row": [index]}
 
 
-def prepare_rows(dataset: AnyDataset, rows: RowPreparation, name: str, num_proc: int | None) -> AnyDataset:
+def prepare_rows(
+    dataset: AnyDataset, rows: RowPreparation, name: str, num_proc: int | None
+) -> tuple[AnyDataset, Dropped]:
     """Apply a row preparation, drop and report what it dropped. Raises ValueError if no row is left."""
     desc = f"Preparing contexts of {name} dataset"
-    dataset = _map_rows(dataset, rows, num_proc, desc, features=Features(_FEATURES))
-    if isinstance(dataset, Dataset):
-        dataset = _kept(dataset, dataset["miso_dropped"][:], name)
-    else:
-        dataset = dataset.filter(_warn_dropped, input_columns="miso_dropped")
+    return _drop(_map_rows(dataset, rows, num_proc, desc, features=_FEATURES, batch_size=_BATCH), name)
+
+
+def fit_rows(
+    dataset: AnyDataset, max_length: int | None, truncation_mode: str, name: str, num_proc: int | None
+) -> tuple[AnyDataset, Dropped]:
+    """Tokenized rows cut to `max_length` as TRL cuts them, each with the layout of causal runs; see `prepare_rows`."""
+    if dataset.column_names is None:
         _check_not_empty(dataset)
-    return dataset.remove_columns("miso_dropped")
+    names = [c for c in get_dataset_column_names(dataset) if c in ("input_ids", "labels", "seq_lengths", "miso_row")]
+    dataset = dataset.select_columns(names)
+    runs = _Runs(max_length, truncation_mode)
+    return _drop(_map_rows(dataset, runs, num_proc, f"Laying out {name} dataset", features=_FEATURES), name)
 
 
-def _kept(dataset: Dataset, reasons: list[str], name: str) -> Dataset:
-    """The rows without a reason to drop them, the others reported."""
-    report_dropped(reasons, name)
-    return dataset.select([i for i, reason in enumerate(reasons) if not reason]) if any(reasons) else dataset
+@dataclass(frozen=True)
+class _Runs:
+    """Maps batches of tokenized rows to prepared columns: one causal run a row, or one for each of its `seq_lengths`."""
+
+    max_length: int | None
+    truncation_mode: str
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        numbers = [number for (number,) in batch["miso_row"]] if "miso_row" in batch else indices
+        rows = zip(_rows(batch), numbers, strict=True)
+        return _columns(_reasoned(self._prepared, row, number) for row, number in rows)
+
+    def _prepared(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        ids, labels = row["input_ids"], row["labels"]
+        end = len(ids) if self.max_length is None else self.max_length
+        kept = slice(-end, None) if self.truncation_mode == "keep_end" else slice(None, end)
+        lengths = row.get("seq_lengths") or [len(ids[kept])]
+        if sum(lengths) != len(ids[kept]):
+            raise ValueError(
+                f"Got a packed row of {len(ids[kept])} tokens with seq_lengths {lengths!r:.100}, expected them to add up to its "
+                "tokens. Fix: set max_length to at least the length it was packed to."
+            )
+        if all(label == -100 for label in labels[kept]):
+            cut = any(label != -100 for label in labels)
+            raise RowDropped("no label left within max_length" if cut else "no label")
+        layout = list(chain.from_iterable(encode(single(length)) for length in lengths))
+        made = {"input_ids": ids[kept], "labels": labels[kept], "miso_layout": layout}
+        return made | {"miso_row": [number], "miso_cut": [len(ids) - len(ids[kept])]}
 
 
-def _warn_dropped(reason: str) -> bool:
-    """Whether a streamed row is kept. A stream has no end at which rows could be counted."""
-    if reason:
-        logger.warning_once(f"Dropped a streamed row, and will drop more without saying so: {reason}.")
-    return not reason
+def _reasoned(prepare: Callable, row: Any, *args: Any) -> dict[str, Any]:
+    """Prepared columns of a row, or empty ones with the reason, so that it can be counted in whichever process it was."""
+    try:
+        return prepare(row, *args) | {"miso_dropped": ""}
+    except RowDropped as reason:
+        return columns([], [], single(0)) | {"miso_row": [args[-1]], "miso_cut": [0], "miso_dropped": str(reason)}
+
+
+def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list]:
+    made = list(rows)
+    return {name: [row[name] for row in made] for name in _FEATURES}
+
+
+def _drop(dataset: AnyDataset, name: str) -> tuple[AnyDataset, Dropped]:
+    """The rows without a reason to drop them, and the others, reported."""
+    if isinstance(dataset, Dataset):
+        numbers = (number for batch in dataset.select_columns("miso_row").iter(1000) for (number,) in batch["miso_row"])
+        reasons = dataset["miso_dropped"][:]
+        dropped = dropped_rows(numbers, reasons)
+        report_dropped(dropped, len(dataset), name)
+        if dropped:
+            dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
+        return dataset.remove_columns("miso_dropped"), dropped
+    sample = [(row["miso_row"][0], row["miso_dropped"]) for row in dataset.take(SAMPLE)]
+    dropped = dropped_rows(*zip(*sample, strict=True)) if sample else {}
+    report_dropped(dropped, len(sample), name, streamed=True)
+    dataset = dataset.filter(_Kept(tuple(dropped)), input_columns="miso_dropped")
+    _check_not_empty(dataset)
+    return dataset.remove_columns("miso_dropped"), dropped
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Whether a streamed row is kept; a reason that was not `reported` is logged when first met."""
+
+    reported: tuple[str, ...] = ()
+
+    def __call__(self, reason: str) -> bool:
+        if reason and reason not in self.reported:
+            logger.warning_once(f"Dropped a streamed row, and will drop more without saying so: {reason}.")
+        return not reason
 
 
 def _check_not_empty(dataset: IterableDataset) -> None:
@@ -131,52 +196,20 @@ def _check_not_empty(dataset: IterableDataset) -> None:
         )
 
 
-def report_dropped(reasons: Iterable[str], name: str) -> None:
-    """Log each reason once with its count and first row. Raises ValueError if every row was dropped."""
-    reasons = list(reasons)
-    counts = Counter(reason for reason in reasons if reason)
-    for reason, count in counts.items():
-        logger.warning(
-            f"Dropped {count} of {len(reasons)} rows of the {name} dataset (first: row {reasons.index(reason)}): {reason}."
-        )
-    if reasons and sum(counts.values()) == len(reasons):
-        raise ValueError(
-            f"Got a {name} dataset of {len(reasons)} rows none of which can be trained on ({dict(counts)}), expected rows with an "
-            "input and an output that fit. Fix: raise max_length, or check the columns."
-        )
+def number_rows(dataset: AnyDataset) -> AnyDataset:
+    """Give rows that TRL prepares their number, which survives what TRL does to them."""
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("miso_row", [[i] for i in range(len(dataset))])
+    return dataset.map(_number, with_indices=True)
 
 
-def report_truncated(before: AnyDataset, after: AnyDataset, name: str) -> None:
-    """Log how many rows TRL dropped since truncation left no label. Raises ValueError if it was all of them."""
-    if isinstance(before, Dataset) and isinstance(after, Dataset) and len(after) < len(before):
-        reason = "no label left within max_length"
-        logger.warning(f"Dropped {len(before) - len(after)} of {len(before)} rows of the {name} dataset: {reason}.")
-        if not len(after):
-            report_dropped([reason] * len(before), name)
-
-
-def report_mixture(dataset: AnyDataset, name: str) -> None:
-    """Log how many rows mix contexts and what sharing saves."""
-    if not isinstance(dataset, Dataset) or not logger.isEnabledFor(logging.INFO):
-        return
-    count = Counter[str]()
-    for batch in dataset.select_columns("miso_layout").iter(1000):
-        for example in chain.from_iterable(map(decode, batch["miso_layout"])):
-            count["examples"] += 1
-            count["mixed"] += bool(example.branches)
-            count["contexts"] += len(example.branches)
-            count["tokens"] += example.num_tokens
-            count["unshared"] += unshared_tokens(example)
-    logger.info(
-        f"{name} dataset: {count['examples']} examples, {count['mixed'] / max(count['examples'], 1):.0%} with several contexts "
-        f"({count['contexts'] / max(count['mixed'], 1):.1f} on average), {count['tokens']} tokens ({count['unshared']} without "
-        "shared prefixes)."
-    )
+def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+    return {"miso_row": [index]}
 
 
 def full_rows(
     dataset: AnyDataset, kind: str, name: str, num_proc: int | None, response_template: str | None = None
-) -> AnyDataset:
+) -> tuple[AnyDataset, Dropped]:
     """Rows of our own formats as rows for TRL's preparation: prompt and completion with the full context, or messages."""
     return _to_trl(dataset, _TRLRows(kind, response_template), name, num_proc)
 
@@ -189,7 +222,7 @@ def augmented_rows(
     name: str,
     num_proc: int | None,
     response_template: str | None = None,
-) -> AnyDataset:
+) -> tuple[AnyDataset, Dropped]:
     """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation."""
     rows = _TRLRows(kind, response_template, augment=True, include_full=include_full, include_bare=include_bare)
     return _to_trl(dataset, rows, name, num_proc)
@@ -204,16 +237,17 @@ class _TRLRows:
     augment: bool = False
     include_full: bool = True
     include_bare: bool = True
+    reported: tuple[str, ...] = ()
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = []
+        rows, kept = [], _Kept(self.reported)
         for row, index in zip(_rows(batch), indices, strict=True):
             try:
-                rows += self.make(row, index)
+                rows += [made | {"miso_row": row["miso_row"]} for made in self.make(row, index)]
             except RowDropped as reason:
-                _warn_dropped(str(reason))
+                kept(str(reason))
         names = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
-        return {name: [row[name] for row in rows] for name in [*names, *(name for name in KEPT if name in batch)]}
+        return {name: [row[name] for row in rows] for name in [*names, "miso_row", *(k for k in KEPT if k in batch)]}
 
     def reasons(self, batch: dict[str, list], indices: list[int]) -> dict[str, list[str]]:
         """Why rows are dropped, empty for the others."""
@@ -238,25 +272,20 @@ class _TRLRows:
             return [as_trl_row(row, context, made.completion) for context in made.contexts]
 
 
-def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None) -> AnyDataset:
+def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
     desc = f"Making prompts of {name} dataset"
-    if isinstance(dataset, Dataset):
-        reasons = _map_rows(dataset, rows.reasons, num_proc, desc, features=Features(_REASON))
-        dataset = _kept(dataset, reasons["miso_dropped"][:], name)
-        return _map_rows(dataset, rows, num_proc, desc)
-    dataset = _map_rows(dataset, rows, num_proc, desc)
-    _check_not_empty(dataset)
-    return dataset
-
-
-def add_layout(dataset: AnyDataset, num_proc: int | None) -> AnyDataset:
-    """Give tokenized rows without a layout that of one causal run, and keep only what the collator reads."""
-    if dataset.column_names is None:
+    dataset = number_rows(dataset)
+    reasons = _map_rows(dataset, rows.reasons, num_proc, desc, features=Features(_REASON))
+    streamed = isinstance(dataset, IterableDataset)
+    reasons = [row["miso_dropped"] for row in reasons.take(SAMPLE)] if streamed else reasons["miso_dropped"][:]
+    dropped = dropped_rows(range(len(reasons)), reasons)
+    report_dropped(dropped, len(reasons), name, streamed)
+    if dropped and not streamed:
+        dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
+    dataset = _map_rows(dataset, replace(rows, reported=tuple(dropped)), num_proc, desc)
+    if streamed:
         _check_not_empty(dataset)
-    names = get_dataset_column_names(dataset)
-    if "miso_layout" not in names:
-        dataset = _map(dataset, _single_layouts, num_proc, "Adding layouts")
-    return dataset.select_columns([name for name in COLUMNS if name in names or name == "miso_layout"])
+    return dataset, dropped
 
 
 def check_prepared(dataset: AnyDataset, max_length: int | None, name: str) -> None:
@@ -284,32 +313,13 @@ class _Packing:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         sizes = [
-            sum(example.num_tokens if self.shared else unshared_tokens(example) for example in decode(layout))
+            sum(example.num_tokens if self.shared else example.num_unshared_tokens for example in decode(layout))
             for layout in batch["miso_layout"]
         ]
         bins = plan_bins(sizes, self.max_length)
         return {
             name: [list(chain.from_iterable(batch[name][i] for i in members)) for members in bins] for name in COLUMNS
         }
-
-
-def unshared_tokens(example: Example) -> int:
-    """Tokens of the example when every context has its own copy."""
-    return unshare(example, [])[0].num_tokens
-
-
-def _single_layouts(batch: dict[str, list]) -> dict[str, list[list[int]]]:
-    """One causal run a row, or one for each of the `seq_lengths` of a row that TRL packed."""
-    layouts = []
-    for i, ids in enumerate(batch["input_ids"]):
-        lengths = batch["seq_lengths"][i] if "seq_lengths" in batch else [len(ids)]
-        if sum(lengths) != len(ids):
-            raise ValueError(
-                f"Got a packed row of {len(ids)} tokens with seq_lengths {lengths!r:.100}, expected them to add up to its tokens. Fix: "
-                "set max_length to at least the length it was packed to."
-            )
-        layouts.append(list(chain.from_iterable(encode(single(length)) for length in lengths)))
-    return {"miso_layout": layouts}
 
 
 def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:
@@ -335,10 +345,6 @@ def _naming(index: int) -> Iterator[None]:
         yield
     except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(f"Row {index}: {error}") from error
-
-
-def _raise(error: Exception) -> Any:
-    raise error
 
 
 def _map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:

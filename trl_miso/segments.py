@@ -60,6 +60,14 @@ class Example(NamedTuple):
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
+    @property
+    def num_unshared_tokens(self) -> int:
+        """Tokens if every context had its own copy of its path; the same as `num_tokens` for a single causal run."""
+        if not self.branches:
+            return self.num_tokens
+        lengths = [segment.length for segment in self.segments]
+        return lengths[-1] + sum(lengths[i] for branch in self.branches for i in self.path(branch.segment))
+
     def path(self, index: int) -> list[int]:
         """Segment indices root..index."""
         path = [index]
@@ -141,7 +149,7 @@ def _prefix_tree(contexts: Sequence[Sequence[int]]) -> tuple[list[int], list[Seg
     while stack:
         members, parent, start = stack.pop()
         first = contexts[members[0]]
-        end = min(_common_prefix(first, contexts[m], start) for m in members)
+        end = min(common_prefix(first, contexts[m], start) for m in members)
         tokens += first[start:end]
         segments.append(Segment(end - start, parent, start))
         node = len(segments) - 1
@@ -159,12 +167,16 @@ def _groups(contexts: Sequence[Sequence[int]], members: Sequence[int], at: int) 
     return list(groups.values())
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int], start: int = 0) -> int:
+def common_prefix(a: Sequence, b: Sequence, start: int = 0) -> int:
     """Length of the common prefix of `a` and `b`, which agree up to `start`."""
-    end = min(len(a), len(b))
-    if a[start:end] == b[start:end]:
-        return end
-    return next(i for i in range(start, end) if a[i] != b[i])
+    low, high = start, min(len(a), len(b))
+    while low < high:  # bisection: comparing slices is fast, a Python step an element is not
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def encode(example: Example) -> list[int]:

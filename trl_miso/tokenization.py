@@ -6,18 +6,19 @@ prompt. These leading tokens are common to all contexts and carry no label. For 
 token for token what SFTTrainer trains on.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from os.path import commonprefix
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 from trl_miso.contexts import Prompt, Row, RowDropped
-from trl_miso.segments import Example, encode, parallel, single, successive
+from trl_miso.segments import Example, common_prefix, encode, parallel, single, successive
 
 
 @dataclass
@@ -57,7 +58,9 @@ class Tokenizer:
                 "Got rows of plain text and rows of messages in one dataset, expected one kind: only the former have special "
                 "tokens added to them. Fix: convert one to the other."
             )
-        rendered = [self._render(row, kwargs) for row, kwargs in zip(rows, template_kwargs, strict=True)]
+        rendered = (
+            self._render(rows, template_kwargs) if all(conversational) else [self._render_text(row) for row in rows]
+        )
         results: list[Tokenized | RowDropped] = []
         for row, kwargs, ids in zip(rows, template_kwargs, self._ids(rendered, not any(conversational)), strict=True):
             try:
@@ -67,39 +70,51 @@ class Tokenizer:
         return results
 
     def _ids(self, rendered: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
-        """Token ids of each row's texts, whose common beginning (earlier turns, system prompt) is tokenized once."""
-        borders = [] if add_special_tokens else self._borders()
-        beginnings = [commonprefix(texts) if borders else "" for texts in rendered]
-        cuts = [max([0, *(text.rfind(border) for border in borders)]) for text in beginnings]
-        flat: list[str] = []
-        for texts, cut in zip(rendered, cuts, strict=True):
-            flat += [texts[0][:cut], *(text[cut:] for text in texts)]
-        options = {"return_attention_mask": False, "return_token_type_ids": False}
-        ids = iter(self.tokenizer(flat, add_special_tokens=add_special_tokens, **options)["input_ids"] if flat else [])
-        for texts, cut in zip(rendered, cuts, strict=True):
-            shared = next(ids)
-            yield [(shared if cut else []) + next(ids) for _ in texts]
+        """Token ids of each row's texts, cut at special tokens so that what they have in common is tokenized once."""
+        border = None if add_special_tokens else self._border()
+        pieces = [[_cut(text, border) for text in texts] for texts in rendered]
+        unique = list(dict.fromkeys(piece for texts in pieces for text in texts for piece in text if piece))
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        batch = self.tokenizer(unique, add_special_tokens=add_special_tokens, **options)["input_ids"] if unique else []
+        ids = dict(zip(unique, batch, strict=True)) | {"": []}
+        for texts in pieces:
+            yield [list(chain.from_iterable(ids[piece] for piece in text)) for text in texts]
 
-    def _borders(self) -> list[str]:
-        """Special tokens before which text can be cut and tokenized apart with the same result: tokenizers of the
-        tokenizers library look for these first, and what is between them never meets."""
+    def _border(self) -> re.Pattern[str] | None:
+        """Matches special tokens before which text can be cut and tokenized apart with the same result: tokenizers of
+        the tokenizers library look for these first, and what is between them never meets."""
         if not self.tokenizer.is_fast:
-            return []
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        return [t.content for t in tokens if t.special and not (t.normalized or t.lstrip or t.single_word)]
+            return None
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = [t.content for t in added if t.special and not (t.normalized or t.lstrip or t.single_word)]
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
-    def _render(self, row: Row, kwargs: dict[str, Any]) -> list[str]:
-        """Texts to tokenize: the whole row, the first context up to the output, then every context's prompt."""
-        if not isinstance(row.completion, str):
-            first = cast(list, row.contexts[0])
-            whole_and_before = self._chat([first + row.completion, first], kwargs)
-            return whole_and_before + self._chat(row.contexts, kwargs, add_generation_prompt=True)
+    def _render(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
+        """Texts to tokenize of each row: the whole row, the first context up to the output, then every context's prompt."""
+        rendered = []
+        for kwargs, group in groupby(zip(rows, template_kwargs, strict=True), key=itemgetter(1)):
+            members = [row for row, _ in group]
+            first = [cast(list, row.contexts[0]) for row in members]
+            both = (
+                (context + cast(list, row.completion), context) for context, row in zip(first, members, strict=True)
+            )
+            wholes = iter(self._chat(list(chain.from_iterable(both)), kwargs))
+            contexts = [context for row in members for context in row.contexts]
+            prompts = iter(self._chat(contexts, kwargs, add_generation_prompt=True))
+            rendered += [[next(wholes), next(wholes), *islice(prompts, len(row.contexts))] for row in members]
+        return rendered
+
+    def _render_text(self, row: Row) -> list[str]:
+        """As `_render`, for a row of plain text."""
         eos = self.tokenizer.eos_token or ""
-        completion = row.completion if row.completion.endswith(eos) else row.completion + eos
+        completion = cast(str, row.completion)
         contexts = cast(list[str], row.contexts)
-        return [contexts[0] + completion, self._before_response(contexts), *contexts]
+        whole = contexts[0] + completion + ("" if completion.endswith(eos) else eos)
+        return [whole, self._before_response(contexts), *contexts]
 
     def _chat(self, conversations: list[Prompt], kwargs: dict[str, Any], **options: Any) -> list[str]:
+        if not conversations:
+            return []
         return self.tokenizer.apply_chat_template(
             conversations, tokenize=False, **{"chat_template": self.chat_template, **kwargs, **options}
         )
@@ -122,14 +137,14 @@ class Tokenizer:
         whole, before, *prompts = ids
         first = prompts[0]
         # As in TRL: the completion begins where prompt and prompt + completion part, tokens may merge across the border.
-        completion_start = common_prefix_length(first, whole)
+        completion_start = common_prefix(first, whole)
         if completion_start == 0:
             raise RowDropped("an empty context")
         # The output begins with what follows `before`, but with no token that differs between the contexts: the last
         # character of a context may merge into the first token of what follows, as in ".\n\n" + "### Response:".
-        head = len(first) - min(common_prefix_length(before, whole), completion_start - 1)
+        head = len(first) - min(common_prefix(before, whole), completion_start - 1)
         for prompt in prompts[1:]:
-            head = common_prefix_length(first[: -head - 1 : -1], prompt[: -head - 1 : -1])
+            head = common_prefix(first[: -head - 1 : -1], prompt[: -head - 1 : -1])
         start = len(first) - head
         if start >= completion_start:
             self._raise_no_common_head(prompts, len(first) - completion_start + 1, row)
@@ -179,7 +194,7 @@ class Layout:
     output_positions: str
 
     def __call__(self, tokenized: Tokenized, mode: str, weights: list[float] | None) -> dict[str, list[int]]:
-        """Columns `input_ids`, `labels`, `miso_layout` of one row in mode `"para"`, `"succ"` or `"single"`.
+        """Columns of one row in mode `"para"`, `"succ"` or `"single"`; `miso_cut` counts the output tokens cut off.
 
         Raises:
             RowDropped: If truncation leaves no label.
@@ -199,7 +214,8 @@ class Layout:
             example = successive([size + 1] * longer + [size] * (chunks - longer), len(output))
         else:
             tokens, example = contexts[0], single(len(contexts[0]) + len(output))
-        return columns(tokens + output, [-100] * len(tokens) + labels, example)
+        made = columns(tokens + output, [-100] * len(tokens) + labels, example)
+        return made | {"miso_cut": [len(tokenized.output) - len(output)]}
 
     def is_mixed(self, full: Row) -> bool:
         """Whether a row that could be para is presented so: drawn with `para_prob` from (seed, full context, completion)."""
@@ -219,6 +235,12 @@ class Layout:
 def columns(input_ids: list[int], labels: list[int], example: Example) -> dict[str, list[int]]:
     """Dataset columns of one example."""
     return {"input_ids": input_ids, "labels": labels, "miso_layout": encode(example)}
+
+
+def _cut(text: str, border: re.Pattern[str] | None) -> list[str]:
+    """The text in pieces, cut before every match."""
+    cuts = [0, *(match.start() for match in border.finditer(text))] if border else [0]
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 def _draw(seed: int, purpose: str, row: bytes) -> float:

@@ -1,6 +1,7 @@
 """MISOSFTTrainer."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,8 @@ from trl_miso.attention.support import check_probe, prepare_model, sharing_obsta
 from trl_miso.collator import MISODataCollator
 from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
-from trl_miso.preparation import AnyDataset, RowPreparation
+from trl_miso.preparation import RowPreparation
+from trl_miso.report import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.tokenization import Layout, Tokenizer
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ class MISOSFTTrainer(SFTTrainer):
         args.accelerator_config.dispatch_batches = False
         self._training_mode: str | None = None
         self._probed: set[str] = set()
+        self.dropped_rows: dict[str, Dropped] = {}
         # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
         known = model if isinstance(model, torch.nn.Module) else None
         noise = sharing_obstacle(known, config, args.neftune_noise_alpha)
@@ -186,16 +189,16 @@ class MISOSFTTrainer(SFTTrainer):
             as_trl = mode in ("single", "augment")
         if training:
             self._training_mode = mode
+        if STATUS in names:
+            report_statuses(count_statuses(dataset), dataset_name, isinstance(dataset, IterableDataset))
         if as_trl:
-            if kind not in ("text", "tokenized"):
-                dataset = self._as_prompts(dataset, kind, mode, args, dataset_name)
-            raw = dataset
-            dataset = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-            preparation.report_truncated(raw, dataset, dataset_name)
+            dataset, dropped = self._prepare_as_trl(
+                dataset, kind, mode, processing_class, args, formatting_func, dataset_name
+            )
         else:
-            dataset = self._prepare_contexts(dataset, kind, mode, args, dataset_name)
-        dataset = preparation.add_layout(dataset, args.dataset_num_proc)
-        preparation.report_mixture(dataset, dataset_name)
+            dataset, dropped = self._prepare_contexts(dataset, kind, mode, args, dataset_name)
+        self.dropped_rows[dataset_name] = dropped
+        report_mixture(dataset, dataset_name)
         if packing:
             dataset = self._pack(dataset, args)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
@@ -207,7 +210,7 @@ class MISOSFTTrainer(SFTTrainer):
 
     def _prepare_contexts(
         self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str
-    ) -> AnyDataset:
+    ) -> tuple[AnyDataset, Dropped]:
         if args.completion_only_loss is False:
             raise ValueError(
                 f"Got completion_only_loss=False with context_mode={args.context_mode!r}, expected None or True: with several contexts "
@@ -217,7 +220,31 @@ class MISOSFTTrainer(SFTTrainer):
         rows = RowPreparation(kind, mode, args.include_full, args.include_bare, tokenizer, _layout(args))
         return preparation.prepare_rows(dataset, rows, name, args.dataset_num_proc)
 
-    def _as_prompts(self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str) -> AnyDataset:
+    def _prepare_as_trl(
+        self,
+        dataset: AnyDataset,
+        kind: str,
+        mode: str,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: MISOSFTConfig,
+        formatting_func: Callable[[dict], str] | None,
+        name: str,
+    ) -> tuple[AnyDataset, Dropped]:
+        """TRL tokenizes and labels; rows of our formats become TRL's before, and are cut to `max_length` after it."""
+        dropped: Dropped = {}
+        if kind in ("text", "tokenized"):
+            dataset = preparation.number_rows(dataset)
+        else:
+            dataset, dropped = self._as_prompts(dataset, kind, mode, args, name)
+        uncut = copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, name)
+        dataset, cut = preparation.fit_rows(dataset, args.max_length, args.truncation_mode, name, args.dataset_num_proc)
+        return dataset, dropped | cut
+
+    def _as_prompts(
+        self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str
+    ) -> tuple[AnyDataset, Dropped]:
         """Rows of our formats as rows that TRL prepares; with a completion, the loss is on it by default."""
         if kind != "messages" and args.completion_only_loss is None:
             self.completion_only_loss = True
