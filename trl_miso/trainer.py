@@ -61,6 +61,11 @@ class MISOSFTTrainer(SFTTrainer):
 
         The other arguments are SFTTrainer's.
 
+    Attributes:
+        training_mode: What the training rows are prepared as: `"para"`, `"succ"`, `"single"` or `"augment"`.
+        dropped_rows: For each prepared data set the reasons for which rows were dropped, with the rows' numbers (of a
+            stream, among the rows that were counted).
+
     Raises:
         ValueError: Before training, for models, settings or rows that would be trained wrongly.
     """
@@ -104,7 +109,7 @@ class MISOSFTTrainer(SFTTrainer):
                 "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
             )
         args.accelerator_config.dispatch_batches = False
-        self._training_mode: str | None = None
+        self.training_mode: str | None = None
         self._probed: set[str] = set()
         self.dropped_rows: dict[str, Dropped] = {}
         # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
@@ -135,7 +140,7 @@ class MISOSFTTrainer(SFTTrainer):
         guards.check_parallelism(self.accelerator.parallelism_config)
         base = base_implementation(base_model.config.get_text_config()._attn_implementation)
         self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
-        mode = self._training_mode or "para"  # the user prepared the rows, and may have made contexts
+        mode = self.training_mode or "para"  # the user prepared the rows, and may have made contexts
         guards.check_kernel(args, base_model, base, self.accelerator.device)
         guards.check_positions(args, mode, base_model.config.model_type, self._support)
         share = args.share_prefixes
@@ -174,21 +179,21 @@ class MISOSFTTrainer(SFTTrainer):
         if isinstance(dataset, Dataset):
             dataset = dataset.with_format(None)
         names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
-        training = self._training_mode is None  # TRL prepares the training set first
+        training = self.training_mode is None  # TRL prepares the training set first
         if "miso_layout" in names:  # prepared before
-            self._training_mode = self._training_mode or "para"
+            self.training_mode = self.training_mode or "para"
             preparation.check_prepared(dataset, args.max_length, dataset_name)
             return self._pack(dataset, args) if packing else dataset
         kind = row_format(names, args.dataset_text_field)
         if not training and args.eval_contexts == "standard":
             mode = "single"
-            as_trl = kind in ("text", "tokenized") or self._training_mode in ("single", "augment")
+            as_trl = kind in ("text", "tokenized") or self.training_mode in ("single", "augment")
         else:
             mode = resolve_mode(args.context_mode, kind)
             guards.check_settings(args, mode, kind, names)
             as_trl = mode in ("single", "augment")
         if training:
-            self._training_mode = mode
+            self.training_mode = mode
         if STATUS in names:
             report_statuses(count_statuses(dataset), dataset_name, isinstance(dataset, IterableDataset))
         if as_trl:

@@ -1,0 +1,21 @@
+"""The console command `trl-miso`."""
+
+import sys
+from importlib import import_module
+
+# The module is imported when its command is asked for: a help text should not wait for torch.
+_COMMANDS = {"preview": ("trl_miso.preview.command", "show rows as they will be trained on, and statistics")}
+_HELP = "usage: trl-miso COMMAND ...\n\n" + "\n".join(f"  {name:10} {about}" for name, (_, about) in _COMMANDS.items())
+
+
+def main() -> None:
+    """Run a command; what is wrong with the input is said in one line, not in a traceback."""
+    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if command not in _COMMANDS:
+        wanted = command in ("", "-h", "--help")
+        print(_HELP if wanted else f"Got command {command!r}, expected one of {list(_COMMANDS)}.\n\n{_HELP}")
+        raise SystemExit(0 if wanted else 2)
+    try:
+        import_module(_COMMANDS[command][0]).main(arguments)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
