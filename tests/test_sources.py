@@ -1,39 +1,43 @@
-"""Adapters: Crab's text back to its constraints, and the synthetic rows, tokenizer and model made for the examples."""
+"""What all sources have in common, and the synthetic rows, tokenizer and model made for the examples."""
 
 import copy
-import random
 from collections import Counter
 
 import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trl_miso.sources.crab import crab_features, crab_row, read_constraints
+from trl_miso.sources.crab import crab_features, crab_row
+from trl_miso.sources.r1_distill import r1_distill_features, r1_distill_row
+from trl_miso.sources.sharegpt import sharegpt_features, sharegpt_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, check_constraints, synthetic_rows
 
-COLUMNS = {"prompt", "constraints", "completion", "full_prompt", "crab_status"}
-MARKERS = ("{}", "- {}", "# {}", "* {}", "> {}")
-BASES = (
-    "Name the tributaries of the Ganges",
-    "Write a python function that adds two numbers.\n\n```python\ndef add(a, b):\n    ...\n```",
-    "Choose an answer.\n\nOptions:\n- red\n- blue\n- green",
-    "Translate the text below.\n\n\nGuten Tag. Wie geht es?\n\nDanke!",
-    "1. What is a river?\n2. What is a lake?\nAnswer both.",
-    "You are an assistant.\n\nQ: is this sentence positive?\nA:",
-    "Summarise: # Title\nA line of text.\nAnother line.\n\nThird: the following is a list.",
-)
-LONG_BASES = (
-    "Story: " + "the fox crossed the river and the farm. " * 20 + "\nWhat did the fox cross?",
-    "Passage one.\n\n" + "A barn stood on the hill. " * 20 + "\n\n- Who stood?\n- Where?",
-)
-CLAUSES = (
-    "The response should start with a greeting.",
-    "Use exactly three sentences!",
-    "Should the tone be formal?",
-    "List each item with a number, followed by a colon (:)",
-    "Mention the word 'river'",
-    'End with the phrase "that is all".',
-    "Use 2-3 adjectives - no more - per sentence.",
-    "Write in English; keep to one paragraph.",
-)
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+# (source, features, rows), of which the first fills the fewest columns
+SOURCES = [
+    pytest.param(
+        crab_row,
+        crab_features(),
+        [row for row in synthetic_rows(40) if not row["id"].endswith("_forward")] + synthetic_rows(40),
+        id="crab",
+    ),
+    pytest.param(
+        sharegpt_row,
+        sharegpt_features(),
+        [{"id": str(i), "conversations": turns} for i, turns in enumerate([[], [HUMAN], [HUMAN, GPT], None, [GPT]])],
+        id="sharegpt",
+    ),
+    pytest.param(
+        r1_distill_row,
+        r1_distill_features(),
+        [
+            {"input": "Q?", "reasoning_content": thinking, "content": response}
+            for thinking, response in [(None, None), ("Hm.", "A."), (None, "A."), ("A.", "<think>")]
+        ],
+        id="r1_distill",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,159 +61,77 @@ def answered(rows):
     return pairs
 
 
-def templated_turn(rng):
-    """A user turn as Crab's two known generators lay it out: (text, base, constraints)."""
-    constraints = [c if c[-1] in ".!?)'\"" else c + "." for c in rng.sample(CLAUSES, rng.randint(1, len(CLAUSES)))]
-    v1, base, marker = rng.random() < 0.5, rng.choice(BASES), "{}"
-    if rng.random() < 0.15:
-        # other connectors, and framings with labels, whose lists are indented by four
-        marker = rng.choice([*MARKERS, "{i}. {}", None])
-        form = rng.randrange(8)
-    else:
-        form = 0 if v1 else rng.randrange(2)
-        marker = "{}" if v1 else rng.choice(MARKERS)
-    if not v1 and rng.random() < 0.2:
-        base, form = rng.choice(LONG_BASES), rng.choice(("first", "query", "last"))
+@pytest.mark.parametrize(("source", "features", "few"), SOURCES)
+def test_maps_are_alike_and_mutate_nothing(source, features, few):
+    """In memory, streamed, by two processes; the first 1,000 rows, from which datasets would take types, say little."""
+    raw = few[:1] * 1001 + few
+    before = copy.deepcopy(raw)
+    expected = [source(row) for row in raw]
+    assert raw == before and {tuple(row) for row in expected} == {tuple(features)}
+    dataset = Dataset.from_list(raw)
+    kwargs = {"remove_columns": dataset.column_names, "features": features}
+    assert dataset.map(source, **kwargs).to_list() == expected
+    assert dataset.map(source, num_proc=2, **kwargs).to_list() == expected
+    assert list(dataset.to_iterable_dataset().map(source, **kwargs)) == expected
 
-    indent = "    " if form in range(2, 8) else ""
-    if marker is None:
-        lines = " ".join(constraints)
-    else:
-        lines = "\n".join(indent + marker.format(c, i=i + 1) for i, c in enumerate(constraints))
-        lines = lines if form in ("first", "query", "last") else "\n" + lines
-    met = "When answering, please ensure that the following constraints are also met."
-    forms = {
-        0: f"{base}\n{lines}",
-        1: f"{base} {lines}" if v1 else f"{base}\n\n{met}{lines}",
-        "first": f"{lines}\n{base}",
-        "query": f"{lines}\n\nQuery:\n{base}",
-        "last": f"{base}\n\n{met}\n{lines}",
-        2: f"Do as told.\n\nInstructions: {base}\n\nAdditional Constraints: {lines}",
-        3: f" Do as told.\n\nInstructions: {base}\n\nAdditional Restrictions: {lines}",
-        4: f"Do so.\n\n- **Instructions**: {base}\n- **Additional Constraints**: {lines}\n\nThis is essential.",
-        5: f"Do so:\n1. **Instructions**: {base}\n2. **Additional Constraints**: {lines}\n\nIt is important.",
-        6: f"Please.\n\n- **Instructions**: {base}\n- **Additional Constraints**: {lines}\n\nThank you!",
-        7: f"Hey!\n- What you need to do: {base}\n- A few things to keep in mind: {lines}\n\nHave fun!",
+
+def test_columns_are_configured_through_fn_kwargs():
+    dataset = Dataset.from_list([{"problem": "Q?", "generations": ["<think>Hm.</think>A."]}])
+    kwargs = {
+        "fn_kwargs": {"instruction": "problem", "thinking": None, "response": "generations"},
+        "remove_columns": dataset.column_names,
+        "features": r1_distill_features(),
     }
-    return forms[form], base, constraints
+    for data in (dataset, dataset.to_iterable_dataset()):
+        assert [row["miso_status"] for row in data.map(r1_distill_row, **kwargs)] == ["split"]
 
 
-def forward(*turns, kind="_forward"):
-    roles = ("user", "assistant") * len(turns)
-    return {"id": f"x_1{kind}", "messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}
-
-
-def test_templates_are_recovered_exactly_in_95_percent():
-    rng = random.Random(0)
-    outcomes = Counter()
-    for _ in range(3000):
-        text, base, constraints = templated_turn(rng)
-        found = read_constraints(text)
-        # surrounding whitespace of the base is the template's as much as the instruction's
-        outcomes["none" if found is None else "exact" if found == (base.strip(), constraints) else "wrong"] += 1
-    assert outcomes["exact"] >= 0.95 * 3000, outcomes
-    assert outcomes["wrong"] <= 0.03 * 3000, outcomes
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Name a river.",
-        "Name a river.\n\nUse one word\nUse no comma",  # no punctuation: prose or code, not constraints
-        "Name a river.\n\nChoose one.\n- Nile.\n- Rhine.",  # marked and unmarked lines
-        "\n\n- Use one word.",  # constraints of nothing
-    ],
+TEXTS = st.text(alphabet=st.characters(codec=None), max_size=20) | st.sampled_from(
+    ["user", "assistant", "human", "gpt", "system", "1_forward", "<think>a</think>b", "<think>", "a\n\n- b.\n- c."]
 )
-def test_text_without_a_list_is_not_split(text):
-    assert read_constraints(text) is None
-
-
-def test_bracketed_sentence_and_markers():
-    expected = ("Name a river.", ["Use one word.", "Use no comma."])
-    met = "When answering, please ensure that the following constraints are also met."
-    for head in (
-        f"[{met}]\n",
-        f"[{met}\n]\n",
-        f"[{met}\n]",
-        f"{met}\n",
-        "Please meet the following constraints:\n",
-        "",
-    ):
-        for marker in (*MARKERS, "1. {}"):
-            lines = "\n".join(marker.format(c) for c in expected[1])
-            assert read_constraints(f"Name a river.\n\n{head}{lines}") == expected
-
-
-def test_synthetic_rows_are_recovered_and_kept_verbatim(rows):
-    for row in rows:
-        before = copy.deepcopy(row)
-        out = crab_row(row)
-        assert row == before and set(out) == COLUMNS
-        *prompt, completion = row["messages"]
-        assert out["full_prompt"] == prompt and out["completion"] == [completion]
-        assert out["prompt"][:-1] == prompt[:-1]
-        if row["id"].endswith("_forward"):
-            assert out["crab_status"] == "split"
-            rebuilt = out["prompt"][-1]["content"] + "\n\n" + "\n".join(out["constraints"])
-            assert rebuilt == prompt[-1]["content"]
-        else:
-            assert out["crab_status"] == "plain" and out["constraints"] == [] and out["prompt"] == prompt
-
-
-@pytest.mark.parametrize(("kind", "status"), [("_reverse", "reverse"), ("_fewshot", "fewshot"), ("", "plain")])
-def test_rows_that_carry_no_constraints_to_follow_are_never_split(kind, status):
-    out = crab_row(forward("Name a river.\n\nUse one word.\nUse no comma.", "Nile", kind=kind))
-    assert out["crab_status"] == status and out["constraints"] == [] and out["prompt"] == out["full_prompt"]
-
-
-def test_only_the_last_user_turn_is_split_and_the_system_turn_stays():
-    row = forward("Name a lake.\n\nUse one word.", "Como", "Name a river.\n\nUse one word.", "Nile")
-    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    out = crab_row(row)
-    assert out["full_prompt"] == row["messages"][:-1]
-    assert out["prompt"] == [*row["messages"][:-2], {"role": "user", "content": "Name a river."}]
-    assert out["constraints"] == ["Use one word."]
-
-
-def test_rows_that_cannot_be_split():
-    assert crab_row(forward("Name a river.", "Nile"))["crab_status"] == "no_constraints"
-    for messages in (
-        [],
-        forward("Hi")["messages"],
-        forward("Hi", "Hello", "So?")["messages"],
-        forward("", "a")["messages"][1:],
-    ):
-        out = crab_row({"id": "1_forward", "messages": messages})
-        assert out["crab_status"] == "bad_messages" and out["completion"] == [] and out["full_prompt"] == messages
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"id": "a_7"},
-        {"id": "a_7", "messages": "text"},
-        {"id": "a_7", "messages": [None]},
-        {"id": "a_7", "messages": [{"from": "human", "value": "Hi"}]},
-        {"id": "a_7", "messages": [{"role": "user", "content": None}]},
-    ],
+KEYS = st.sampled_from(["role", "content", "from", "value", "id"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=5) | TEXTS
+TURNS = st.lists(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(("role", "content", "from", "value"), TEXTS)), max_size=4
 )
-def test_malformed_messages_are_named(row):
-    with pytest.raises(ValueError, match=r"'a_7': got .*expected .*Fix"):
-        crab_row(row)
+JUNK = TURNS | st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | TEXTS, inner, max_size=4), max_leaves=8
+)
+COLUMNS = ("id", "messages", "conversations", "input", "reasoning_content", "content")
 
 
-def test_maps_over_datasets(rows):
-    from datasets import Dataset
+@pytest.mark.parametrize(("source", "features", "few"), SOURCES)
+@given(data=st.data())
+def test_any_row_gives_columns_or_an_error_with_a_fix(source, features, few, data):
+    well_formed = data.draw(st.sampled_from([{}, *few]))
+    row = well_formed | data.draw(st.dictionaries(st.sampled_from(COLUMNS) | TEXTS, JUNK, max_size=3))
+    before = copy.deepcopy(row)
+    check(source, features, row)
+    assert repr(row) == repr(before)
 
-    # more rows without constraints than datasets reads types from, then the ones that have some
-    plain = [row for row in rows if not row["id"].endswith("_forward")]
-    rows = (plain * 1000)[:1001] + rows
-    dataset = Dataset.from_list(rows)
-    kwargs = {"remove_columns": dataset.column_names, "features": crab_features()}
-    mapped = dataset.map(crab_row, **kwargs)
-    assert mapped.to_list() == [crab_row(row) for row in rows]
-    assert list(dataset.to_iterable_dataset().map(crab_row, **kwargs)) == mapped.to_list()
+
+@pytest.mark.parametrize(("source", "features", "few"), SOURCES)
+def test_long_texts(source, features, few):
+    for piece in ("a", "\n", "<think>", "</think>", "a. B ", "Instructions: \n\n", "\ud800"):
+        text = piece * (2**20 // len(piece))
+        for turns in ([{"role": "user", "content": text}, {"role": "assistant", "content": text}], text):
+            check(source, features, {"id": "1_forward"} | dict.fromkeys(COLUMNS[1:], turns))
+        check(source, features, dict.fromkeys(COLUMNS, text))
+        check(source, features, few[-1] | {"content": text, "reasoning_content": text})
+
+
+def check(source, features, row):
+    """The columns of `features` with its types, or a ValueError that says what to do."""
+    try:
+        out = source(row)
+    except ValueError as error:
+        assert "Fix:" in str(error) and "expected" in str(error) and "got " in str(error) and len(str(error)) < 1500
+        return
+    assert list(out) == list(features) and isinstance(out.pop("miso_status"), str)
+    for name, values in out.items():
+        assert isinstance(values, list)
+        for value in [{"role": "", "content": value} for value in values] if name == "constraints" else values:
+            assert list(value) == ["role", "content"] and all(isinstance(text, str) for text in value.values())
 
 
 def test_answers_satisfy_their_constraints(answered):

@@ -21,7 +21,7 @@ Prompt = str | list[dict[str, Any]]
 MODES = ("auto", "para", "succ", "single", "augment")
 _AUTO = {"contexts": "para", "constraints": "para", "prompt": "succ", "messages": "succ"}
 _PARALLEL = ("contexts", "constraints")
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 KEPT = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
 
 
@@ -162,8 +162,8 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(turns, list | None) or not all(isinstance(turn, dict) for turn in turns or []):
         raise _wrong_type(turns, column, "a list of messages")
     messages = [_to_message(turn) for turn in turns or []]
-    if not all(isinstance(message.get("role"), str) for message in messages):
-        raise _wrong_type(turns, column, "a list of messages, each with a role (or from)")
+    if not all(map(_is_message, messages)):
+        raise _wrong_type(turns, column, "a list of messages, each with a role (or from) and text as content (or value)")
     return messages
 
 
@@ -172,7 +172,7 @@ def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
     if turn.get("from") is None:
         return turn
     kept = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} | kept
+    return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} | kept
 
 
 def _row(contexts: list[Prompt], completion: Any, weights: list[float] | None = None) -> Row:
@@ -188,14 +188,15 @@ def _row(contexts: list[Prompt], completion: Any, weights: list[float] | None = 
 def _prompt(value: Any, column: str) -> Prompt:
     """`value`, a prompt or completion that says something. Raises RowDropped if it does not."""
     if not isinstance(value, str | list | None) or (isinstance(value, list) and not all(map(_is_message, value))):
-        raise _wrong_type(value, column, "a string or a list of messages, each with a role")
+        raise _wrong_type(value, column, "a string or a list of messages, each with a role and text as content")
     if not value or not (value.strip() if isinstance(value, str) else any(map(_says_something, value))):
         raise RowDropped("no output: the completion is empty" if column == "completion" else "an empty context")
     return value
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
+    content = str | list | None  # a list of parts; none beside tool calls
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), content)
 
 
 def _says_something(message: dict[str, Any]) -> bool:

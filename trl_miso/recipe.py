@@ -1,9 +1,10 @@
-"""What a script does with a recipe before it trains: options, rows, tokenizer, batch size.
+"""What a training script does with a recipe: options, rows, tokenizer, batch size, training.
 
-    recipe, args, model_args = parse_recipe()
-    rows = adapt_rows(load_rows(recipe, recipe.dataset_train_split), recipe, chat=True)
+recipe, args, model_args = parse_recipe()
+train(make_trainer(recipe, args, model_args), recipe)
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,14 +15,15 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_miso.config import MISOSFTConfig
 from trl_miso.report import AnyDataset
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.r1_distill import r1_distill_features, r1_distill_row
 from trl_miso.sources.sharegpt import sharegpt_features, sharegpt_row
-from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
+from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
+from trl_miso.trainer import MISOSFTTrainer
 
 _SOURCES = {
     "crab": (crab_row, crab_features),
@@ -68,6 +70,9 @@ def parse_recipe(
     arguments: list[str] | None = None, **defaults: Any
 ) -> tuple[RecipeArguments, MISOSFTConfig, ModelConfig]:
     """Options from the command line, over those of `--config FILE.yaml`, over `defaults`."""
+    # Shows what was split, dropped and shared.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_miso").setLevel(logging.INFO)
     parser = TrlParser((RecipeArguments, MISOSFTConfig, ModelConfig))
     # TRL's default of bf16=True is refused on a CPU.
     parser.set_defaults_with_config(**{"bf16": torch.accelerator.is_available()} | defaults)
@@ -105,7 +110,7 @@ def load_rows(recipe: RecipeArguments, split: str) -> AnyDataset:
     """A split (also `train[:1000]`) of a data set on the Hub, of a local file or folder, or generated rows.
 
     Raises:
-        ValueError: If a file's rows do not have the same columns and types; the message names where.
+        ValueError: If a file cannot be read; the message names where.
     """
     name, streaming = recipe.dataset_name, recipe.dataset_streaming
     if name is None:
@@ -123,8 +128,8 @@ def load_rows(recipe: RecipeArguments, split: str) -> AnyDataset:
         return load_dataset(builder or name, split=split, streaming=streaming, **files)
     except DatasetGenerationError as error:
         raise ValueError(
-            f"Got {name}, which cannot be read as rows of the same columns and types: {error.__cause__ or error}. Expected one "
-            "type a column. Fix: correct the rows named above."
+            f"Got {name}, which cannot be read: {error.__cause__ or error}. Expected rows of the same columns, each of one type. "
+            "Fix: correct the rows named above."
         ) from error
 
 
@@ -132,7 +137,9 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_pro
     """Rows in a format of `trl_miso.contexts`; with `chat`, plain-text rows become messages."""
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"Got no rows in {recipe.dataset_name}, expected at least one. Fix: check the file or the split.")
+        raise ValueError(
+            f"Got no rows in {recipe.dataset_name}, expected at least one. Fix: check the file or the split."
+        )
     source = recipe.source
     if source == "auto":
         source = "crab" if {"cnt_id", "messages"} <= set(first) else "sharegpt" if "conversations" in first else "none"
@@ -147,7 +154,9 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_pro
     return dataset.map(_numbered, with_indices=True, **options)
 
 
-def _numbered(row: dict[str, Any], index: int, adapter: Callable[..., dict[str, Any]], **columns: Any) -> dict[str, Any]:
+def _numbered(
+    row: dict[str, Any], index: int, adapter: Callable[..., dict[str, Any]], **columns: Any
+) -> dict[str, Any]:
     """What the adapter makes of a row, its errors with the row's number."""
     try:
         return adapter(row, **columns)
@@ -190,3 +199,49 @@ def is_chat(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig) -> bool:
     return bool(tokenizer.chat_template or args.chat_template_path) and args.response_template is None
 
 
+def make_trainer(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> MISOSFTTrainer:
+    """The trainer of a recipe; without a model, around a small random Llama whose tokenizer knows the rows' text."""
+    rows = load_rows(recipe, recipe.dataset_train_split)
+    tokenizer = load_tokenizer(rows, args, model_args)
+    options = {"num_proc": args.dataset_num_proc, "chat": is_chat(tokenizer, args)}
+    evaluated = None
+    if args.eval_strategy != "no":
+        evaluated = adapt_rows(load_rows(recipe, recipe.dataset_test_split), recipe, **options)
+    return MISOSFTTrainer(
+        **_model(tokenizer, args, model_args),
+        args=args,
+        train_dataset=adapt_rows(rows, recipe, **options),
+        eval_dataset=evaluated,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def _model(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """The trainer's `model` and `quantization_config`."""
+    if model_args.model_name_or_path is None:
+        if model_args.attn_implementation or model_args.dtype != ModelConfig().dtype:
+            raise ValueError(
+                "Got attn_implementation or dtype without a model, expected them unset for the built-in toy model. Fix: set "
+                "--model_name_or_path, or leave them out."
+            )
+        return {"model": build_model(tokenizer)}
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return {"model": model_args.model_name_or_path, "quantization_config": get_quantization_config(model_args)}
+
+
+def train(trainer: MISOSFTTrainer, recipe: RecipeArguments) -> None:
+    """Train, save to `output_dir`, say how the loss went, and push to the Hub if asked."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    course = f"Training loss: {losses[0]:.2f} -> {losses[-1]:.2f}. " if losses else ""
+    trainer.accelerator.print(f"\n{course}Saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.dataset_name)

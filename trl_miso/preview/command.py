@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
         usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("-n", type=int, default=5, metavar="ROWS", help="rows to show (default: 5)")
-    parser.add_argument("--rows", type=int, metavar="N", help="read the first N rows only (of a stream 1000 by default)")
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help="read the first N rows only (of a stream 1000 by default)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
     options, others = parser.parse_known_args(arguments)

@@ -80,7 +80,13 @@ def _stand_in(
 ) -> MISOSFTTrainer:
     """A trainer that prepares rows as the user's would, around a model too small to matter."""
     args = copy(args)
-    quiet = {"report_to": [], "push_to_hub": False, "eval_strategy": "no", "do_eval": False, "load_best_model_at_end": False}
+    quiet = {
+        "report_to": [],
+        "push_to_hub": False,
+        "eval_strategy": "no",
+        "do_eval": False,
+        "load_best_model_at_end": False,
+    }
     whole = {"packing": False, "shuffle_dataset": False}
     bare = {"model_init_kwargs": None, "use_liger_kernel": False, "attention_kernel": "auto", "torch_compile": False}
     for key, value in (quiet | whole | bare | changes).items():
@@ -107,7 +113,7 @@ def _rows(
         shown += [number for number, cut in zip(numbers, cuts, strict=True) if cut][:1]
     for number in dict.fromkeys(shown):
         raw = dataset[number]
-        common = {"index": number, "status": raw.get(STATUS) or "", "dropped": "", "raw": "", "cut": []}
+        common: dict[str, Any] = {"index": number, "status": raw.get(STATUS) or "", "dropped": "", "raw": "", "cut": []}
         examples = [i for i, row in enumerate(numbers) if row == number]
         uncut = _uncut(dataset, trainer, tokenizer, args, number) if any(cuts[i] for i in examples) else None
         for place, i in enumerate(examples):
@@ -117,7 +123,7 @@ def _rows(
             yield common | made
         if number in why and not examples:
             mode = {"mode": trainer.training_mode or "", "dropped": why[number], "raw": _excerpt(raw)}
-            empty = {key: [] for key in ("ids", "texts", "labels", "segments", "contexts")}
+            empty: dict[str, list] = {key: [] for key in ("ids", "texts", "labels", "segments", "contexts")}
             yield common | mode | empty
 
 

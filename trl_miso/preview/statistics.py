@@ -142,7 +142,9 @@ def _bins(sizes: list[int], bin_size: int) -> dict[str, Any]:
 
 def _examples(prepared: Dataset) -> Iterator[tuple[int, int, Example, int]]:
     """(raw row, tokens cut, example, labelled tokens) of every example."""
-    for batch in prepared.select_columns(["labels", "miso_layout", "miso_row", "miso_cut"]).with_format("numpy").iter(500):
+    for batch in (
+        prepared.select_columns(["labels", "miso_layout", "miso_row", "miso_cut"]).with_format("numpy").iter(500)
+    ):
         columns = (batch[name] for name in ("labels", "miso_layout", "miso_row", "miso_cut"))
         for labels, layout, (number,), (cut,) in zip(*columns, strict=True):
             at = 0

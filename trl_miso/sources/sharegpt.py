@@ -1,0 +1,83 @@
+"""ShareGPT conversations to `messages`, roles and keys as chat templates know them.
+
+    dataset.map(sharegpt_row, remove_columns=dataset.column_names, features=sharegpt_features())
+
+TRL renames the keys of `conversations` but not its roles, and fails on an empty one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from trl_miso.contexts import ROLES
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+_KNOWN = {"system", "user", "assistant"}
+
+
+def sharegpt_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One ShareGPT row as columns that are present, with one type, in every row.
+
+    Args:
+        row: `{"id", "conversations": [{"from", "value"}]}`, or `{"messages": [{"role", "content"}]}`. Speakers are
+            human or user, gpt, chatgpt, bing, bard or assistant, and system, in any case.
+
+    Returns:
+        - `messages`: `{"role", "content"}` turns that end in an answer. Left out are turns without text, turns after
+          the last answer, and answers before the first request (a longer conversation was cut there); nothing is merged;
+        - `miso_status`: `"split"`, also where turns were left out, or why `messages` is empty: `"empty"` has no turn
+          with text, `"no_user"` no request before an answer, `"no_assistant"` no answer, `"unknown_role ..."` a speaker
+          of another name.
+
+    Raises:
+        ValueError: neither column is there, or the turns are not a list of dicts with a text speaker and text.
+    """
+    if "conversations" not in row and "messages" not in row:
+        raise ValueError(
+            f"ShareGPT row {row.get('id')!r:.80}: got columns {list(row)!r:.300}; expected `conversations` or `messages`. "
+            "Fix: rename the column of turns to one of these."
+        )
+    column = "conversations" if row.get("messages") is None else "messages"
+    messages = [message for message in _turns(row, column) if message["content"].strip()]
+    if unknown := [message["role"] for message in messages if message["role"] not in _KNOWN]:
+        return {"messages": [], "miso_status": f"unknown_role {unknown[0]!r:.40}"}
+
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return {"messages": [], "miso_status": "no_assistant" if messages else "empty"}
+    end = len(roles) - roles[::-1].index("assistant")
+    if "user" not in roles[:end]:
+        return {"messages": [], "miso_status": "no_user"}
+    start = roles.index("user")
+    kept = [message for i, message in enumerate(messages[:end]) if i >= start or message["role"] == "system"]
+    return {"messages": kept, "miso_status": "split"}
+
+
+def sharegpt_features() -> "Features":
+    """The types of `sharegpt_row`'s columns, for `Dataset.map(features=...)`."""
+    from datasets import Features, List, Value
+
+    return Features(messages=List({"role": Value("string"), "content": Value("string")}), miso_status=Value("string"))
+
+
+def _turns(row: dict[str, Any], column: str) -> list[dict[str, str]]:
+    """The turns with TRL's keys and roles, a null text as an empty one. Arrow gives mixed turns the keys of both kinds."""
+    turns = row.get(column)
+    if not isinstance(turns, list | None) or not all(isinstance(turn, dict) for turn in turns or []):
+        raise _wrong_type(row, column, turns)
+    messages = []
+    for turn in turns or []:
+        speaker, text = ("role", "content") if turn.get("from") is None else ("from", "value")
+        role, content = turn.get(speaker), turn.get(text)
+        if not isinstance(role, str) or not isinstance(content, str | None):
+            raise _wrong_type(row, column, turn)
+        role = role.strip().lower()
+        messages.append({"role": ROLES.get(role, role), "content": content or ""})
+    return messages
+
+
+def _wrong_type(row: dict[str, Any], column: str, value: Any) -> ValueError:
+    return ValueError(
+        f"ShareGPT row {row.get('id')!r:.80}: got {value!r:.300} in column {column!r}; expected a list of turns, each with a "
+        "text `from` and `value` (or `role` and `content`). Fix: convert the column first."
+    )
