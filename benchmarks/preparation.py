@@ -1,0 +1,179 @@
+"""
+Preparation: rows a second on one core, beside what SFTTrainer's own preparation takes on the same rows, and memory.
+
+    python benchmarks/preparation.py                       # generated rows in Crab's schema
+    python benchmarks/preparation.py --prose rows.jsonl    # real text: prompt, constraints, completion
+    python benchmarks/preparation.py --memory 66500        # peak memory of preparing so many rows, and a tenth of them
+
+Every figure is the median of `--repeats` runs, which alternate between the trainers; nothing is cached but where it says so.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import transformers
+import trl
+from datasets import Dataset, load_dataset
+from rich.console import Console
+from rich.table import Table
+from rows import crab_shaped_rows
+from trl import SFTConfig, SFTTrainer
+
+from trl_miso import MISOSFTConfig, MISOSFTTrainer
+from trl_miso.sources.crab import crab_features, crab_row
+from trl_miso.sources.synthetic import build_model, build_tokenizer
+
+TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
+
+
+def adapt(rows: Dataset) -> Dataset:
+    return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
+
+
+def make(trainer, config, dataset, tokenizer, **options):
+    """Build the trainer, which prepares the dataset; the model costs nothing beside it."""
+    common = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "max_length": 4096}
+    with tempfile.TemporaryDirectory() as folder:
+        args = config(folder, **common | options)
+        return trainer(build_model(tokenizer), args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+
+
+def timed(work: Callable) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def speed(count: int, prose: Path | None, repeats: int) -> None:
+    raw = crab_shaped_rows(count, prose)
+    tokenizer = build_tokenizer(raw[:2000], vocab_size=16000)
+    tokenizer.chat_template = TEMPLATE.read_text()
+    rows = Dataset.from_list(raw)
+    adapted = adapt(rows)
+    plain = adapted.map(
+        lambda row: {"prompt": row["full_prompt"], "completion": row["completion"]}, remove_columns=adapted.column_names
+    )
+    texts = [tokenizer.apply_chat_template(r["prompt"] + r["completion"], tokenize=False) for r in plain]
+    miso = MISOSFTTrainer, MISOSFTConfig, adapted, tokenizer
+    work = {
+        "SFTTrainer, full prompt": lambda: make(SFTTrainer, SFTConfig, plain, tokenizer),
+        "MISO para": lambda: make(*miso),
+        "MISO succ": lambda: make(*miso, context_mode="succ"),
+        "MISO single": lambda: make(*miso, context_mode="single"),
+        "MISO para, streamed": lambda: list(
+            make(MISOSFTTrainer, MISOSFTConfig, adapted.to_iterable_dataset(), tokenizer)
+        ),
+        "MISO para, 2 processes": lambda: make(*miso, dataset_num_proc=2),
+        "Crab's adapter": lambda: adapt(rows),
+        "tokenizer alone, each row once": lambda: tokenizer(texts, add_special_tokens=False),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, run in work.items():
+            seconds[name].append(timed(run))
+    datasets.enable_caching()
+    on_disk = load_from_disk(adapted)
+    make(MISOSFTTrainer, MISOSFTConfig, on_disk, tokenizer)
+    seconds["MISO para, cached"] = [timed(lambda: make(MISOSFTTrainer, MISOSFTConfig, on_disk, tokenizer))]
+    print_speed(seconds, count, tokenizer, texts)
+
+
+def load_from_disk(dataset: Dataset) -> Dataset:
+    folder = Path(tempfile.mkdtemp(dir=os.environ["HF_DATASETS_CACHE"]))
+    dataset.save_to_disk(folder)
+    return Dataset.load_from_disk(folder)
+
+
+def print_speed(seconds: dict[str, list[float]], count: int, tokenizer, texts: list[str]) -> None:
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) / count
+    sft = statistics.median(seconds["SFTTrainer, full prompt"])
+    table = Table(title=f"{count} rows, {tokens:.0f} tokens a row", title_justify="left", box=None)
+    for column in ("", "rows/s", "seconds", "time / SFTTrainer"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        table.add_row(name, f"{count / median:,.0f}", f"{median:.2f}", f"{median / sft:.2f}")
+    Console(width=100).print(table)
+
+
+def memory(count: int, prose: Path | None) -> None:
+    """Each size in a process of its own, from a file to a prepared dataset."""
+    table = Table(title="peak memory of preparation (para)", title_justify="left", box=None)
+    for column in ("rows", "rows/s", "before, MB", "peak, MB", "growth, MB"):
+        table.add_column(column, justify="right")
+    for rows in (count // 10, count):
+        command = [sys.executable, __file__, "--child", str(rows), *(["--prose", str(prose)] if prose else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        rate, before, peak = map(float, done.stdout.split()[-3:])
+        table.add_row(f"{rows:,}", f"{rate:,.0f}", f"{before:,.0f}", f"{peak:,.0f}", f"{peak - before:,.0f}")
+    Console(width=100).print(table)
+
+
+def child(count: int, prose: Path | None) -> None:
+    """Prepare rows from a file; print rows/s and the private memory before and at its peak, in MB."""
+    tokenizer = build_tokenizer(crab_shaped_rows(2000, prose), vocab_size=16000)
+    tokenizer.chat_template = TEMPLATE.read_text()
+    file = Path(os.environ["HF_DATASETS_CACHE"]) / f"{count}.parquet"
+    Dataset.from_generator(lambda: iter(crab_shaped_rows(count, prose))).to_parquet(file)
+    dataset = load_dataset("parquet", data_files={"train": str(file)}, split="train")
+    before, peak, done = private_memory(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            peak[0] = max(peak[0], private_memory())
+
+    threading.Thread(target=watch, daemon=True).start()
+    seconds = timed(lambda: make(MISOSFTTrainer, MISOSFTConfig, adapt(dataset), tokenizer))
+    done.set()
+    print(count / seconds, before, peak[0])
+
+
+def private_memory() -> float:
+    """Memory of this process that no file backs, in MB: mapped Arrow files are the page cache's (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--prose", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=int)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    # Read when datasets is imported too: set for the children, and in place for this process.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["HF_DATASETS_CACHE"] = cache
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        if options.child:
+            child(options.child, options.prose)
+            return
+        versions = {module.__name__: module.__version__ for module in (trl, transformers, datasets)}
+        Console().print(f"{versions}, {os.cpu_count()} cores", highlight=False)
+        if options.memory:
+            memory(options.memory, options.prose)
+        else:
+            speed(options.rows, options.prose, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
