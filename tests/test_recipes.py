@@ -123,6 +123,12 @@ def test_a_dry_run_refuses_what_training_would(local, monkeypatch):
         dry_run(*parse_recipe(arguments(local, "mistral_7b_succ", "--model_name_or_path", str(windowed))))
 
 
+def test_a_template_that_is_not_there_is_named(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"chat_template_path='examples/configs/tulu\.jinja', which is no file.*Fix"):
+        parse_recipe(arguments(local, "llama3_8b_para"))
+
+
 class _Processes(MISOSFTConfig):
     """A config that believes in several processes."""
 

@@ -55,8 +55,8 @@ class RecipeArguments(ScriptArguments):
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows per optimizer step over all processes; gradient_accumulation_steps is computed from it, so that a "
-            "recipe trains the same on any number of GPUs."
+            "help": "Rows (bins, with packing) per optimizer step over all processes; gradient_accumulation_steps is computed from "
+            "it, so that a recipe trains the same on any number of GPUs."
         },
     )
     dry_run: bool = field(
@@ -77,6 +77,12 @@ def parse_recipe(
     # TRL's default of bf16=True is refused on a CPU.
     parser.set_defaults_with_config(**{"bf16": torch.accelerator.is_available()} | defaults)
     recipe, args, model_args = parser.parse_args_and_config(arguments)
+    template = args.chat_template_path
+    if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise ValueError(
+            f"Got chat_template_path={template!r}, which is no file in {Path.cwd()}. Expected a path from there. Fix: run from the "
+            "folder that the recipe's paths start in (the repository's, for examples/configs), or give an absolute path."
+        )
     if recipe.thinking_column in ("none", ""):
         recipe.thinking_column = None
     if recipe.global_batch_size is not None:
