@@ -294,15 +294,20 @@ def test_errors_of_tokenization_name_the_row(tok):
         prepare(rows, tok, "contexts", template="Answer:")
     with pytest.raises(ValueError, match=r"^Row 1: Got 'x' in column 'chat_template_kwargs'"):
         prepare([GOOD | {"chat_template_kwargs": k} for k in (None, "x")], tok)
-    with pytest.raises(ValueError, match=r"^Row 1: Expecting value"):
+    with pytest.raises(ValueError, match=r"^Row 1: Got 'x' in column 'tools', expected .*Expecting value.*Fix"):
         prepare([GOOD | {"tools": k} for k in ("[]", "x")], tok)
 
 
 def test_errors_of_the_chat_template_name_the_row(tok):
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn.') }}{% endif %}x"
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn.') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    )
     rows = [GOOD, GOOD | {"prompt": [{"role": "system", "content": "s"}, user("a")]}]
     preparation_ = RowPreparation("constraints", "para", True, True, Tokenizer(tok, template), layout())
-    with pytest.raises(ValueError, match=r"^Row 1: No system turn\."):
+    with pytest.raises(
+        ValueError, match=r"^Row 1: Got messages that the chat template cannot render .*No system turn.*Fix"
+    ):
         prepare_rows(Dataset.from_list(rows), preparation_, "train", None)
 
 

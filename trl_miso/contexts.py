@@ -14,6 +14,10 @@ A prompt is a string or a list of messages. Row formats, by their columns (the f
 Constraints are added to the last message, or to a string before its `response_template`, if it has one.
 """
 
+import json
+from collections.abc import Iterator
+from itertools import chain
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 Prompt = str | list[dict[str, Any]]
@@ -22,7 +26,19 @@ MODES = ("auto", "para", "succ", "single", "augment")
 _AUTO = {"contexts": "para", "constraints": "para", "prompt": "succ", "messages": "succ"}
 _PARALLEL = ("contexts", "constraints")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_ROLES_OF_TEMPLATES = ("system", "developer", "user", "assistant", "tool")
 KEPT = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
+TOKENS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")  # columns of tokenized rows
+# Arguments of apply_chat_template that are not a template's own.
+_NOT_OF_THE_TEMPLATE = {
+    "conversation",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "padding",
+    "tokenize",
+}
+_NOT_OF_THE_TEMPLATE |= {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
 
 
 class RowDropped(Exception):
@@ -94,17 +110,17 @@ def full_row(row: dict[str, Any], kind: str, response_template: str | None = Non
         if not messages or messages[-1]["role"] != "assistant":
             raise RowDropped("no output: the conversation does not end in an assistant turn")
         return _row([_prompt(messages[:-1], "messages")], messages[-1:])
-    if kind == "contexts" and not row.get("prompt"):
+    if kind == "contexts" and not _is_given(row, "prompt"):
         contexts = _list_of(row, "contexts", (str, list))
         if not contexts:
             raise RowDropped("an empty context: the contexts column is empty")
         prompt = _prompt(contexts[0], "contexts")
-    elif kind == "constraints" and not row.get("full_prompt"):
-        prompt = _with_constraints(_prompt(row["prompt"], "prompt"), _constraints(row), response_template)
+    elif kind == "constraints" and not _is_given(row, "full_prompt"):
+        prompt = _with_constraints(_prompt(row.get("prompt"), "prompt"), _constraints(row), response_template)
     else:
         column = "full_prompt" if kind == "constraints" else "prompt"
-        prompt = _prompt(row[column], column)
-    return _row([prompt], row["completion"])
+        prompt = _prompt(row.get(column), column)
+    return _row([prompt], row.get("completion"))
 
 
 def parallel_row(
@@ -129,7 +145,7 @@ def parallel_row(
     constraints = _constraints(row)
     if not constraints:
         return full
-    bare = _prompt(row["prompt"], "prompt")
+    bare = _prompt(row.get("prompt"), "prompt")
     contexts = [*full.contexts, *(_with_constraints(bare, [c], response_template) for c in constraints), bare]
     contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
     return _row([c for i, c in enumerate(contexts) if c not in contexts[:i]], full.completion)
@@ -143,15 +159,68 @@ def as_trl_row(row: dict[str, Any], prompt: Prompt, completion: Prompt) -> dict[
 def messages_row(row: dict[str, Any]) -> dict[str, Any]:
     """A conversation for TRL's own preparation."""
     messages = to_messages(row)
-    if not messages:
+    if not any(map(_says_something, messages)):
         raise RowDropped("an empty conversation")
     return {"messages": messages} | _kept(row)
 
 
+def text_row(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """Plain text for TRL's own preparation."""
+    text = row.get(field)
+    if not isinstance(text, str | None):
+        raise _wrong_type(text, field, "a string")
+    if not text or not text.strip():
+        raise RowDropped("an empty text")
+    return {field: _readable(text, field)}
+
+
+def token_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a tokenized row, as lists of integers."""
+    made = {name: _integers(row[name], name) for name in TOKENS if name in row}
+    ids = made["input_ids"]
+    if not ids:
+        raise RowDropped("no tokens")
+    for name, values in made.items():
+        if name != "seq_lengths" and len(values) != len(ids):
+            raise ValueError(
+                f"Got {len(values)} values in column {name!r} beside {len(ids)} in column 'input_ids', expected one for each token. "
+                f"Fix: make {name!r} as long as 'input_ids'."
+            )
+    return made
+
+
+def _integers(value: Any, column: str) -> list[int]:
+    values = [] if value is None else value.tolist() if hasattr(value, "tolist") else value
+    types = set(map(type, values)) if isinstance(values, list) else {str}
+    if not all(issubclass(t, Integral) for t in types) or (bool in types and "mask" not in column):
+        raise _wrong_type(value, column, "a list of integers")
+    return values if types == {int} else list(map(int, values))
+
+
+def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's `tools` and `chat_template_kwargs`, as TRL passes them to the chat template."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise _wrong_type(tools, "tools", f"a list of tools, or that list as JSON ({error})") from error
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) or callable(t) for t in tools)):
+        raise _wrong_type(tools, "tools", "a list of tools, or that list as JSON")
+    kwargs: Any = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
+    if not isinstance(kwargs, dict) or not all(isinstance(k, str) and k not in _NOT_OF_THE_TEMPLATE for k in kwargs):
+        raise _wrong_type(kwargs, "chat_template_kwargs", "a dict of arguments of the chat template's own")
+    return {"tools": _readable(tools, "tools"), **_readable(kwargs, "chat_template_kwargs")}
+
+
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    """What TRL hands to the chat template, in the forms that it can read."""
+    read = template_kwargs(row)
     kept = {name: row[name] for name in KEPT if name in row}
+    if "tools" in kept and read["tools"] is None:
+        kept["tools"] = None
     if kept.get("chat_template_kwargs", {}) is None:
-        kept["chat_template_kwargs"] = {}  # TRL unpacks it
+        kept["chat_template_kwargs"] = {}
     return kept
 
 
@@ -162,46 +231,114 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(turns, list | None) or not all(isinstance(turn, dict) for turn in turns or []):
         raise _wrong_type(turns, column, "a list of messages")
     messages = [_to_message(turn) for turn in turns or []]
-    if not all(map(_is_message, messages)):
-        raise _wrong_type(turns, column, "a list of messages, each with a role (or from) and text as content (or value)")
-    return messages
+    for turn, message in zip(turns or [], messages, strict=True):
+        _check_message(message, column, turn)
+    return _readable(messages, column)
 
 
 def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
     """A ShareGPT turn with TRL's keys and roles. Arrow gives turns of both kinds, where mixed, the keys of both."""
-    if turn.get("from") is None:
-        return turn
     kept = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} | kept
+    if turn.get("from") is None:
+        return {key: turn[key] for key in ("role", "content") if key in turn} | kept
+    role = turn["from"]
+    if isinstance(role, str):
+        role = ROLES.get(role.strip().lower(), role.strip().lower())
+    return {"role": role, "content": turn.get("value")} | kept
 
 
 def _row(contexts: list[Prompt], completion: Any, weights: list[float] | None = None) -> Row:
     completion = _prompt(completion, "completion")
     if any(isinstance(context, str) != isinstance(completion, str) for context in contexts):
         raise ValueError(
-            f"Got a completion of type {type(completion).__name__} beside a prompt or contexts of another, expected all of a row's "
-            "prompts, contexts and completion to be strings, or all lists of messages. Fix: convert one to the other."
+            f"Got a {type(completion).__name__} in column 'completion' beside a prompt or contexts of another type, expected all of a "
+            "row's prompts, contexts and completion to be strings, or all lists of messages. Fix: convert one to the other."
+        )
+    if isinstance(completion, list) and completion[0]["role"] != "assistant":
+        raise ValueError(
+            f"Got a turn of role {completion[0]['role']!r:.200} first in column 'completion', expected role 'assistant', whose turn "
+            "the model learns to write. Fix: correct the role, or move the turn to the prompt."
         )
     return Row(contexts, completion, weights)
 
 
 def _prompt(value: Any, column: str) -> Prompt:
     """`value`, a prompt or completion that says something. Raises RowDropped if it does not."""
-    if not isinstance(value, str | list | None) or (isinstance(value, list) and not all(map(_is_message, value))):
-        raise _wrong_type(value, column, "a string or a list of messages, each with a role and text as content")
+    if not isinstance(value, str | list | None):
+        raise _wrong_type(value, column, "a string or a list of messages")
+    for message in value if isinstance(value, list) else []:
+        _check_message(message, column, message)
     if not value or not (value.strip() if isinstance(value, str) else any(map(_says_something, value))):
         raise RowDropped("no output: the completion is empty" if column == "completion" else "an empty context")
-    return value
+    return _readable(value, column)
+
+
+def _check_message(message: Any, column: str, given: Any) -> None:
+    """Raise ValueError if `message`, made of what was `given`, is none."""
+    if not _is_message(message):
+        raise _wrong_type(
+            given, column, "messages, each a dict with a role and text as content, alone or in parts of type 'text'"
+        )
+    role = message["role"]
+    if role != (lower := role.strip().lower()) and lower in _ROLES_OF_TEMPLATES:
+        raise ValueError(
+            f"Got role {role!r} in column {column!r}, expected {lower!r}: chat templates tell roles by their exact name. Fix: set it "
+            f"to {lower!r}."
+        )
 
 
 def _is_message(value: Any) -> bool:
-    content = str | list | None  # a list of parts; none beside tool calls
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), content)
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content, calls = value.get("content"), value.get("tool_calls")
+    parts = content if isinstance(content, list) else []
+    return (
+        isinstance(content, str | list | None)  # none beside tool calls
+        and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts)
+        and (calls is None or isinstance(calls, list) and all(isinstance(call, dict) for call in calls))
+    )
+
+
+def _is_given(row: dict[str, Any], column: str) -> bool:
+    """Whether an optional prompt is there: null and empty ones stand for none."""
+    value = row.get(column)
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, list) and not value)
+
+
+def _readable(value: Any, column: str) -> Any:
+    """`value`, whose strings a tokenizer can read. Raises ValueError if one has half of a surrogate pair."""
+    for text in _texts(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Got {text[error.start]!r} in column {column!r} (at character {error.start} of {text[:50]!r}), expected text that "
+                "UTF-8 can hold: this is half of a surrogate pair. Fix: text.encode('utf-16', 'surrogatepass').decode('utf-16', "
+                "'replace') joins halves that belong together and replaces others."
+            ) from error
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _says_something(message: dict[str, Any]) -> bool:
-    values = (message.get(key) for key in ("content", "reasoning_content", "tool_calls"))
-    return any(value.strip() if isinstance(value, str) else value for value in values)
+    texts = [*message_texts(message), message.get("reasoning_content") or ""]
+    return bool(message.get("tool_calls")) or any(str(text).strip() for text in texts)
+
+
+def message_texts(message: dict[str, Any]) -> list[str]:
+    """What a message says: its content, or the texts of its content's parts."""
+    content = message.get("content") or []
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def _with_constraints(prompt: Prompt, constraints: list[str], response_template: str | None) -> Prompt:
@@ -223,24 +360,25 @@ def _constraints(row: dict[str, Any]) -> list[str]:
 
 
 def _list_of(row: dict[str, Any], column: str, types: tuple[type, ...]) -> list:
-    value = row[column] if row[column] is not None else []
+    value = [] if row.get(column) is None else row[column]
     if isinstance(value, list) and all(isinstance(item, types) for item in value):
-        return value
+        return _readable(value, column)
     expected = " or ".join("a list of messages" if t is list else "a string" for t in types)
     raise _wrong_type(value, column, f"a list whose items are each {expected}")
 
 
 def _context_weights(row: dict[str, Any], n: int) -> list[float] | None:
-    weights = row.get("context_weights")
+    weights: Any = row.get("context_weights")
     if weights is None:
         return None
-    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < float("inf") for w in weights)
-    if not numbers or len(weights) != n:
+    numbers = isinstance(weights, list) and all(issubclass(type(w), Real) and 0 < w < 1e300 for w in weights)
+    scaled = [float(w) / float(sum(weights)) for w in weights] if numbers else []
+    if len(scaled) != n or not all(scaled):  # one may be so small that nothing of it is left beside the others
         raise ValueError(
-            f"Got context_weights {weights!r:.200} for {n} contexts, expected {n} positive numbers (they are scaled to sum to "
-            "1). Fix: give one weight a context, and leave out contexts that should have none."
+            f"Got context_weights {weights!r:.200} for {n} contexts, expected {n} positive numbers in column 'context_weights' (they "
+            "are scaled to sum to 1). Fix: give one weight a context, and leave out contexts that should have none."
         )
-    return [w / sum(weights) for w in weights]
+    return scaled
 
 
 def _wrong_type(value: Any, column: str, expected: str) -> ValueError:

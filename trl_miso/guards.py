@@ -31,6 +31,12 @@ def check_request(
             f"Got processing_class={type(processing_class).__name__}, expected a tokenizer: MISO trains on text. Fix: pass "
             "processor.tokenizer."
         )
+    padding = [getattr(of, name, None) for of in (args, processing_class) for name in ("pad_token", "eos_token")]
+    if processing_class is not None and not any(padding):
+        raise ValueError(
+            "Got a tokenizer with neither a pad nor an eos token, expected one of them to pad with. Fix: set pad_token or eos_token, "
+            "of the tokenizer or in the config."
+        )
     prompt_learning = getattr(peft_config, "is_prompt_learning", False) or any(
         getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
     )
@@ -83,12 +89,34 @@ def check_settings(args: MISOSFTConfig, mode: str, kind: str, columns: list[str]
             )
 
 
-def check_dataset(dataset: AnyDataset, args: MISOSFTConfig, packing: bool) -> None:
+def check_first_row(dataset: AnyDataset | None, args: MISOSFTConfig) -> None:
+    """Refuse a first row that TRL, which looks at it alone, would stumble over."""
+    if dataset is None:
+        return
+    _check_not_empty(dataset, "train")
+    row = next(iter(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset))
+    empty = [name for name in ("messages", "prompt", "completion") if name in row and row[name] in (None, [])]
+    if empty and args.assistant_only_loss:
+        raise ValueError(
+            f"Row 0: Got {row[empty[0]]} in column {empty[0]!r} with assistant_only_loss=True, expected messages: the first row shows "
+            "whether rows have turns. Fix: leave the row out."
+        )
+
+
+def _check_not_empty(dataset: AnyDataset, name: str) -> None:
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            f"Got no rows in the {name} dataset, expected at least one. Fix: check the file, the split or the filter."
+        )
+
+
+def check_dataset(dataset: AnyDataset, args: MISOSFTConfig, packing: bool, name: str) -> None:
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
             "Got a dataset with a transform (Dataset.with_transform), which preparation would bake in or read past. Expected stored "
             "columns. Fix: apply the transform with Dataset.map before training."
         )
+    _check_not_empty(dataset, name)
     if packing and args.max_length is None:
         raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
 

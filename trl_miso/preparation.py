@@ -1,19 +1,30 @@
 """Raw dataset to prepared dataset: contexts, tokens, layout; rows dropped and counted; packing."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, islice
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
-from jinja2 import TemplateError
+from pyarrow import ArrowException  # type: ignore[import-untyped]
 from trl.data_utils import get_dataset_column_names
 
-from trl_miso.contexts import KEPT, Row, RowDropped, as_trl_row, full_row, messages_row, parallel_row
+from trl_miso.contexts import (
+    KEPT,
+    TOKENS,
+    Row,
+    RowDropped,
+    as_trl_row,
+    full_row,
+    messages_row,
+    parallel_row,
+    template_kwargs,
+    text_row,
+    token_row,
+)
 from trl_miso.packing import plan_bins
 from trl_miso.report import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
 from trl_miso.segments import decode, encode, single
@@ -44,15 +55,15 @@ class RowPreparation:
     include_bare: bool
     tokenizer: Tokenizer
     layout: Layout
+    vocab_size: int | None = None
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = _rows(batch)
         made = [self._contexts(row, index) for row, index in zip(rows, indices, strict=True)]
         kept = [i for i, made_row in enumerate(made) if isinstance(made_row, Row)]
         tokenized = iter(self._tokenize([made[i] for i in kept], [rows[i] for i in kept], [indices[i] for i in kept]))
-        return _columns(
-            _reasoned(self._prepared, row, tokenized, index) for row, index in zip(made, indices, strict=True)
-        )
+        prepared = (_reasoned(self._prepared, row, tokenized, index) for row, index in zip(made, indices, strict=True))
+        return _columns(prepared, self.vocab_size)
 
     def _contexts(self, row: dict[str, Any], index: int) -> Row | RowDropped:
         with _naming(index):
@@ -62,6 +73,7 @@ class RowPreparation:
                 if self.mode != "para" or not self.layout.is_mixed(full):
                     return full
                 made = parallel_row(row, self.kind, self.include_full, self.include_bare, template)
+                self._check_length(made, row)
             except RowDropped as reason:
                 return reason
             anchored = self.layout.full_context_weight is not None and made.weights is None
@@ -72,14 +84,22 @@ class RowPreparation:
                 )
             return made
 
+    def _check_length(self, made: Row, row: dict[str, Any]) -> None:
+        """Raise RowDropped if a very long row does not fit, as its first context shows before all are tokenized."""
+        if len(made.contexts) > 1 and len(made.text) > 100 * (self.layout.max_length or len(made.text)):
+            (first,) = self.tokenizer([made._replace(contexts=made.contexts[:1])], [template_kwargs(row)])
+            if isinstance(first, RowDropped):
+                raise first
+            self.layout(first, "single", None)
+
     def _tokenize(self, made: list[Any], rows: list[dict[str, Any]], indices: list[int]) -> list:
         options = []
         for row, index in zip(rows, indices, strict=True):
             with _naming(index):
-                options.append(_template_kwargs(row))
+                options.append(template_kwargs(row))
         try:
             return self.tokenizer(made, options)
-        except (ValueError, TypeError, TemplateError):
+        except ValueError:
             # One by one, to name the row.
             for made_row, kwargs, index in zip(made, options, indices, strict=True):
                 with _naming(index):
@@ -104,14 +124,19 @@ def prepare_rows(
 
 
 def fit_rows(
-    dataset: AnyDataset, max_length: int | None, truncation_mode: str, name: str, num_proc: int | None
+    dataset: AnyDataset,
+    max_length: int | None,
+    truncation_mode: str,
+    name: str,
+    num_proc: int | None,
+    vocab_size: int | None = None,
 ) -> tuple[AnyDataset, Dropped]:
     """Tokenized rows cut to `max_length` as TRL cuts them, each with the layout of causal runs; see `prepare_rows`."""
     if dataset.column_names is None:
         _check_not_empty(dataset)
     names = [c for c in get_dataset_column_names(dataset) if c in ("input_ids", "labels", "seq_lengths", "miso_row")]
     dataset = dataset.select_columns(names)
-    runs = _Runs(max_length, truncation_mode)
+    runs = _Runs(max_length, truncation_mode, vocab_size)
     return _drop(_map_rows(dataset, runs, num_proc, f"Laying out {name} dataset", features=_FEATURES), name)
 
 
@@ -121,24 +146,26 @@ class _Runs:
 
     max_length: int | None
     truncation_mode: str
+    vocab_size: int | None = None
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         numbers = [number for (number,) in batch["miso_row"]] if "miso_row" in batch else indices
         rows = zip(_rows(batch), numbers, strict=True)
-        return _columns(_reasoned(self._prepared, row, number) for row, number in rows)
+        return _columns((_reasoned(self._prepared, row, number) for row, number in rows), self.vocab_size)
 
     def _prepared(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
         ids, labels = row["input_ids"], row["labels"]
         end = len(ids) if self.max_length is None else self.max_length
         kept = slice(-end, None) if self.truncation_mode == "keep_end" else slice(None, end)
         lengths = row.get("seq_lengths") or [len(ids[kept])]
-        if sum(lengths) != len(ids[kept]):
+        if sum(lengths) != len(ids[kept]) or min(lengths) < 1:
             raise ValueError(
-                f"Got a packed row of {len(ids[kept])} tokens with seq_lengths {lengths!r:.100}, expected them to add up to its "
-                "tokens. Fix: set max_length to at least the length it was packed to."
+                f"Row {number}: Got {len(ids[kept])} tokens with {lengths!r:.100} in column 'seq_lengths', expected lengths above 0 "
+                "that add up to the row's tokens. Fix: set max_length to at least the length it was packed to."
             )
-        if all(label == -100 for label in labels[kept]):
-            cut = any(label != -100 for label in labels)
+        starts = {0, *accumulate(lengths)}  # what nothing precedes is not predicted
+        if all(label == -100 or i in starts for i, label in enumerate(labels[kept])):
+            cut = any(label != -100 for label in labels[1:])
             raise RowDropped("no label left within max_length" if cut else "no label")
         layout = list(chain.from_iterable(encode(single(length)) for length in lengths))
         made = {"input_ids": ids[kept], "labels": labels[kept], "miso_layout": layout}
@@ -153,8 +180,17 @@ def _reasoned(prepare: Callable, row: Any, *args: Any) -> dict[str, Any]:
         return columns([], [], single(0)) | {"miso_row": [args[-1]], "miso_cut": [0], "miso_dropped": str(reason)}
 
 
-def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list]:
+def _columns(rows: Iterable[dict[str, Any]], vocab_size: int | None) -> dict[str, list]:
     made = list(rows)
+    for row in made:
+        for name, ids in (("input_ids", set(row["input_ids"])), ("labels", set(row["labels"]) - {-100})):
+            beyond = [i for i in (min(ids, default=0), max(ids, default=0)) if i < 0 or i >= (vocab_size or i + 1)]
+            if beyond:
+                raise ValueError(
+                    f"Row {row['miso_row'][0]}: Got {beyond[0]} in column {name!r}, expected token ids from 0 to "
+                    f"{(vocab_size or 0) - 1}, the model's vocabulary{', or -100' if name == 'labels' else ''}. Fix: use the model's "
+                    "tokenizer, or model.resize_token_embeddings(len(tokenizer)) if tokens were added to it."
+                )
     return {name: [row[name] for row in made] for name in _FEATURES}
 
 
@@ -196,6 +232,14 @@ def _check_not_empty(dataset: IterableDataset) -> None:
         )
 
 
+def is_chat(dataset: AnyDataset, kind: str) -> bool | None:
+    """Whether rows are messages, by the first that has a completion; None if that cannot be told."""
+    if kind in ("text", "messages"):
+        return kind == "messages"
+    completions = (row.get("completion") for row in islice(dataset, SAMPLE))
+    return next((isinstance(value, list) for value in completions if value and isinstance(value, str | list)), None)
+
+
 def number_rows(dataset: AnyDataset) -> AnyDataset:
     """Give rows that TRL prepares their number, which survives what TRL does to them."""
     if isinstance(dataset, Dataset):
@@ -208,10 +252,18 @@ def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
 
 
 def full_rows(
-    dataset: AnyDataset, kind: str, name: str, num_proc: int | None, response_template: str | None = None
+    dataset: AnyDataset,
+    kind: str,
+    name: str,
+    num_proc: int | None,
+    response_template: str | None = None,
+    **options: Any,
 ) -> tuple[AnyDataset, Dropped]:
-    """Rows of our own formats as rows for TRL's preparation: prompt and completion with the full context, or messages."""
-    return _to_trl(dataset, _TRLRows(kind, response_template), name, num_proc)
+    """Rows for TRL's preparation, checked: prompt and completion with the full context, messages, text, or token ids.
+
+    Options: the `tokenizer` that rows are to be rendered with, the `text_field`, and the `formatting_func` that makes it.
+    """
+    return _to_trl(dataset, _TRLRows(kind, response_template, **options), name, num_proc)
 
 
 def augmented_rows(
@@ -222,9 +274,12 @@ def augmented_rows(
     name: str,
     num_proc: int | None,
     response_template: str | None = None,
+    **options: Any,
 ) -> tuple[AnyDataset, Dropped]:
-    """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation."""
-    rows = _TRLRows(kind, response_template, augment=True, include_full=include_full, include_bare=include_bare)
+    """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation. Options as of `full_rows`."""
+    rows = _TRLRows(
+        kind, response_template, augment=True, include_full=include_full, include_bare=include_bare, **options
+    )
     return _to_trl(dataset, rows, name, num_proc)
 
 
@@ -237,6 +292,9 @@ class _TRLRows:
     augment: bool = False
     include_full: bool = True
     include_bare: bool = True
+    tokenizer: Tokenizer | None = None
+    text_field: str = "text"
+    formatting_func: Callable[[dict], str] | None = None
     reported: tuple[str, ...] = ()
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -246,8 +304,16 @@ class _TRLRows:
                 rows += [made | {"miso_row": row["miso_row"]} for made in self.make(row, index)]
             except RowDropped as reason:
                 kept(str(reason))
-        names = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
-        return {name: [row[name] for row in rows] for name in [*names, "miso_row", *(k for k in KEPT if k in batch)]}
+        return {name: [row[name] for row in rows] for name in [*self.columns(list(batch)), "miso_row"]}
+
+    def columns(self, names: list[str]) -> list[str]:
+        """What rows with columns `names` have for TRL."""
+        if self.kind == "text":
+            return [self.text_field]
+        if self.kind == "tokenized":
+            return [name for name in TOKENS if name in names]
+        made = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
+        return made + [name for name in KEPT if name in names]
 
     def reasons(self, batch: dict[str, list], indices: list[int]) -> dict[str, list[str]]:
         """Why rows are dropped, empty for the others."""
@@ -263,13 +329,27 @@ class _TRLRows:
     def make(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
         """The row as one or more rows for TRL. Raises RowDropped if it carries nothing to learn from."""
         with _naming(index):
-            if self.kind == "messages":
-                return [messages_row(row)]  # TRL's masks apply, which need no assistant turn at the end
-            if self.augment:
-                made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template)
-            else:
-                made = full_row(row, self.kind, self.response_template)
-            return [as_trl_row(row, context, made.completion) for context in made.contexts]
+            made = self._make(row)
+            if self.tokenizer is not None and self.kind != "tokenized":
+                for one in made:
+                    prompt = one.get("prompt")
+                    whole = one[self.columns([])[0]] if prompt is None else prompt + one["completion"]
+                    self.tokenizer.check(whole, prompt, template_kwargs(row))
+            return made
+
+    def _make(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.kind == "messages":
+            return [messages_row(row)]  # TRL's masks apply, which need no assistant turn at the end
+        if self.kind == "text":
+            row = {self.text_field: self.formatting_func(row)} if self.formatting_func else row
+            return [text_row(row, self.text_field)]
+        if self.kind == "tokenized":
+            return [token_row(row)]
+        if self.augment:
+            made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template)
+        else:
+            made = full_row(row, self.kind, self.response_template)
+        return [as_trl_row(row, context, made.completion) for context in made.contexts]
 
 
 def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
@@ -282,10 +362,51 @@ def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None
     report_dropped(dropped, len(reasons), name, streamed)
     if dropped and not streamed:
         dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
-    dataset = _map_rows(dataset, replace(rows, reported=tuple(dropped)), num_proc, desc)
+    rows = replace(rows, reported=tuple(dropped), tokenizer=rows.tokenizer if streamed else None)  # checked above
+    dataset = _map_rows(dataset, rows, num_proc, desc, features=None if streamed else _trl_features(dataset, rows))
     if streamed:
         _check_not_empty(dataset)
     return dataset, dropped
+
+
+def _trl_features(dataset: Dataset, rows: _TRLRows) -> Features | None:
+    """Types of the rows for TRL by the columns they come from, or None to take them from the first rows.
+
+    For what the first rows lack, and because a prompt need not come from the column of that name.
+    """
+    known = dataset.features
+    sources = {name: [List(Value("int64"))] for name in (*TOKENS, "miso_row")} | {rows.text_field: [Value("string")]}
+    sources |= {name: [known[name]] for name in ("completion", *KEPT) if name in known}
+    sources["prompt"] = [known[name] for name in ("prompt", "full_prompt") if name in known]
+    if rows.kind == "contexts":
+        sources["prompt"] += [getattr(known["contexts"], "feature", None)]
+    sources["messages"] = [_message_types(known[name]) for name in ("messages", "conversations") if name in known]
+    if known.get("chat_template_kwargs") == Value("null"):
+        sources["chat_template_kwargs"] = [None]  # a null one is made an empty dict
+    types = {name: _merged(sources[name]) for name in [*rows.columns(list(known)), "miso_row"]}
+    return Features(types) if None not in types.values() else None
+
+
+def _message_types(types: Any) -> Any:
+    """Types of messages made of turns of these types; see `to_messages`."""
+    turn = getattr(types, "feature", None)
+    if not isinstance(turn, dict):
+        return types
+    keys = {"role": ("role", "from"), "content": ("content", "value")}
+    named = {name: _merged([turn[key] for key in either if key in turn]) for name, either in keys.items()}
+    return List(named | {key: kind for key, kind in turn.items() if not any(key in either for either in keys.values())})
+
+
+def _merged(types: list) -> Any:
+    """A type for values of all these types, or None."""
+    types = [t for t in types if t != Value("null")] or types[:1] or [None]
+    if all(isinstance(t, dict) for t in types):
+        made = {key: _merged([t[key] for t in types if key in t]) for key in chain.from_iterable(types)}
+        return None if None in made.values() else made
+    if all(isinstance(t, List) for t in types):
+        item = _merged([t.feature for t in types])
+        return None if item is None else List(item)
+    return types[0] if isinstance(types[0], Value) and all(t == types[0] for t in types) else None
 
 
 def check_prepared(dataset: AnyDataset, max_length: int | None, name: str) -> None:
@@ -326,24 +447,12 @@ def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """The row's `tools` and `chat_template_kwargs`, as TRL passes them to the chat template."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise ValueError(
-            f"Got {kwargs!r:.200} in column 'chat_template_kwargs', expected a dict. Fix: convert the column."
-        )
-    return {"tools": tools, **kwargs}
-
-
 @contextmanager
 def _naming(index: int) -> Iterator[None]:
     """Give errors the number of the row."""
     try:
         yield
-    except (ValueError, TypeError, TemplateError) as error:
+    except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
 
 
@@ -356,5 +465,14 @@ def _map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, des
 def _map(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
         return dataset.map(function, batched=True, **options)
-    with PartialState().local_main_process_first():  # which fills the cache that the node's other ranks read
-        return dataset.map(function, batched=True, num_proc=num_proc, desc=desc, **options)
+    try:
+        with PartialState().local_main_process_first():  # which fills the cache that the node's other ranks read
+            return dataset.map(function, batched=True, num_proc=num_proc, desc=desc, **options)
+    except (ArrowException, TypeError) as error:
+        raise ValueError(
+            f"Got columns {dataset.column_names} with rows that no one type holds ({error}), expected values of one type in each "
+            "column, and messages with the same keys. Fix: convert them, or stream the dataset (to_iterable_dataset)."
+        ) from error
+    except ValueError as error:
+        error.add_note(f"{desc}.")  # which of them
+        raise

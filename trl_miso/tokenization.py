@@ -17,8 +17,13 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl_miso.contexts import Prompt, Row, RowDropped
+from trl_miso.contexts import Prompt, Row, RowDropped, message_texts
 from trl_miso.segments import Example, common_prefix, encode, parallel, single, successive
+
+_CHARACTERS = (
+    2_000_000  # tokenized in one call: what the tokenizer notes of each token takes a hundred times the text's memory
+)
+_ROLES = ("system", "user", "assistant", "tool", "developer")  # of others, templates may well know nothing
 
 
 @dataclass
@@ -39,30 +44,25 @@ class Tokenizer:
         chat_template: Used instead of the tokenizer's own.
         response_template: Text with which the output of plain-text rows begins, e.g. `"\\n### Response:\\n"`.
         assistant_only_loss: Label only what the template's `{% generation %}` markers enclose.
+        chat: Whether rows are conversational; if None, as the first of the rows at hand.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
     response_template: str | None = None
     assistant_only_loss: bool = False
+    chat: bool | None = None
 
     def __call__(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[Tokenized | RowDropped]:
         """Tokenize rows with one call of the tokenizer. A row with nothing to learn from becomes its `RowDropped`.
 
         Raises:
-            ValueError: If contexts have no common beginning of the output.
+            ValueError: If contexts have no common beginning of the output, or the chat template leaves out a turn.
         """
-        conversational = [not isinstance(row.completion, str) for row in rows]
-        if any(conversational) and not all(conversational):
-            raise ValueError(
-                "Got rows of plain text and rows of messages in one dataset, expected one kind: only the former have special "
-                "tokens added to them. Fix: convert one to the other."
-            )
-        rendered = (
-            self._render(rows, template_kwargs) if all(conversational) else [self._render_text(row) for row in rows]
-        )
+        rendered = self._render(rows, template_kwargs)
         results: list[Tokenized | RowDropped] = []
-        for row, kwargs, ids in zip(rows, template_kwargs, self._ids(rendered, not any(conversational)), strict=True):
+        plain = bool(rows) and isinstance(rows[0].completion, str)
+        for row, kwargs, ids in zip(rows, template_kwargs, self._ids(rendered, plain), strict=True):
             try:
                 results.append(self._assemble(row, kwargs, ids))
             except RowDropped as reason:
@@ -75,8 +75,10 @@ class Tokenizer:
         pieces = [[_cut(text, border) for text in texts] for texts in rendered]
         unique = list(dict.fromkeys(piece for texts in pieces for text in texts for piece in text if piece))
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        batch = self.tokenizer(unique, add_special_tokens=add_special_tokens, **options)["input_ids"] if unique else []
-        ids = dict(zip(unique, batch, strict=True)) | {"": []}
+        ids: dict[str, list[int]] = {"": []}
+        for run in _runs(unique, _CHARACTERS):
+            batch = self.tokenizer(run, add_special_tokens=add_special_tokens, **options)["input_ids"]
+            ids |= zip(run, batch, strict=True)
         for texts in pieces:
             yield [list(chain.from_iterable(ids[piece] for piece in text)) for text in texts]
 
@@ -91,6 +93,20 @@ class Tokenizer:
 
     def _render(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
         """Texts to tokenize of each row: the whole row, the first context up to the output, then every context's prompt."""
+        kinds = {isinstance(row.completion, list) for row in rows}
+        self._check_kinds(kinds)
+        if True in kinds:
+            return self._render_chat(rows, template_kwargs)
+        return [self._render_text(row) for row in rows]
+
+    def _check_kinds(self, kinds: set[bool]) -> None:
+        if len(kinds | {self.chat} - {None}) > 1:
+            raise ValueError(
+                "Got rows of plain text and rows of messages in one dataset, expected one kind: only the former have special "
+                "tokens added to them. Fix: convert one to the other."
+            )
+
+    def _render_chat(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
         rendered = []
         for kwargs, group in groupby(zip(rows, template_kwargs, strict=True), key=itemgetter(1)):
             members = [row for row, _ in group]
@@ -101,12 +117,17 @@ class Tokenizer:
             wholes = iter(self._chat(list(chain.from_iterable(both)), kwargs))
             contexts = [context for row in members for context in row.contexts]
             prompts = iter(self._chat(contexts, kwargs, add_generation_prompt=True))
-            rendered += [[next(wholes), next(wholes), *islice(prompts, len(row.contexts))] for row in members]
+            for row in members:
+                texts = [next(wholes), next(wholes), *islice(prompts, len(row.contexts))]
+                self._check_turns(cast(list, row.contexts[0]) + cast(list, row.completion), texts[0], kwargs)
+                for context, text in zip(row.contexts[1:], texts[3:], strict=True):
+                    self._check_turns(cast(list, context), text, kwargs, add_generation_prompt=True)
+                rendered.append(texts)
         return rendered
 
     def _render_text(self, row: Row) -> list[str]:
-        """As `_render`, for a row of plain text."""
-        eos = self.tokenizer.eos_token or ""
+        self._check_eos()
+        eos = self.tokenizer.eos_token
         completion = cast(str, row.completion)
         contexts = cast(list[str], row.contexts)
         whole = contexts[0] + completion + ("" if completion.endswith(eos) else eos)
@@ -115,9 +136,72 @@ class Tokenizer:
     def _chat(self, conversations: list[Prompt], kwargs: dict[str, Any], **options: Any) -> list[str]:
         if not conversations:
             return []
-        return self.tokenizer.apply_chat_template(
-            conversations, tokenize=False, **{"chat_template": self.chat_template, **kwargs, **options}
-        )
+        options = {"chat_template": self.chat_template, **kwargs, **options}
+        if not (options["chat_template"] or self.tokenizer.chat_template):
+            raise ValueError(
+                "Got rows of messages and a tokenizer without a chat template, expected one that renders them. Fix: set "
+                "chat_template_path to a .jinja file or to a model whose template is to be used."
+            )
+        try:
+            return self.tokenizer.apply_chat_template(conversations, tokenize=False, **options)
+        except Exception as error:  # whatever a template's own code raises
+            raise ValueError(
+                f"Got messages that the chat template cannot render ({type(error).__name__}: {error}), expected roles, an order of "
+                "turns and content that it knows. Fix: correct the messages, or set chat_template_path to a template that takes "
+                "them."
+            ) from error
+
+    def check(self, whole: Prompt, prompt: Prompt | None, kwargs: dict[str, Any]) -> None:
+        """Check a row that TRL is to tokenize: all of it, and its prompt if it has one.
+
+        Raises:
+            RowDropped: If there is no assistant turn, the only kind to be learned.
+            ValueError: As `__call__`.
+        """
+        self._check_kinds({isinstance(whole, list)})
+        if not isinstance(whole, list):
+            self._check_eos()
+            return
+        if self.assistant_only_loss and all(message["role"] != "assistant" for message in whole):
+            raise RowDropped("no output: the conversation has no assistant turn")
+        (text,) = self._chat([whole], kwargs)
+        self._check_turns(whole, text, kwargs)
+        if prompt is not None:
+            self._chat([prompt], kwargs, add_generation_prompt=True)
+        if self.assistant_only_loss:
+            self._assistant_mask(whole, kwargs)
+
+    def _check_turns(self, messages: list[dict[str, Any]], text: str, kwargs: dict[str, Any], **options: Any) -> None:
+        """Raise ValueError if the rendered `text` lacks a turn: a template may pass over a role or a call it does not know.
+
+        What a turn says is looked for. Where it is not found (a template may also trim it, or drop thinking), or could be
+        there by chance, another rendering shows whether it makes a difference.
+        """
+        at = 0
+        for i, message in enumerate(messages):
+            if isinstance(message.get("content"), list) and str(message["content"]) in text:
+                raise ValueError(
+                    f"Got content in parts ({message['content']!r:.200}), which the chat template prints as a Python list, expected "
+                    "text. Fix: give the content as a string, or set chat_template_path to a template that reads parts."
+                )
+            for said, other in _otherwise(message):
+                found = text.find(said, at)
+                at = found + len(said) if found >= 0 else at
+                if (found >= 0 or said in text) and message["role"] in _ROLES:
+                    continue
+                if self._chat([[*messages[:i], other, *messages[i + 1 :]]], kwargs, **options) == [text]:
+                    raise ValueError(
+                        f"Got a turn of role {message['role']!r:.200} from which the chat template leaves out {said!r:.200}, expected "
+                        "turns that it renders. Fix: rename the role to one that the template knows, remove the turn, or set "
+                        "chat_template_path to another template."
+                    )
+
+    def _check_eos(self) -> None:
+        if not self.tokenizer.eos_token:
+            raise ValueError(
+                "Got rows of plain text and a tokenizer without an eos token, expected one: the model learns from it where to "
+                "stop. Fix: set eos_token, of the tokenizer or in the config."
+            )
 
     def _before_response(self, prompts: list[str]) -> str:
         """The first prompt up to the response template, which all prompts must end with."""
@@ -153,13 +237,12 @@ class Tokenizer:
             raise RowDropped("an empty context")
         labels = [-100] * (completion_start - start) + whole[completion_start:]
         if self.assistant_only_loss:
-            mask = self._assistant_mask(row, kwargs)[start:]
+            mask = self._assistant_mask(cast(list, row.contexts[0]) + cast(list, row.completion), kwargs)[start:]
             labels = [label if keep else -100 for label, keep in zip(labels, mask, strict=True)]
         return Tokenized(contexts, whole[start:], labels)
 
-    def _assistant_mask(self, row: Row, kwargs: dict[str, Any]) -> list[int]:
+    def _assistant_mask(self, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> list[int]:
         options = {"chat_template": self.chat_template, **kwargs}
-        messages = cast(list, row.contexts[0]) + cast(list, row.completion)
         mask = self.tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )["assistant_masks"]
@@ -232,6 +315,22 @@ class Layout:
         return max(1, min(chunks, len(self.chunk_probs), len(tokens)))
 
 
+def _otherwise(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each thing that a message says, with the message saying something else instead."""
+    content = message.get("content")
+    for i, text in enumerate(message_texts(message)):
+        if text.strip():
+            other = text + " x"
+            parts = isinstance(content, list) and [*content[:i], content[i] | {"text": other}, *content[i + 1 :]]
+            yield text.strip(), message | {"content": parts or other}
+    calls = message.get("tool_calls") or []
+    for i, call in enumerate(calls):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            other = call | {"function": function | {"name": function["name"] + "x"}}
+            yield function["name"], message | {"tool_calls": [*calls[:i], other, *calls[i + 1 :]]}
+
+
 def columns(input_ids: list[int], labels: list[int], example: Example) -> dict[str, list[int]]:
     """Dataset columns of one example."""
     return {"input_ids": input_ids, "labels": labels, "miso_layout": encode(example)}
@@ -241,6 +340,19 @@ def _cut(text: str, border: re.Pattern[str] | None) -> list[str]:
     """The text in pieces, cut before every match."""
     cuts = [0, *(match.start() for match in border.finditer(text))] if border else [0]
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _runs(texts: list[str], size: int) -> Iterator[list[str]]:
+    """The texts in runs that end with the text that brings them to `size` characters."""
+    run, length = [], 0
+    for text in texts:
+        run.append(text)
+        length += len(text)
+        if length >= size:
+            yield run
+            run, length = [], 0
+    if run:
+        yield run
 
 
 def _draw(seed: int, purpose: str, row: bytes) -> float:

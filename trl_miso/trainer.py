@@ -109,9 +109,13 @@ class MISOSFTTrainer(SFTTrainer):
                 "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
             )
         args.accelerator_config.dispatch_batches = False
+        guards.check_first_row(train_dataset, args)
         self.training_mode: str | None = None
         self._probed: set[str] = set()
         self.dropped_rows: dict[str, Dropped] = {}
+        # A template cloned from another model may add tokens, for which TRL resizes a model that it loads itself.
+        resized = isinstance(model, str) and args.chat_template_path is not None
+        self._vocab_size = None if resized else getattr(config.get_text_config(), "vocab_size", None)
         # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
         known = model if isinstance(model, torch.nn.Module) else None
         noise = sharing_obstacle(known, config, args.neftune_noise_alpha)
@@ -175,7 +179,7 @@ class MISOSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> AnyDataset:
-        guards.check_dataset(dataset, args, packing)
+        guards.check_dataset(dataset, args, packing, dataset_name)
         if isinstance(dataset, Dataset):
             dataset = dataset.with_format(None)
         names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
@@ -221,8 +225,10 @@ class MISOSFTTrainer(SFTTrainer):
                 f"Got completion_only_loss=False with context_mode={args.context_mode!r}, expected None or True: with several contexts "
                 "only their common output has a loss. Fix: leave it unset, or set context_mode='single'."
             )
-        tokenizer = Tokenizer(self._tokenizer, self.chat_template, args.response_template, args.assistant_only_loss)
-        rows = RowPreparation(kind, mode, args.include_full, args.include_bare, tokenizer, _layout(args))
+        tokenizer = self._row_tokenizer(dataset, kind, args)
+        rows = RowPreparation(
+            kind, mode, args.include_full, args.include_bare, tokenizer, _layout(args), self._vocab_size
+        )
         return preparation.prepare_rows(dataset, rows, name, args.dataset_num_proc)
 
     def _prepare_as_trl(
@@ -236,27 +242,36 @@ class MISOSFTTrainer(SFTTrainer):
         name: str,
     ) -> tuple[AnyDataset, Dropped]:
         """TRL tokenizes and labels; rows of our formats become TRL's before, and are cut to `max_length` after it."""
-        dropped: Dropped = {}
-        if kind in ("text", "tokenized"):
-            dataset = preparation.number_rows(dataset)
-        else:
-            dataset, dropped = self._as_prompts(dataset, kind, mode, args, name)
+        dataset, dropped = self._as_prompts(dataset, kind, mode, args, formatting_func, name)
         uncut = copy(args)
         uncut.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, name)
-        dataset, cut = preparation.fit_rows(dataset, args.max_length, args.truncation_mode, name, args.dataset_num_proc)
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, None, name)
+        fit = args.max_length, args.truncation_mode, name, args.dataset_num_proc, self._vocab_size
+        dataset, cut = preparation.fit_rows(dataset, *fit)
         return dataset, dropped | cut
 
     def _as_prompts(
-        self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str
+        self,
+        dataset: AnyDataset,
+        kind: str,
+        mode: str,
+        args: MISOSFTConfig,
+        formatting_func: Callable[[dict], str] | None,
+        name: str,
     ) -> tuple[AnyDataset, Dropped]:
         """Rows of our formats as rows that TRL prepares; with a completion, the loss is on it by default."""
-        if kind != "messages" and args.completion_only_loss is None:
+        if kind not in ("messages", "text", "tokenized") and args.completion_only_loss is None:
             self.completion_only_loss = True
         common = name, args.dataset_num_proc, args.response_template
+        checked: dict[str, Any] = {"tokenizer": self._row_tokenizer(dataset, kind, args)}
         if mode == "augment":
-            return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common)
-        return preparation.full_rows(dataset, kind, *common)
+            return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common, **checked)
+        checked |= {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
+        return preparation.full_rows(dataset, kind, *common, **checked)
+
+    def _row_tokenizer(self, dataset: AnyDataset, kind: str, args: MISOSFTConfig) -> Tokenizer:
+        chat = preparation.is_chat(dataset, kind)
+        return Tokenizer(self._tokenizer, self.chat_template, args.response_template, args.assistant_only_loss, chat)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(preparation.COLUMNS)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Callable
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedConfig
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from trl_miso import guards
 from trl_miso.attention.adapter import register_miso_attention
-from trl_miso.attention.support import prepare_model
+from trl_miso.attention.support import prepare_model, sharing_obstacle
 from trl_miso.config import MISOSFTConfig
 from trl_miso.preview.page import render_page
 from trl_miso.preview.prepared import preview_dataset
@@ -35,17 +37,19 @@ examples/train_crab.py is one here (--context_mode, --max_length, --packing, --c
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    dataset_name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     parser = argparse.ArgumentParser(
         usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("-n", type=int, default=5, metavar="ROWS", help="rows to show (default: 5)")
+    parser.add_argument("-n", type=_count(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
     parser.add_argument(
-        "--rows", type=int, metavar="N", help="read the first N rows only (of a stream 1000 by default)"
+        "--rows", type=_count(1), metavar="N", help="read the first N rows only (of a stream 1000 by default)"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
+    parser.add_argument("--html", type=_file, metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the statistics")
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="options of a recipe")
     options, others = parser.parse_known_args(arguments)
+    dataset_name = others.pop(0) if others and not others[0].startswith("-") else None
+    others += ["--config", options.config] if options.config else []
     recipe, args, model_args = parse_recipe(others, **({"dataset_name": dataset_name} if dataset_name else {}))
     if dataset_name:
         recipe.dataset_name = dataset_name
@@ -59,6 +63,24 @@ def main(arguments: list[str]) -> None:
         print_preview(preview, console)
     for file in filter(None, (options.html, options.json)):
         console.print(f"Wrote {file}", markup=False, highlight=False)
+
+
+def _count(least: int) -> Callable[[str], int]:
+    """A number of rows, for argparse."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
+        return int(text)
+
+    return count
+
+
+def _file(text: str) -> Path:
+    """A file to write, for argparse: its folder is asked for before rows are prepared, which may take long."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in a folder that exists")
+    return Path(text)
 
 
 def dry_run(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> None:
@@ -98,6 +120,10 @@ def preview_recipe(
         config, name = build_model(tokenizer).config, "a toy model, a tokenizer built from these rows"
     what = recipe.dataset_name or "generated rows"
     shape = ModelShape.of(config, name)
+    dropout = getattr(get_peft_config(model_args), "lora_dropout", 0)
+    if dropout or sharing_obstacle(None, config, None):
+        args = copy(args)
+        args.share_prefixes = False  # as training will
     return preview_dataset(rows, tokenizer, args, shape, name=what, rows=shown, complete=complete), config
 
 

@@ -1,13 +1,16 @@
 """Rows as `MISOSFTTrainer` prepares them, as plain data for the renderings."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
-from copy import copy
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trl_miso.config import MISOSFTConfig
@@ -17,6 +20,9 @@ from trl_miso.segments import decode
 from trl_miso.trainer import MISOSFTTrainer
 
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
+# What TRL and MISO add to transformers' arguments is about rows, but for what is about the model.
+_MODEL = ("activation_offloading", "attention_kernel", "loss_type", "model_init_kwargs", "router_aux_loss_coef")
+_ROWS = set(MISOSFTConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__) - set(_MODEL)
 
 
 def preview_dataset(
@@ -44,25 +50,79 @@ def preview_dataset(
         reason it was `dropped`.
 
     Raises:
-        ValueError: As `MISOSFTTrainer`, for settings or rows that cannot be trained on; for rows prepared before.
+        ValueError: As `MISOSFTTrainer`, for settings or rows that cannot be trained on; for a stream; for rows prepared
+            before.
     """
-    if "miso_layout" in dataset.column_names:
+    _check(dataset, args, name)
+    tokenizer = deepcopy(tokenizer)  # training gives it a chat template, a pad token, ...
+    with _state_of_its_own():
+        return _preview(dataset, tokenizer, args, shape, name, rows, complete)
+
+
+def _check(dataset: Dataset, args: MISOSFTConfig, name: str) -> None:
+    """Refuse what has no rows to show, or none to prepare."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"Got {name} as {type(dataset).__name__}, expected a Dataset, whose rows can be counted. Fix: preview the first rows of "
+            "a stream, Dataset.from_list(list(stream.take(1000)))."
+        )
+    if not len(dataset):
+        raise ValueError(f"Got no rows in {name}, expected at least one. Fix: check the file or the split.")
+    if "miso_layout" in dataset.column_names or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise ValueError(
             f"Got {name}, which is prepared already and no longer says what its rows were, expected raw rows. Fix: preview the "
-            "data set it was prepared from."
+            "data set it was prepared from, without skip_prepare_dataset."
         )
+    if args.packing and args.max_length is None:
+        raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
+
+
+@contextmanager
+def _state_of_its_own() -> Iterator[None]:
+    """Keep what accelerate knows of the process, device and plugins as it was: the first trainer to be made decides it."""
+    states = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
+    try:
+        yield
+    finally:
+        for state, before in states:
+            state.clear()
+            state.update(before)
+
+
+def _preview(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MISOSFTConfig,
+    shape: ModelShape,
+    name: str,
+    rows: int,
+    complete: bool,
+) -> dict[str, Any]:
     trainer = _stand_in(dataset, tokenizer, args)
-    # The tokenizer now has its chat template; to set it again would add a cloned template's tokens twice.
-    changes = {"context_mode": "single", "chat_template_path": None}
-    sft = trainer if trainer.training_mode == "single" else _stand_in(dataset, tokenizer, args, **changes)
+    if trainer.training_mode == "single":
+        baseline = Baseline.of(trainer.train_dataset)
+    else:
+        # Uncut, since plain SFT may not be able to train on any of the rows: the full context is the longest.
+        sft = _again(dataset, tokenizer, args, context_mode="single")
+        baseline = Baseline.of(sft.train_dataset, args.max_length)
     statistics = statistics_of(
         trainer.train_dataset,
         mode=trainer.training_mode or "",
-        baseline=Baseline.of(sft.train_dataset),
+        baseline=baseline,
         shape=shape,
-        bin_size=args.max_length if args.packing else None,
         shared=trainer.data_collator.share_prefixes,
     )
+    if args.packing:
+        layouts = trainer.train_dataset.select_columns("miso_layout")
+        for column in ("input_ids", "labels"):  # which need not be copied to be counted
+            layouts = layouts.add_column(column, [[]] * len(layouts))
+        bins, tokens = len(trainer._pack(layouts, args)), statistics["tokens"]["unique"]
+        statistics["bins"] = {
+            "max_length": args.max_length,
+            "bins": bins,
+            "filled": tokens / (bins * args.max_length),
+            "examples_per_bin": round(statistics["examples"] / bins, 1),
+        }
     dropped = trainer.dropped_rows.get("train", {})
     statistics |= {
         "dataset": name,
@@ -70,7 +130,7 @@ def preview_dataset(
         "rows": len(dataset),
         "complete": complete,
         "statuses": dict(count_statuses(dataset)) if STATUS in dataset.column_names else {},
-        "dropped": {why: {"rows": len(which), "first_row": which[0]} for why, which in dropped.items()},
+        "dropped": {why: {"rows": len(set(which)), "first_row": which[0]} for why, which in dropped.items()},
     }
     return {"statistics": statistics, "rows": list(_rows(dataset, trainer, tokenizer, args, rows))}
 
@@ -78,63 +138,73 @@ def preview_dataset(
 def _stand_in(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, **changes: Any
 ) -> MISOSFTTrainer:
-    """A trainer that prepares rows as the user's would, around a model too small to matter."""
-    args = copy(args)
-    quiet = {
-        "report_to": [],
-        "push_to_hub": False,
-        "eval_strategy": "no",
-        "do_eval": False,
-        "load_best_model_at_end": False,
-    }
-    whole = {"packing": False, "shuffle_dataset": False}
-    bare = {"model_init_kwargs": None, "use_liger_kernel": False, "attention_kernel": "auto", "torch_compile": False}
-    for key, value in (quiet | whole | bare | changes).items():
-        setattr(args, key, value)
+    """A trainer that prepares rows as the user's would, around a model too small to matter, on no device that is in use."""
+    settings = {field: deepcopy(getattr(args, field)) for field in _ROWS}
+    settings |= {field: getattr(args, field) for field in ("seed", "data_seed", "neftune_noise_alpha", "ddp_backend")}
+    settings |= {"use_cpu": args.use_cpu or args.world_size == 1, "bf16": False, "gradient_checkpointing": False}
+    # Neither packed nor shuffled, so that rows keep their numbers; TRL refuses padding_free where it is not packed.
+    settings |= {"packing": False, "padding_free": args.padding_free and not args.packing, "shuffle_dataset": False}
+    size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))  # some vocabularies have gaps
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1
+        vocab_size=size, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1
     )
     with tempfile.TemporaryDirectory() as folder:
-        args.output_dir = folder
-        return MISOSFTTrainer(LlamaForCausalLM(config), args, train_dataset=dataset, processing_class=tokenizer)
+        own = MISOSFTConfig(folder, report_to=[], **settings | changes)
+        return MISOSFTTrainer(LlamaForCausalLM(config), own, train_dataset=dataset, processing_class=tokenizer)
+
+
+def _again(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, context_mode: str | None
+) -> MISOSFTTrainer:
+    """A further stand-in, whose rows are not cut: it logs nothing a second time, and the tokenizer has its template."""
+    logger = logging.getLogger("trl_miso")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        changes = {"context_mode": context_mode, "max_length": None, "chat_template_path": None}
+        return _stand_in(dataset, tokenizer, args, **changes)
+    finally:
+        logger.setLevel(level)
 
 
 def _rows(
     dataset: Dataset, trainer: MISOSFTTrainer, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, count: int
 ) -> Iterator[dict[str, Any]]:
     """The first rows, then one dropped for each reason, then the first that was cut."""
-    prepared: Dataset = trainer.train_dataset
-    why = {row: reason for reason, which in trainer.dropped_rows.get("train", {}).items() for row in which}
+    prepared, dropped = trainer.train_dataset, trainer.dropped_rows.get("train", {})
     numbers = [number for batch in prepared.select_columns("miso_row").iter(1000) for (number,) in batch["miso_row"]]
     cuts = [cut for batch in prepared.select_columns("miso_cut").iter(1000) for (cut,) in batch["miso_cut"]]
     shown = list(range(min(count, len(dataset))))
     if count:
-        shown += [which[0] for which in trainer.dropped_rows.get("train", {}).values()]
+        shown += [which[0] for which in dropped.values()]
         shown += [number for number, cut in zip(numbers, cuts, strict=True) if cut][:1]
+    dataset = dataset.with_format(None)
     for number in dict.fromkeys(shown):
         raw = dataset[number]
         common: dict[str, Any] = {"index": number, "status": raw.get(STATUS) or "", "dropped": "", "raw": "", "cut": []}
         examples = [i for i, row in enumerate(numbers) if row == number]
         uncut = _uncut(dataset, trainer, tokenizer, args, number) if any(cuts[i] for i in examples) else None
-        for place, i in enumerate(examples):
+        for i in examples:
             made = _shown(prepared[i], trainer.training_mode, tokenizer)
             if uncut is not None and cuts[i]:
-                made["cut"] = _texts(uncut[place]["input_ids"][-cuts[i] :], tokenizer)
+                (whole,) = [ids for ids in uncut if ids[: len(made["ids"])] == made["ids"]][:1]
+                made["cut"] = _texts(whole[len(made["ids"]) :], tokenizer)
             yield common | made
-        if number in why and not examples:
-            mode = {"mode": trainer.training_mode or "", "dropped": why[number], "raw": _excerpt(raw)}
+        # With augment some contexts of a row may be dropped and others not.
+        for reason in (reason for reason, which in dropped.items() if number in which):
+            mode = {"mode": trainer.training_mode or "", "dropped": reason, "raw": _excerpt(raw)}
             empty: dict[str, list] = {key: [] for key in ("ids", "texts", "labels", "segments", "contexts")}
             yield common | mode | empty
 
 
 def _uncut(
     dataset: Dataset, trainer: MISOSFTTrainer, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, number: int
-) -> Dataset | None:
-    """The row as it is before its end is cut off."""
+) -> list[list[int]] | None:
+    """The ids of a row's examples as they are before their ends are cut off."""
     if args.truncation_mode != "keep_start":
         return None
-    changes = {"context_mode": trainer.training_mode, "max_length": None, "chat_template_path": None}
-    return _stand_in(dataset.select([number]), tokenizer, args, **changes).train_dataset
+    whole = _again(dataset.select([number]), tokenizer, args, context_mode=trainer.training_mode)
+    return list(whole.train_dataset["input_ids"])
 
 
 def _shown(row: dict[str, Any], mode: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -153,14 +223,22 @@ def _shown(row: dict[str, Any], mode: str | None, tokenizer: PreTrainedTokenizer
 
 def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token says by itself: spaces kept, parts of a character as bytes."""
-    texts = {}
-    for i in set(ids):
-        token = tokenizer.convert_ids_to_tokens(i) or ""
-        text = token.replace("\u2581", " ") if "\u2581" in token else tokenizer.decode([i])
-        if "\ufffd" in text and all(char in _BYTES for char in token):
-            text = "".join(f"<0x{_BYTES[char]:02X}>" for char in token)
-        texts[i] = text
+    texts = {i: _text(i, tokenizer) for i in set(ids)}
     return [texts[i] for i in ids]
+
+
+def _text(i: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    token = tokenizer.convert_ids_to_tokens(i) or ""
+    text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+    if "\u2581" in token and "\u2581" not in text:
+        return token.replace("\u2581", " ")  # decoding strips the space that a text begins with
+    if "\ufffd" in text and all(char in _BYTES for char in token):
+        said = bytes(_BYTES[char] for char in token)
+        try:
+            return said.decode()  # the replacement character itself, or a byte by its name
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in said)
+    return text
 
 
 def _excerpt(row: dict[str, Any], length: int = 600) -> str:

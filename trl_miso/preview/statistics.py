@@ -11,11 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trl_miso.attention.support import head_dim
-from trl_miso.packing import plan_bins
-from trl_miso.segments import Example, decode, unshare
+from trl_miso.segments import Example, decode, single, unshare
 
 _PERCENTILES = [0, 5, 25, 50, 75, 95, 100]
-_PLANNED = 1000  # rows that packing plans at once: the batch size of `Dataset.map`
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,20 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Tokens and score pairs of plain SFT on the full prompts, by raw row."""
+    """Tokens and score pairs of plain SFT on the full prompts, by raw row; without rows that it would drop."""
 
     tokens: dict[int, int]
     pairs: dict[int, int]
 
     @classmethod
-    def of(cls, prepared: Dataset) -> "Baseline":
+    def of(cls, prepared: Dataset, max_length: int | None = None) -> "Baseline":
+        """From rows prepared in single mode, which are to be cut to `max_length` if it is given."""
         tokens, pairs = Counter[int](), Counter[int]()
-        for number, _, example, _ in _examples(prepared):
+        for number, _, example, labels in _examples(prepared):
+            if max_length is not None:
+                if (labels[:max_length] == -100).all():
+                    continue
+                example = single(min(example.num_tokens, max_length))
             tokens[number] += example.num_tokens
             pairs[number] += score_pairs(example)
         return cls(tokens, pairs)
@@ -73,21 +76,18 @@ def score_pairs(example: Example) -> int:
     return within + ahead + mixed
 
 
-def statistics_of(
-    prepared: Dataset, mode: str, baseline: Baseline, shape: ModelShape, bin_size: int | None, shared: bool
-) -> dict[str, Any]:
+def statistics_of(prepared: Dataset, mode: str, baseline: Baseline, shape: ModelShape, shared: bool) -> dict[str, Any]:
     """Counts over a whole prepared data set; see `preview_dataset`.
 
     Args:
         mode: That the rows were prepared in.
-        baseline: Of the same rows, what cost is compared with.
-        bin_size: Tokens a bin, if rows are packed.
+        baseline: Of the same rows, what cost is compared with, over the rows that both train on.
         shared: Whether common prefixes are computed once.
     """
-    modes, contexts, total, numbers = Counter[str](), Counter[int](), Counter[str](), set[int]()
+    modes, contexts, total, compared = Counter[str](), Counter[int](), Counter[str](), set[int]()
     unique, longest, outputs = [], [], []
-    for number, cut, example, labelled in _examples(prepared):
-        mixes = bool(example.branches)
+    for number, cut, example, labels in _examples(prepared):
+        mixes, labelled = bool(example.branches), int((labels != -100).sum())
         modes[mode if mixes or mode == "augment" else "single"] += 1
         contexts[max(1, len(example.branches))] += 1
         laid_out = example if shared else unshare(example, [])[0]
@@ -98,21 +98,23 @@ def statistics_of(
         longest.append(
             max((sum(example.segments[s].length for s in path) for path in paths), default=example.num_tokens - output)
         )
-        numbers.add(number)
+        if number in baseline.tokens:
+            compared.add(number)
+            total["compared_tokens"] += laid_out.num_tokens
+            total["compared_pairs"] += score_pairs(laid_out)
         for name, value in (
             ("unshared", example.num_unshared_tokens),
             ("labelled", labelled),
             ("cut_rows", cut > 0),
             ("cut", cut),
-            ("pairs", score_pairs(laid_out)),
         ):
             total[name] += value
-    tokens, pairs = sum(unique), total["pairs"]
-    sft = sum(baseline.tokens.get(n, 0) for n in numbers), sum(baseline.pairs.get(n, 0) for n in numbers)
-    cost = None
-    if all(sft):
-        cost = {"tokens": tokens / sft[0], "score_pairs": pairs / sft[1], "model": shape.name}
-        cost["flops"] = shape.flops(tokens, pairs) / shape.flops(*sft)
+    cost: dict[str, Any] | None = None
+    if compared:
+        own = total["compared_tokens"], total["compared_pairs"]
+        sft = sum(baseline.tokens[n] for n in compared), sum(baseline.pairs[n] for n in compared)
+        cost = {"tokens": own[0] / sft[0], "score_pairs": own[1] / sft[1], "model": shape.name}
+        cost["flops"] = shape.flops(*own) / shape.flops(*sft)
     columns = {"unique_tokens": unique, "longest_context": longest, "output": outputs}
     lengths = {name: np.percentile(values, _PERCENTILES).astype(int).tolist() for name, values in columns.items()}
     return {
@@ -121,27 +123,20 @@ def statistics_of(
         "modes": dict(modes),
         "contexts_per_example": {str(n): contexts[n] for n in sorted(contexts)},
         "tokens": {
-            "unique": tokens,
+            "unique": sum(unique),
             "unshared": total["unshared"],
-            "saved": 1 - tokens / total["unshared"],
+            "saved": 1 - sum(unique) / total["unshared"],
             "labelled": total["labelled"],
         },
         "cut": {"rows": total["cut_rows"], "tokens": total["cut"]},
         "lengths": {"percentiles": _PERCENTILES} | lengths,
-        "bins": _bins(unique, bin_size) if bin_size else None,
+        "bins": None,
         "cost": cost,
     }
 
 
-def _bins(sizes: list[int], bin_size: int) -> dict[str, Any]:
-    planned = (plan_bins(sizes[at : at + _PLANNED], bin_size) for at in range(0, len(sizes), _PLANNED))
-    bins = sum(map(len, planned))
-    filled = sum(sizes) / (bins * bin_size)
-    return {"max_length": bin_size, "bins": bins, "filled": filled, "examples_per_bin": round(len(sizes) / bins, 1)}
-
-
-def _examples(prepared: Dataset) -> Iterator[tuple[int, int, Example, int]]:
-    """(raw row, tokens cut, example, labelled tokens) of every example."""
+def _examples(prepared: Dataset) -> Iterator[tuple[int, int, Example, np.ndarray]]:
+    """(raw row, tokens cut, example, its labels) of every example."""
     for batch in (
         prepared.select_columns(["labels", "miso_layout", "miso_row", "miso_cut"]).with_format("numpy").iter(500)
     ):
@@ -151,4 +146,4 @@ def _examples(prepared: Dataset) -> Iterator[tuple[int, int, Example, int]]:
             for i, example in enumerate(decode(layout.tolist())):
                 own = labels[at : at + example.num_tokens]
                 at += example.num_tokens
-                yield int(number), int(cut) if i == 0 else 0, example, int((own != -100).sum())
+                yield int(number), int(cut) if i == 0 else 0, example, own
