@@ -113,9 +113,8 @@ class MISOSFTTrainer(SFTTrainer):
         self.training_mode: str | None = None
         self._probed: set[str] = set()
         self.dropped_rows: dict[str, Dropped] = {}
-        # A template cloned from another model may add tokens, for which TRL resizes a model that it loads itself.
-        resized = isinstance(model, str) and args.chat_template_path is not None
-        self._vocab_size = None if resized else getattr(config.get_text_config(), "vocab_size", None)
+        # TRL resizes embeddings for the tokens of a template that it clones, also those of a model that it loads itself.
+        self._vocabulary = None if isinstance(model, str) and args.chat_template_path else config.get_text_config()
         # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
         known = model if isinstance(model, torch.nn.Module) else None
         noise = sharing_obstacle(known, config, args.neftune_noise_alpha)
@@ -268,6 +267,10 @@ class MISOSFTTrainer(SFTTrainer):
             return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common, **checked)
         checked |= {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
         return preparation.full_rows(dataset, kind, *common, **checked)
+
+    @property
+    def _vocab_size(self) -> int | None:
+        return getattr(self._vocabulary, "vocab_size", None)
 
     def _row_tokenizer(self, dataset: AnyDataset, kind: str, args: MISOSFTConfig) -> Tokenizer:
         chat = preparation.is_chat(dataset, kind)
