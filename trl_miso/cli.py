@@ -3,7 +3,8 @@
 import sys
 from importlib import import_module
 
-# The module is imported when its command is asked for: a help text should not wait for torch.
+from yaml import YAMLError
+
 _COMMANDS = {"preview": ("trl_miso.preview.command", "show rows as they will be trained on, and statistics")}
 _HELP = "usage: trl-miso COMMAND ...\n\n" + "\n".join(f"  {name:10} {about}" for name, (_, about) in _COMMANDS.items())
 
@@ -17,5 +18,5 @@ def main() -> None:
         raise SystemExit(0 if wanted else 2)
     try:
         import_module(_COMMANDS[command][0]).main(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
