@@ -28,6 +28,8 @@ def crab_shaped_rows(n: int, prose: Path | None = None, seed: int = 0) -> list[d
     rows = []
     for i in range(n):
         shots = rng.randint(1, 3) if rng.random() < 0.5 else 0
-        messages = [message for _ in range(shots) for message in exchange(rng.randint(0, 7))] + exchange(rng.randint(6, 8))
+        messages = [message for _ in range(shots) for message in exchange(rng.randint(0, 7))] + exchange(
+            rng.randint(6, 8)
+        )
         rows.append({"id": f"prose_{i}_forward", "cnt_id": str(i), "source": "prose", "messages": messages})
     return rows

@@ -109,18 +109,20 @@ def full_row(row: dict[str, Any], kind: str, response_template: str | None = Non
         messages = to_messages(row)
         if not messages or messages[-1]["role"] != "assistant":
             raise RowDropped("no output: the conversation does not end in an assistant turn")
-        return _row([_prompt(messages[:-1], "messages")], messages[-1:])
+        return _row([_prompt(messages[:-1], "messages")], messages[-1:], "messages")
     if kind == "contexts" and not _is_given(row, "prompt"):
         contexts = _list_of(row, "contexts", (str, list))
         if not contexts:
             raise RowDropped("an empty context: the contexts column is empty")
-        prompt = _prompt(contexts[0], "contexts")
+        column = "contexts"
+        prompt = _prompt(contexts[0], column)
     elif kind == "constraints" and not _is_given(row, "full_prompt"):
-        prompt = _with_constraints(_prompt(row.get("prompt"), "prompt"), _constraints(row), response_template)
+        column = "prompt"
+        prompt = _with_constraints(_prompt(row.get(column), column), _constraints(row), response_template)
     else:
         column = "full_prompt" if kind == "constraints" else "prompt"
         prompt = _prompt(row.get(column), column)
-    return _row([prompt], row.get("completion"))
+    return _row([prompt], row.get("completion"), column)
 
 
 def parallel_row(
@@ -136,19 +138,21 @@ def parallel_row(
         if not contexts:
             return full
         weights = _context_weights(row, len(contexts))
-        if full.contexts[0] in contexts:
-            at = contexts.index(full.contexts[0])
+        said = list(map(_without_nulls, contexts))
+        if (first := _without_nulls(full.contexts[0])) in said:
+            at = said.index(first)
             contexts.insert(0, contexts.pop(at))
             if weights:
                 weights.insert(0, weights.pop(at))
-        return _row(contexts, full.completion, weights)
+        return _row(contexts, full.completion, "contexts", weights)
     constraints = _constraints(row)
     if not constraints:
         return full
     bare = _prompt(row.get("prompt"), "prompt")
     contexts = [*full.contexts, *(_with_constraints(bare, [c], response_template) for c in constraints), bare]
     contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
-    return _row([c for i, c in enumerate(contexts) if c not in contexts[:i]], full.completion)
+    said = list(map(_without_nulls, contexts))
+    return _row([c for i, c in enumerate(contexts) if said[i] not in said[:i]], full.completion, "prompt")
 
 
 def as_trl_row(row: dict[str, Any], prompt: Prompt, completion: Prompt) -> dict[str, Any]:
@@ -247,12 +251,20 @@ def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
     return {"role": role, "content": turn.get("value")} | kept
 
 
-def _row(contexts: list[Prompt], completion: Any, weights: list[float] | None = None) -> Row:
+def _without_nulls(prompt: Prompt) -> Prompt:
+    """What to compare prompts by: Arrow gives messages of different columns different keys that they lack."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+
+
+def _row(contexts: list[Prompt], completion: Any, column: str, weights: list[float] | None = None) -> Row:
     completion = _prompt(completion, "completion")
-    if any(isinstance(context, str) != isinstance(completion, str) for context in contexts):
+    if other := [context for context in contexts if isinstance(context, str) != isinstance(completion, str)]:
         raise ValueError(
-            f"Got a {type(completion).__name__} in column 'completion' beside a prompt or contexts of another type, expected all of a "
-            "row's prompts, contexts and completion to be strings, or all lists of messages. Fix: convert one to the other."
+            f"Got a {type(other[0]).__name__} in column {column!r} beside a completion (in column 'completion') that is a "
+            f"{type(completion).__name__}, expected all of a row's prompts, contexts and completion to be strings, or all lists of "
+            "messages. Fix: convert one to the other."
         )
     if isinstance(completion, list) and completion[0]["role"] != "assistant":
         raise ValueError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, groupby, islice
 from operator import itemgetter
+from secrets import token_hex
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_miso.contexts import Prompt, Row, RowDropped, message_texts
 from trl_miso.segments import Example, common_prefix, encode, parallel, single, successive
+from trl_miso.templates import in_place_of, prints_content
 
 _CHARACTERS = (
     2_000_000  # tokenized in one call: what the tokenizer notes of each token takes a hundred times the text's memory
 )
+_MARK = f"\ue000{token_hex(8)}\ue000"  # stands for a text while a conversation is rendered; in no data
 _ROLES = ("system", "user", "assistant", "tool", "developer")  # of others, templates may well know nothing
 
 
@@ -115,15 +118,32 @@ class Tokenizer:
                 (context + cast(list, row.completion), context) for context, row in zip(first, members, strict=True)
             )
             wholes = iter(self._chat(list(chain.from_iterable(both)), kwargs))
-            contexts = [context for row in members for context in row.contexts]
-            prompts = iter(self._chat(contexts, kwargs, add_generation_prompt=True))
-            for row in members:
-                texts = [next(wholes), next(wholes), *islice(prompts, len(row.contexts))]
-                self._check_turns(cast(list, row.contexts[0]) + cast(list, row.completion), texts[0], kwargs)
-                for context, text in zip(row.contexts[1:], texts[3:], strict=True):
-                    self._check_turns(cast(list, context), text, kwargs, add_generation_prompt=True)
-                rendered.append(texts)
+            prompts = self._prompts(members, kwargs)
+            for row, texts in zip(members, prompts, strict=True):
+                rendered.append([next(wholes), next(wholes), *texts])
+                self._check_turns(cast(list, row.contexts[0]) + cast(list, row.completion), rendered[-1][0], kwargs)
         return rendered
+
+    def _prompts(self, rows: list[Row], kwargs: dict[str, Any]) -> Iterator[list[str]]:
+        """Every context's prompt, of each row."""
+        template = kwargs.get("chat_template") or self.chat_template or self.tokenizer.chat_template
+        prints = isinstance(template, str) and prints_content(template)
+        texts = [in_place_of(cast(list, row.contexts)) if prints else None for row in rows]
+        conversations: list[Any] = []
+        for row, own in zip(rows, texts, strict=True):
+            first = cast(list, row.contexts[0])
+            marked = [*first[:-1], first[-1] | {"content": _MARK}]
+            conversations += row.contexts if own is None else [marked]
+        prompts = iter(self._chat(conversations, kwargs, add_generation_prompt=True))
+        for row, own in zip(rows, texts, strict=True):
+            if own is not None:
+                around = next(prompts).split(_MARK)
+                yield [text.join(around) for text in own]
+                continue
+            yield (made := list(islice(prompts, len(row.contexts))))
+            for context, text in zip(row.contexts[1:], made[1:], strict=True):
+                same = common_prefix(context, row.contexts[0])  # turns that are looked for in the whole row
+                self._check_turns(cast(list, context), text, kwargs, same, add_generation_prompt=True)
 
     def _render_text(self, row: Row) -> list[str]:
         self._check_eos()
@@ -171,14 +191,16 @@ class Tokenizer:
         if self.assistant_only_loss:
             self._assistant_mask(whole, kwargs)
 
-    def _check_turns(self, messages: list[dict[str, Any]], text: str, kwargs: dict[str, Any], **options: Any) -> None:
-        """Raise ValueError if the rendered `text` lacks a turn: a template may pass over a role or a call it does not know.
+    def _check_turns(
+        self, messages: list[dict[str, Any]], text: str, kwargs: dict[str, Any], start: int = 0, **options: Any
+    ) -> None:
+        """Raise ValueError if the rendered `text` lacks a turn from `start` on: a template may pass over a role or a call.
 
         What a turn says is looked for. Where it is not found (a template may also trim it, or drop thinking), or could be
         there by chance, another rendering shows whether it makes a difference.
         """
         at = 0
-        for i, message in enumerate(messages):
+        for i, message in islice(enumerate(messages), start, None):
             if isinstance(message.get("content"), list) and str(message["content"]) in text:
                 raise ValueError(
                     f"Got content in parts ({message['content']!r:.200}), which the chat template prints as a Python list, expected "
