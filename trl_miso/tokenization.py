@@ -209,7 +209,7 @@ class Tokenizer:
             for said, other in _otherwise(message):
                 found = text.find(said, at)
                 at = found + len(said) if found >= 0 else at
-                if (found >= 0 or said in text) and message["role"] in _ROLES:
+                if (found >= 0 or said in text) and message["role"] in _ROLES and len(said) > 12:
                     continue
                 if self._chat([[*messages[:i], other, *messages[i + 1 :]]], kwargs, **options) == [text]:
                     raise ValueError(
