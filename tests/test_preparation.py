@@ -10,14 +10,15 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from trl_miso import MISOSFTConfig, MISOSFTTrainer, preparation, report
+from trl_miso import MISOSFTConfig, MISOSFTTrainer, mapping, report
 from trl_miso.packing import plan_bins
-from trl_miso.preparation import RowPreparation, full_rows, pack_rows, prepare_rows
+from trl_miso.preparation import RowPreparation, pack_rows, prepare_rows
 from trl_miso.report import report_mixture
 from trl_miso.segments import decode, unshare
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 from trl_miso.tokenization import Layout, Tokenizer
+from trl_miso.trl_rows import full_rows
 
 REAL = Path(__file__).parents[2] / "shared/data/multi_constraint/rows.jsonl"
 COLUMNS = ["input_ids", "labels", "miso_layout"]
@@ -46,7 +47,7 @@ def crab():
 @pytest.fixture(autouse=True)
 def warnings_again():
     """Let `warning_once` warn in every test."""
-    type(preparation.logger).warning_once.cache_clear()
+    type(mapping.logger).warning_once.cache_clear()
 
 
 @pytest.fixture

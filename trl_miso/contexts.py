@@ -383,7 +383,7 @@ def _context_weights(row: dict[str, Any], n: int) -> list[float] | None:
     weights: Any = row.get("context_weights")
     if weights is None:
         return None
-    numbers = isinstance(weights, list) and all(issubclass(type(w), Real) and 0 < w < 1e300 for w in weights)
+    numbers = isinstance(weights, list) and all(issubclass(type(w), Real) and 0 < w < 1e30 for w in weights)
     scaled = [float(w) / float(sum(weights)) for w in weights] if numbers else []
     if len(scaled) != n or not all(scaled):  # one may be so small that nothing of it is left beside the others
         raise ValueError(

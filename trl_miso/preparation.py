@@ -3,35 +3,25 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.logging import get_logger
-from datasets import Dataset, Features, IterableDataset, List, Value
-from pyarrow import ArrowException  # type: ignore[import-untyped]
+from datasets import Dataset, Features, List, Value
 from trl.data_utils import get_dataset_column_names
 
 from trl_miso.contexts import (
-    KEPT,
-    TOKENS,
     Row,
     RowDropped,
-    as_trl_row,
     full_row,
-    messages_row,
     parallel_row,
     template_kwargs,
-    text_row,
-    token_row,
 )
+from trl_miso.mapping import Kept, check_not_empty, map_batches, map_rows, naming, rows_of
 from trl_miso.packing import plan_bins
 from trl_miso.report import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
 from trl_miso.segments import decode, encode, single
 from trl_miso.tokenization import Layout, Tokenizer, columns
-
-logger = get_logger(__name__)
 
 COLUMNS = ["input_ids", "labels", "miso_layout"]  # what the collator reads
 # The number of the raw row, and how many tokens of its output's end max_length took; lists, as in a packed row.
@@ -63,7 +53,7 @@ class RowPreparation:
             return self._batch(batch, indices)
 
     def _batch(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = _rows(batch)
+        rows = rows_of(batch)
         made = [self._contexts(row, index) for row, index in zip(rows, indices, strict=True)]
         kept = [i for i, made_row in enumerate(made) if isinstance(made_row, Row)]
         tokenized = iter(self._tokenize([made[i] for i in kept], [rows[i] for i in kept], [indices[i] for i in kept]))
@@ -71,7 +61,7 @@ class RowPreparation:
         return _columns(prepared, self.vocab_size)
 
     def _contexts(self, row: dict[str, Any], index: int) -> Row | RowDropped:
-        with _naming(index):
+        with naming(index):
             try:
                 template = self.tokenizer.response_template
                 full = full_row(row, self.kind, template)
@@ -100,14 +90,14 @@ class RowPreparation:
     def _tokenize(self, made: list[Any], rows: list[dict[str, Any]], indices: list[int]) -> list:
         options = []
         for row, index in zip(rows, indices, strict=True):
-            with _naming(index):
+            with naming(index):
                 options.append(template_kwargs(row))
         try:
             return self.tokenizer(made, options)
         except ValueError:
             # One by one, to name the row.
             for made_row, kwargs, index in zip(made, options, indices, strict=True):
-                with _naming(index):
+                with naming(index):
                     self.tokenizer([made_row], [kwargs])
             raise
 
@@ -125,7 +115,7 @@ def prepare_rows(
 ) -> tuple[AnyDataset, Dropped]:
     """Apply a row preparation, drop and report what it dropped. Raises ValueError if no row is left."""
     desc = f"Preparing contexts of {name} dataset"
-    return _drop(_map_rows(dataset, rows, num_proc, desc, features=_FEATURES, batch_size=_BATCH), name)
+    return _drop(map_rows(dataset, rows, num_proc, desc, features=_FEATURES, batch_size=_BATCH), name)
 
 
 def fit_rows(
@@ -138,11 +128,11 @@ def fit_rows(
 ) -> tuple[AnyDataset, Dropped]:
     """Tokenized rows cut to `max_length` as TRL cuts them, each with the layout of causal runs; see `prepare_rows`."""
     if dataset.column_names is None:
-        _check_not_empty(dataset)
+        check_not_empty(dataset)
     names = [c for c in get_dataset_column_names(dataset) if c in ("input_ids", "labels", "seq_lengths", "miso_row")]
     dataset = dataset.select_columns(names)
     runs = _Runs(max_length, truncation_mode, vocab_size)
-    return _drop(_map_rows(dataset, runs, num_proc, f"Laying out {name} dataset", features=_FEATURES), name)
+    return _drop(map_rows(dataset, runs, num_proc, f"Laying out {name} dataset", features=_FEATURES), name)
 
 
 @dataclass(frozen=True)
@@ -155,7 +145,7 @@ class _Runs:
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         numbers = [number for (number,) in batch["miso_row"]] if "miso_row" in batch else indices
-        rows = zip(_rows(batch), numbers, strict=True)
+        rows = zip(rows_of(batch), numbers, strict=True)
         return _columns((_reasoned(self._prepared, row, number) for row, number in rows), self.vocab_size)
 
     def _prepared(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
@@ -212,29 +202,9 @@ def _drop(dataset: AnyDataset, name: str) -> tuple[AnyDataset, Dropped]:
     sample = [(row["miso_row"][0], row["miso_dropped"]) for row in dataset.take(SAMPLE)]
     dropped = dropped_rows(*zip(*sample, strict=True)) if sample else {}
     report_dropped(dropped, len(sample), name, streamed=True)
-    dataset = dataset.filter(_Kept(tuple(dropped)), input_columns="miso_dropped")
-    _check_not_empty(dataset)
+    dataset = dataset.filter(Kept(tuple(dropped)), input_columns="miso_dropped")
+    check_not_empty(dataset)
     return dataset.remove_columns("miso_dropped"), dropped
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Whether a streamed row is kept; a reason that was not `reported` is logged when first met."""
-
-    reported: tuple[str, ...] = ()
-
-    def __call__(self, reason: str) -> bool:
-        if reason and reason not in self.reported:
-            logger.warning_once(f"Dropped a streamed row, and will drop more without saying so: {reason}.")
-        return not reason
-
-
-def _check_not_empty(dataset: IterableDataset) -> None:
-    if next(iter(dataset), None) is None:
-        raise ValueError(
-            "Got a streamed dataset none of whose rows can be trained on (the reasons are logged), expected rows with "
-            "an input and an output that fit. Fix: raise max_length, or check the columns."
-        )
 
 
 def is_chat(dataset: AnyDataset, kind: str) -> bool | None:
@@ -243,175 +213,6 @@ def is_chat(dataset: AnyDataset, kind: str) -> bool | None:
         return kind == "messages"
     completions = (row.get("completion") for row in islice(dataset, SAMPLE))
     return next((isinstance(value, list) for value in completions if value and isinstance(value, str | list)), None)
-
-
-def number_rows(dataset: AnyDataset) -> AnyDataset:
-    """Give rows that TRL prepares their number, which survives what TRL does to them."""
-    if isinstance(dataset, Dataset):
-        return dataset.add_column("miso_row", [[i] for i in range(len(dataset))])
-    return dataset.map(_number, with_indices=True)
-
-
-def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-    return {"miso_row": [index]}
-
-
-def full_rows(
-    dataset: AnyDataset,
-    kind: str,
-    name: str,
-    num_proc: int | None,
-    response_template: str | None = None,
-    **options: Any,
-) -> tuple[AnyDataset, Dropped]:
-    """Rows for TRL's preparation, checked: prompt and completion with the full context, messages, text, or token ids.
-
-    Options: the `tokenizer` that rows are to be rendered with, the `text_field`, and the `formatting_func` that makes it.
-    """
-    return _to_trl(dataset, _TRLRows(kind, response_template, **options), name, num_proc)
-
-
-def augmented_rows(
-    dataset: AnyDataset,
-    kind: str,
-    include_full: bool,
-    include_bare: bool,
-    name: str,
-    num_proc: int | None,
-    response_template: str | None = None,
-    **options: Any,
-) -> tuple[AnyDataset, Dropped]:
-    """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation. Options as of `full_rows`."""
-    rows = _TRLRows(
-        kind, response_template, augment=True, include_full=include_full, include_bare=include_bare, **options
-    )
-    return _to_trl(dataset, rows, name, num_proc)
-
-
-@dataclass(frozen=True)
-class _TRLRows:
-    """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped."""
-
-    kind: str
-    response_template: str | None = None
-    augment: bool = False
-    include_full: bool = True
-    include_bare: bool = True
-    tokenizer: Tokenizer | None = None
-    text_field: str = "text"
-    formatting_func: Callable[[dict], str] | None = None
-    reported: tuple[str, ...] = ()
-
-    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows, kept = [], _Kept(self.reported)
-        for row, index in zip(_rows(batch), indices, strict=True):
-            try:
-                rows += [made | {"miso_row": row["miso_row"]} for made in self.make(row, index)]
-            except RowDropped as reason:
-                kept(str(reason))
-        return {name: [row[name] for row in rows] for name in [*self.columns(list(batch)), "miso_row"]}
-
-    def columns(self, names: list[str]) -> list[str]:
-        """What rows with columns `names` have for TRL."""
-        if self.kind == "text":
-            return [self.text_field]
-        if self.kind == "tokenized":
-            return [name for name in TOKENS if name in names]
-        made = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
-        return made + [name for name in KEPT if name in names]
-
-    def reasons(self, batch: dict[str, list], indices: list[int]) -> dict[str, list[str]]:
-        """Why rows are dropped, empty for the others."""
-        return {"miso_dropped": [self._reason(row, index) for row, index in zip(_rows(batch), indices, strict=True)]}
-
-    def _reason(self, row: dict[str, Any], index: int) -> str:
-        try:
-            self.make(row, index)
-        except RowDropped as reason:
-            return str(reason)
-        return ""
-
-    def make(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        """The row as one or more rows for TRL. Raises RowDropped if it carries nothing to learn from."""
-        with _naming(index):
-            made = self._make(row)
-            if self.tokenizer is not None and self.kind != "tokenized":
-                for one in made:
-                    prompt = one.get("prompt")
-                    whole = one[self.columns([])[0]] if prompt is None else prompt + one["completion"]
-                    self.tokenizer.check(whole, prompt, template_kwargs(row))
-            return made
-
-    def _make(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.kind == "messages":
-            return [messages_row(row)]  # TRL's masks apply, which need no assistant turn at the end
-        if self.kind == "text":
-            row = {self.text_field: self.formatting_func(row)} if self.formatting_func else row
-            return [text_row(row, self.text_field)]
-        if self.kind == "tokenized":
-            return [token_row(row)]
-        if self.augment:
-            made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template)
-        else:
-            made = full_row(row, self.kind, self.response_template)
-        return [as_trl_row(row, context, made.completion) for context in made.contexts]
-
-
-def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
-    desc = f"Making prompts of {name} dataset"
-    dataset = number_rows(dataset)
-    reasons = _map_rows(dataset, rows.reasons, num_proc, desc, features=Features(_REASON))
-    streamed = isinstance(dataset, IterableDataset)
-    reasons = [row["miso_dropped"] for row in reasons.take(SAMPLE)] if streamed else reasons["miso_dropped"][:]
-    dropped = dropped_rows(range(len(reasons)), reasons)
-    report_dropped(dropped, len(reasons), name, streamed)
-    if dropped and not streamed:
-        dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
-    rows = replace(rows, reported=tuple(dropped), tokenizer=rows.tokenizer if streamed else None)  # checked above
-    options = {} if streamed else _trl_types(dataset, rows)
-    dataset = _map_rows(dataset, rows, num_proc, desc, **options)
-    if streamed:
-        _check_not_empty(dataset)
-    return dataset, dropped
-
-
-def _trl_types(dataset: Dataset, rows: _TRLRows) -> dict[str, Any]:
-    """Options of `Dataset.map` for rows for TRL: types by the columns that rows come from, since the first rows may lack
-    some, or if that cannot be told the first rows' types. A prompt need not come from the column of that name."""
-    known = dataset.features
-    sources = {name: [List(Value("int64"))] for name in (*TOKENS, "miso_row")} | {rows.text_field: [Value("string")]}
-    sources |= {name: [known[name]] for name in ("completion", *KEPT) if name in known}
-    sources["prompt"] = [known[name] for name in ("prompt", "full_prompt") if name in known]
-    if rows.kind == "contexts":
-        sources["prompt"] += [getattr(known["contexts"], "feature", None)]
-    sources["messages"] = [_message_types(known[name]) for name in ("messages", "conversations") if name in known]
-    if known.get("chat_template_kwargs") == Value("null"):
-        sources["chat_template_kwargs"] = [None]  # a null one is made an empty dict
-    types = {name: _merged(sources[name]) for name in [*rows.columns(list(known)), "miso_row"]}
-    features = Features(types) if None not in types.values() else None
-    return {"features": features, "try_original_type": rows.kind not in ("constraints", "contexts")}
-
-
-def _message_types(types: Any) -> Any:
-    """Types of messages made of turns of these types; see `to_messages`."""
-    turn = getattr(types, "feature", None)
-    if not isinstance(turn, dict):
-        return types
-    keys = {"role": ("role", "from"), "content": ("content", "value")}
-    named = {name: _merged([turn[key] for key in either if key in turn]) for name, either in keys.items()}
-    return List(named | {key: kind for key, kind in turn.items() if not any(key in either for either in keys.values())})
-
-
-def _merged(types: list) -> Any:
-    """A type for values of all these types, or None."""
-    types = [t for t in types if t != Value("null")] or types[:1] or [None]
-    if all(isinstance(t, dict) for t in types):
-        made = {key: _merged([t[key] for t in types if key in t]) for key in chain.from_iterable(types)}
-        return None if None in made.values() else made
-    if all(isinstance(t, List) for t in types):
-        item = _merged([t.feature for t in types])
-        return None if item is None else List(item)
-    return types[0] if isinstance(types[0], Value) and all(t == types[0] for t in types) else None
 
 
 def check_prepared(dataset: AnyDataset, max_length: int | None, name: str) -> None:
@@ -429,7 +230,7 @@ def check_prepared(dataset: AnyDataset, max_length: int | None, name: str) -> No
 
 def pack_rows(dataset: AnyDataset, max_length: int, shared: bool, num_proc: int | None) -> AnyDataset:
     """Bins of whole examples with at most `max_length` unique tokens, planned over batches of rows as TRL's packing is."""
-    return _map(dataset.select_columns(COLUMNS), _Packing(max_length, shared), num_proc, "Packing examples")
+    return map_batches(dataset.select_columns(COLUMNS), _Packing(max_length, shared), num_proc, "Packing examples")
 
 
 @dataclass(frozen=True)
@@ -448,10 +249,6 @@ class _Packing:
         }
 
 
-def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
 @contextmanager
 def _without_collection() -> Iterator[None]:
     """Spare the many short-lived objects of a batch the search for cycles among them, a fifth of the time."""
@@ -462,34 +259,3 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def _naming(index: int) -> Iterator[None]:
-    """Give errors the number of the row."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from error
-
-
-def _map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
-    """Replace rows and all their columns by what `function` makes of a batch of rows and their indices."""
-    names = get_dataset_column_names(dataset)
-    return _map(dataset, function, num_proc, desc, with_indices=True, remove_columns=names, **options)
-
-
-def _map(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(function, batched=True, **options)
-    try:
-        with PartialState().local_main_process_first():  # which fills the cache that the node's other ranks read
-            return dataset.map(function, batched=True, num_proc=num_proc, desc=desc, **options)
-    except (ArrowException, TypeError) as error:
-        raise ValueError(
-            f"Got columns {dataset.column_names} with rows that no one type holds ({error}), expected values of one type in each "
-            "column, and messages with the same keys. Fix: convert them, or stream the dataset (to_iterable_dataset)."
-        ) from error
-    except ValueError as error:
-        error.add_note(f"{desc}.")  # which of them
-        raise

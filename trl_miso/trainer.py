@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
-from trl_miso import guards, preparation
+from trl_miso import guards, preparation, trl_rows
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
 from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle
 from trl_miso.collator import MISODataCollator
@@ -264,9 +264,9 @@ class MISOSFTTrainer(SFTTrainer):
         common = name, args.dataset_num_proc, args.response_template
         checked: dict[str, Any] = {"tokenizer": self._row_tokenizer(dataset, kind, args)}
         if mode == "augment":
-            return preparation.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common, **checked)
+            return trl_rows.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common, **checked)
         checked |= {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
-        return preparation.full_rows(dataset, kind, *common, **checked)
+        return trl_rows.full_rows(dataset, kind, *common, **checked)
 
     @property
     def _vocab_size(self) -> int | None:
