@@ -140,6 +140,7 @@ def command(tmp_path, monkeypatch, capsys, crab_rows):
     """Runs the command in a folder with rows: what it exits with, and prints to both outputs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal has 80 columns, whatever COLUMNS says
     Dataset.from_list(crab_rows[:30]).to_json("rows.jsonl")
 
     def run(line):
