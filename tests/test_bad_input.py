@@ -6,9 +6,8 @@ Python rows, which lets through what Arrow would refuse or convert.
 
 import datetime
 import importlib.metadata
-import math
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from functools import cache
 
@@ -56,14 +55,12 @@ MODES = {"constraints": ["auto", "succ", "single", "augment"], "contexts_chat": 
 MODES |= {"text": ["auto"], "tokenized": ["auto"]}
 MATRIX = [(kind, mode, name) for kind in ROWS for mode in MODES.get(kind, ["auto", "single"]) for name in ROWS[kind]]
 
-MISSING = "missing"
-NOTHING = [MISSING, None]
+NOTHING = [..., None]  # no such column, and null
 NO_TEXT = [5, float("nan"), True, b"blue", datetime.datetime(2024, 1, 1), {"a": {"b": [1]}}, np.float32(2)]
 NO_TEXT += [np.array(["a", "b"]), [None], ["a"], [["a"]]]
-IMAGE = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
 BAD_MESSAGES = [{"content": "a"}, user("a", None), user("a", 5), user("a", "USER"), user(5), user(b"a"), user(["a"])]
-BAD_MESSAGES += [user([{"type": "text", "text": None}]), user(IMAGE), user("a", tool_calls=5), user("a", tool_calls=["f"])]
-BAD_MESSAGES += [user(HALF), user("a", "\ud83d")]
+BAD_MESSAGES += [user([{"type": "text", "text": None}]), user([{"type": "image"}]), user("a", tool_calls=5)]
+BAD_MESSAGES += [user("a", tool_calls=["f"]), user(HALF), user("a", "\ud83d")]
 NO_WORDS = [{"role": "user"}, user(None), user(" \n"), user([])]
 # column -> (values that are errors, values for which the row is dropped, values that are fine); streams show them as they are
 TEXTS = ([*NO_TEXT, HALF], [*NOTHING, "", " \n", []], ["a\0b", "\U0001f600"])
@@ -110,7 +107,6 @@ KINDS = {
 }
 # fmt: on
 
-METADATA = cache(importlib.metadata.metadata)  # read for every trainer otherwise, a fifth of its time
 OUTCOMES = "error", "dropped", "prepared"
 # columns that a mode does not read, or not all of
 UNREAD = {("constraints_chat", "single"): ["prompt", "constraints"], ("contexts_chat", "succ"): ["contexts"]}
@@ -125,7 +121,9 @@ def tok():
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(PrinterCallback, "on_log", lambda *args, **kwargs: None)
-    monkeypatch.setattr(importlib.metadata, "metadata", METADATA)
+    monkeypatch.setattr(
+        importlib.metadata, "metadata", cache(importlib.metadata.metadata)
+    )  # a fifth of a trainer's time
     disable_progress_bars()
     yield
     enable_progress_bars()
@@ -170,7 +168,7 @@ def prepared(trainer):
 def learns(trainer):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return bool(losses) and all(math.isfinite(loss) and loss > 0 for loss in losses)
+    return bool(losses) and all(0 < loss < 100 for loss in losses)
 
 
 def outcome(fit, good, bad, column, streamed, alone, **config):
@@ -203,7 +201,7 @@ def test_a_bad_value_is_named_or_counted(kind, mode, column, fit):
     wrong = []
     for n, (expected, value) in enumerate(cells):
         bad = {name: given for name, given in good.items() if name != column}
-        bad |= {} if isinstance(value, str) and value == MISSING else {column: value}
+        bad |= {} if value is ... else {column: value}
         # All in the first mode as streams; elsewhere some, in each mode others.
         for streamed, every in ((True, 1 if mode == "auto" else 4), (False, 5)):
             if (n + len(mode)) % every:
@@ -223,13 +221,13 @@ def test_what_is_left_is_learned_and_evaluated(kind, mode, fit):
     good = ROWS[kind]
     column = "completion" if "completion" in good else next(iter(good))
     _, dropped, _ = KINDS.get(f"{column}_chat" if kind.endswith("_chat") else column) or KINDS[column]
-    rows = [good, *(good | {column: value} for value in dropped if not isinstance(value, str)), good]
+    rows = [good, *(good | {column: value} for value in dropped if isinstance(value, list | None)), good]
     config = {"context_mode": mode, "response_template": None if kind.endswith("_chat") else END}
     expected = fit([good], eval_rows=[good, good], **config).evaluate()["eval_loss"]
     trainer = fit(rows, eval_rows=rows, **config)
     assert {len(reasons) for reasons in trainer.dropped_rows.values()} == {1}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-3)
-    assert math.isfinite(expected) and expected > 0 and learns(trainer)
+    assert 0 < expected < 100 and learns(trainer)
 
 
 EVAL_ROWS = {
@@ -250,16 +248,18 @@ def test_bad_evaluation_rows_are_named_too(named, mode, streamed, fit):
 
 
 CHAT = ROWS["constraints_chat"] | {"full_prompt": None}
-LATE = [
-    (CHAT, {"full_prompt": [user("Rhyme!", name="x")]}),
-    (ROWS["conversations"], {"conversations": [*PROMPT, assistant("b", note=5)]}),
-    (ROWS["prompt_chat"], {"tools": "[]", "chat_template_kwargs": {"mood": "calm"}}),
-    (ROWS["prompt"], {"prompt": 5}),
-    (ROWS["prompt"], {"prompt": {"a": 1}}),
-]
 
 
-@pytest.mark.parametrize(("first", "late"), LATE)
+@pytest.mark.parametrize(
+    ("first", "late"),
+    [
+        (CHAT, {"full_prompt": [user("Rhyme!", name="x")]}),
+        (ROWS["conversations"], {"conversations": [*PROMPT, assistant("b", note=5)]}),
+        (ROWS["prompt_chat"], {"tools": "[]", "chat_template_kwargs": {"mood": "calm"}}),
+        (ROWS["prompt"], {"prompt": 5}),
+        (ROWS["prompt"], {"prompt": {"a": 1}}),
+    ],
+)
 @pytest.mark.parametrize(("mode", "num_proc"), [("auto", None), ("single", None), ("single", 2)])
 def test_rows_after_those_that_types_are_inferred_from(first, late, mode, num_proc, fit):
     rows, config = [first] * 1001 + [first | late], {"context_mode": mode, "dataset_num_proc": num_proc}
@@ -296,54 +296,41 @@ TEMPLATES = {
     "reads parts": "<|{{ m.role }}|>{% for part in m.content %}{{ part.text or part }}{% endfor %}",
     "trims and drops thinking": "<|{{ m.role }}|>{{ (m.content | trim).split('</think>')[-1] }}",
     "no answers": "{% if m.role != 'assistant' %}" + TURN + "{% endif %}",
-    "nothing": "",
     "calls": TURN + "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}",
     "fails": "{{ 1 / 0 }}",
 }
-PARTS = {"prompt": [user([{"type": "text", "text": "the "}, {"type": "text", "text": "sea"}])], "completion": ANSWER}
-THINKING = {"prompt": [*PROMPT, assistant("<think>no</think> Hi.\n"), *PROMPT], "completion": ANSWER}
-CALL = {"prompt": PROMPT, "completion": [assistant("", tool_calls=[{"type": "function", "function": {"name": "sail"}}])]}  # fmt: skip
+TURNS = {
+    "brief": [user("s", "system"), *PROMPT, *ANSWER],
+    "wizard": [*PROMPT, user("e", "wizard"), *ANSWER],
+    "parts": [user([{"type": "text", "text": "the "}, {"type": "text", "text": "sea"}]), *ANSWER],
+    "calls": [*PROMPT, assistant("", tool_calls=[{"type": "function", "function": {"name": "sail"}}])],
+    "thinking": [*PROMPT, assistant("<think>no</think> Hi.\n"), *PROMPT, *ANSWER],
+}
 
 
 @pytest.mark.parametrize(
-    ("template", "row", "error"),
+    ("template", "turns", "error"),
     [
-        (
-            "raises",
-            {"prompt": SYSTEM, "completion": ANSWER},
-            r"Got messages that the chat template cannot render \(.*No system\)",
-        ),
-        ("raises", {"prompt": [user("a", "wizard")], "completion": ANSWER}, "cannot render .*No wizard"),
-        (
-            "ignores",
-            {"prompt": SYSTEM, "completion": ANSWER},
-            "Got a turn of role 'system' from which the chat template leaves out 'Be brief.'",
-        ),
-        ("ignores", {"prompt": [*PROMPT, user("e", "wizard")], "completion": ANSWER}, "role 'wizard' .*leaves out 'e'"),
-        ("ignores", PARTS, "Got content in parts .*which the chat template prints as a Python list"),
-        ("ignores", CALL, "role 'assistant' from which the chat template leaves out 'sail'"),
-        (
-            "no answers",
-            {"prompt": SYSTEM, "completion": ANSWER},
-            "role 'assistant' from which the chat template leaves out 'blue'",
-        ),
-        ("nothing", {"prompt": SYSTEM, "completion": ANSWER}, "leaves out"),
-        ("fails", {"prompt": SYSTEM, "completion": ANSWER}, "cannot render .ZeroDivisionError"),
-        ("calls", CALL, None),
-        ("reads parts", PARTS, None),
-        ("trims and drops thinking", THINKING, None),
+        ("raises", "brief", r"Got messages that the chat template cannot render \(.*No system\)"),
+        ("ignores", "brief", "Got a turn of role 'system' from which the chat template leaves out 's'"),
+        ("ignores", "wizard", "role 'wizard' .*leaves out 'e'"),
+        ("ignores", "parts", "Got content in parts .*which the chat template prints as a Python list"),
+        ("ignores", "calls", "role 'assistant' from which the chat template leaves out 'sail'"),
+        ("no answers", "brief", "role 'assistant' from which the chat template leaves out 'blue'"),
+        ("fails", "brief", "cannot render .ZeroDivisionError"),
+        ("calls", "calls", None),
+        ("reads parts", "parts", None),
+        ("trims and drops thinking", "thinking", None),
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "single"])
-def test_templates_render_every_turn_or_the_row_is_named(template, row, error, mode, tok, fit):
+def test_templates_render_every_turn_or_the_row_is_named(template, turns, error, mode, tok, fit):
     tokenizer = deepcopy(tok)
     tokenizer.chat_template = LOOP.replace("%s", TEMPLATES[template])
-    if error is None:
-        assert learns(fit([row], tokenizer=tokenizer, context_mode=mode))
-        return
-    rows = [row] if template in ("no answers", "nothing", "fails") else [{"prompt": PROMPT, "completion": ANSWER}, row]
-    with pytest.raises(ValueError, match=rf"^Row {len(rows) - 1}: .*{error}.*expected.*Fix"):
-        fit(rows, tokenizer=tokenizer, context_mode=mode)
+    rows = [ROWS["messages"]] * (template in ("raises", "ignores")) + [{"messages": TURNS[turns]}]
+    error = error and rf"^Row {len(rows) - 1}: .*{error}.*expected.*Fix"
+    with pytest.raises(ValueError, match=error) if error else nullcontext():
+        assert learns(fit(rows, tokenizer=tokenizer, context_mode=mode))
 
 
 def test_a_template_without_a_generation_prompt(tok, fit):
@@ -370,11 +357,8 @@ def test_what_a_tokenizer_lacks_is_named(missing, rows, error, mode, tok, fit):
     tokenizer = deepcopy(tok)
     for name, value in missing.items():
         setattr(tokenizer, name, value)
-    if error is None:
+    with pytest.raises(ValueError, match=f"Got .*{error}") if error else nullcontext():
         assert learns(fit([ROWS[rows]], tokenizer=tokenizer, context_mode=mode))
-        return
-    with pytest.raises(ValueError, match=f"Got .*{error}"):
-        fit([ROWS[rows]], tokenizer=tokenizer, context_mode=mode)
 
 
 @pytest.mark.parametrize("kind", ["constraints", "constraints_chat", "messages", "text"])
@@ -384,13 +368,10 @@ def test_a_tokenizer_of_python(kind, tok, fit):
     assert learns(fit([ROWS[kind]], tokenizer=tokenizer, response_template=END))
 
 
-@pytest.mark.parametrize("kind", ["constraints_chat", "messages", "text"])
-@pytest.mark.parametrize("mode", ["auto", "single"])
+@pytest.mark.parametrize(("kind", "mode"), [("constraints_chat", "auto"), ("messages", "single"), ("text", "auto")])
 def test_tokens_beyond_the_models_vocabulary(kind, mode, fit):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **SIZE))
-    with pytest.raises(
-        ValueError, match=r"^Row 0: Got \d+ in column 'input_ids', expected token ids from 0 to 99.*Fix"
-    ):
+    with pytest.raises(ValueError, match=r"^Row 0: Got \d+ in column 'input_ids', expected .* from 0 to 99,.*Fix"):
         fit([ROWS[kind]], model=model, context_mode=mode)
 
 
@@ -398,13 +379,12 @@ def test_tokens_beyond_the_models_vocabulary(kind, mode, fit):
 def test_what_a_formatting_function_makes_is_checked(made, named, fit):
     with pytest.raises(ValueError, match=f"{named}.*Fix"):
         fit([{"question": "a"}], formatting_func=lambda row: made)
-    for streamed in (True, False):
-        with pytest.raises(ValueError, match="Got no rows in the train dataset.*Fix"):
-            fit([], streamed, formatting_func=lambda row: "a")
+    with pytest.raises(ValueError, match="Got no rows in the train dataset.*Fix"):
+        fit([], formatting_func=lambda row: "a")
 
 
 @pytest.mark.parametrize("unbroken", [True, False])
-def test_long_texts_are_tokenized_once_where_one_context_shows_that_they_do_not_fit(unbroken, tok, fit, monkeypatch):
+def test_texts_that_do_not_fit_are_tokenized_for_one_context(unbroken, tok, fit, monkeypatch):
     tokenized, call = [], type(tok).__call__
     monkeypatch.setattr(type(tok), "__call__", lambda self, *a, **k: tokenized.extend(a[0]) or call(self, *a, **k))
     size = 300_000
