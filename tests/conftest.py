@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 
 from trl_miso import MISOSFTConfig
 from trl_miso.sources.crab import crab_row
@@ -53,6 +54,12 @@ def make_config(tmp_path):
         return cls(**(defaults | kwargs))
 
     return make
+
+
+@pytest.fixture
+def wide_terminal(monkeypatch):
+    """200 columns, whatever the test runs in; given to rich, since `map` with num_proc puts another `os.environ` in place."""
+    monkeypatch.setattr(Console, "_environ", {"COLUMNS": "200", "TERM": "xterm"})
 
 
 @pytest.fixture(autouse=True)

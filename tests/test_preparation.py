@@ -18,7 +18,7 @@ from trl_miso.segments import decode, unshare
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 from trl_miso.tokenization import Layout, Tokenizer
-from trl_miso.trl_rows import full_rows
+from trl_miso.trl_rows import TRLRows, rows_for_trl
 
 REAL = Path(__file__).parents[2] / "shared/data/multi_constraint/rows.jsonl"
 COLUMNS = ["input_ids", "labels", "miso_layout"]
@@ -100,7 +100,7 @@ def learned(rows):
 
 def as_prompts(dataset, template=None):
     """What TRL's own trainer is given in comparisons."""
-    return full_rows(dataset, "constraints", "train", None, template)[0].remove_columns("miso_row")
+    return rows_for_trl(dataset, TRLRows("constraints", template), "train", None)[0].remove_columns("miso_row")
 
 
 def stream(dataset):
@@ -193,7 +193,7 @@ def test_full_rows_for_trl(kind, caplog):
     rows = MIXED if kind == "constraints" else [row | {"constraints": None} for row in MIXED]
     if kind == "contexts":
         rows = [{"contexts": [row["prompt"]], "completion": row["completion"], "id": 1} for row in rows]
-    made, _ = full_rows(Dataset.from_list(rows), kind, "train", None)
+    made, _ = rows_for_trl(Dataset.from_list(rows), TRLRows(kind), "train", None)
     assert set(made.column_names) == {"prompt", "completion", "miso_row"}
     assert len(made) == 4
     assert len(dropped(caplog)) == 2
@@ -206,8 +206,8 @@ MESSAGES = [[user("a"), assistant("b")], [], [user("a"), assistant("b"), user("c
 
 def test_messages_for_trl_need_no_answer_at_the_end_but_a_message(caplog):
     """TRL's own masks decide what is learned, but it cannot read an empty list."""
-    made, reasons = full_rows(
-        Dataset.from_list([{"messages": m, "id": 0} for m in MESSAGES]), "messages", "train", None
+    made, reasons = rows_for_trl(
+        Dataset.from_list([{"messages": m, "id": 0} for m in MESSAGES]), TRLRows("messages"), "train", None
     )
     assert list(made) == [{"messages": MESSAGES[i], "miso_row": [i]} for i in (0, 2, 4)]
     assert reasons == {"an empty conversation": [1, 3]}
@@ -283,7 +283,7 @@ def test_wrong_types_name_row_and_column(num_proc, tok):
     with pytest.raises(ValueError, match="Row 0: Got 5 in column 'completion'"):
         prepare([{"prompt": "a", "completion": 5}], tok, "prompt", "succ")
     with pytest.raises(ValueError, match="Row 0: Got 'Rhyme.' in column 'constraints'"):
-        full_rows(Dataset.from_list(rows), "constraints", "train", num_proc)
+        rows_for_trl(Dataset.from_list(rows), TRLRows("constraints"), "train", num_proc)
 
 
 def test_errors_of_tokenization_name_the_row(tok):

@@ -136,11 +136,9 @@ def test_the_log_says_once_what_was_dropped(rows, tokenizer, make_config, caplog
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys, crab_rows):
+def command(tmp_path, monkeypatch, capsys, crab_rows, wide_terminal):
     """Runs the command in a folder with rows: what it exits with, and prints to both outputs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal has 80 columns, whatever COLUMNS says
     Dataset.from_list(crab_rows[:30]).to_json("rows.jsonl")
 
     def run(line):

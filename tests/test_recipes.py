@@ -83,9 +83,8 @@ def test_hyperparameters_are_the_papers(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_passes_its_dry_run(recipe, local, monkeypatch, capsys):
+def test_every_recipe_passes_its_dry_run(recipe, local, monkeypatch, capsys, wide_terminal):
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv("COLUMNS", "200")
     dry_run(*parse_recipe(arguments(local, recipe)))
     printed = capsys.readouterr().out
     batch = EXPECTED[recipe]["global_batch_size"]
@@ -216,9 +215,8 @@ def test_a_column_of_mixed_types_is_refused_with_row_and_column(local, tmp_path)
 # The preview command (its data and renderings have files of their own)
 
 
-def test_preview_command(local, tmp_path, monkeypatch, capsys):
+def test_preview_command(local, tmp_path, monkeypatch, capsys, wide_terminal):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     main([str(local / "crab.jsonl"), "-n", "2", "--html", "page.html", "--json", "statistics.json", "--packing"])
     statistics = json.loads((tmp_path / "statistics.json").read_text())
     assert statistics["rows"] == 40 and statistics["complete"] and statistics["bins"]["bins"] > 0

@@ -26,7 +26,7 @@ MODES = ("auto", "para", "succ", "single", "augment")
 _AUTO = {"contexts": "para", "constraints": "para", "prompt": "succ", "messages": "succ"}
 _PARALLEL = ("contexts", "constraints")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_ROLES_OF_TEMPLATES = ("system", "developer", "user", "assistant", "tool")
+TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
 KEPT = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
 TOKENS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")  # columns of tokenized rows
 # Arguments of apply_chat_template that are not a template's own.
@@ -126,13 +126,19 @@ def full_row(row: dict[str, Any], kind: str, response_template: str | None = Non
 
 
 def parallel_row(
-    row: dict[str, Any], kind: str, include_full: bool, include_bare: bool, response_template: str | None = None
+    row: dict[str, Any],
+    kind: str,
+    include_full: bool,
+    include_bare: bool,
+    response_template: str | None = None,
+    full: Row | None = None,
 ) -> Row:
     """The row with its parallel contexts (paper, section 5.1): full, one per constraint, bare; each listed once.
 
-    A row without constraints, or with a prompt but no contexts, keeps its full context only.
+    A row without constraints, or with a prompt but no contexts, keeps its full context only. `full` is the row's `full_row`,
+    where it is at hand.
     """
-    full = full_row(row, kind, response_template)
+    full = full or full_row(row, kind, response_template)
     if kind == "contexts":
         contexts = [_prompt(context, "contexts") for context in _list_of(row, "contexts", (str, list))]
         if not contexts:
@@ -292,7 +298,7 @@ def _check_message(message: Any, column: str, given: Any) -> None:
             given, column, "messages, each a dict with a role and text as content, alone or in parts of type 'text'"
         )
     role = message["role"]
-    if role != (lower := role.strip().lower()) and lower in _ROLES_OF_TEMPLATES:
+    if role != (lower := role.strip().lower()) and lower in TEMPLATE_ROLES:
         raise ValueError(
             f"Got role {role!r} in column {column!r}, expected {lower!r}: chat templates tell roles by their exact name. Fix: set it "
             f"to {lower!r}."

@@ -93,8 +93,7 @@ def check_first_row(dataset: AnyDataset | None, args: MISOSFTConfig) -> None:
     """Refuse a first row that TRL, which looks at it alone, would stumble over."""
     if dataset is None:
         return
-    _check_not_empty(dataset, "train")
-    row = next(iter(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset))
+    row = _first_row(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset, "train")
     empty = [name for name in ("messages", "prompt", "completion") if name in row and row[name] in (None, [])]
     if empty and args.assistant_only_loss:
         raise ValueError(
@@ -103,11 +102,12 @@ def check_first_row(dataset: AnyDataset | None, args: MISOSFTConfig) -> None:
         )
 
 
-def _check_not_empty(dataset: AnyDataset, name: str) -> None:
-    if next(iter(dataset), None) is None:
+def _first_row(dataset: AnyDataset, name: str) -> Any:
+    if (row := next(iter(dataset), None)) is None:
         raise ValueError(
             f"Got no rows in the {name} dataset, expected at least one. Fix: check the file, the split or the filter."
         )
+    return row
 
 
 def check_dataset(dataset: AnyDataset, args: MISOSFTConfig, packing: bool, name: str) -> None:
@@ -116,7 +116,7 @@ def check_dataset(dataset: AnyDataset, args: MISOSFTConfig, packing: bool, name:
             "Got a dataset with a transform (Dataset.with_transform), which preparation would bake in or read past. Expected stored "
             "columns. Fix: apply the transform with Dataset.map before training."
         )
-    _check_not_empty(dataset, name)
+    _first_row(dataset, name)
     if packing and args.max_length is None:
         raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
 

@@ -7,13 +7,15 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import IterableDataset
+from datasets import Features, IterableDataset, Value
 from pyarrow import ArrowException  # type: ignore[import-untyped]
 from trl.data_utils import get_dataset_column_names
 
 from trl_miso.report import AnyDataset
 
 logger = get_logger(__name__)
+
+REASON = Features(miso_dropped=Value("string"))  # why a row is dropped, empty for the others
 
 
 def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:

@@ -10,14 +10,8 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from trl.data_utils import get_dataset_column_names
 
-from trl_miso.contexts import (
-    Row,
-    RowDropped,
-    full_row,
-    parallel_row,
-    template_kwargs,
-)
-from trl_miso.mapping import Kept, check_not_empty, map_batches, map_rows, naming, rows_of
+from trl_miso.contexts import Row, RowDropped, full_row, parallel_row, template_kwargs
+from trl_miso.mapping import REASON, Kept, check_not_empty, map_batches, map_rows, naming, rows_of
 from trl_miso.packing import plan_bins
 from trl_miso.report import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
 from trl_miso.segments import decode, encode, single
@@ -27,8 +21,7 @@ COLUMNS = ["input_ids", "labels", "miso_layout"]  # what the collator reads
 # The number of the raw row, and how many tokens of its output's end max_length took; lists, as in a packed row.
 _ORIGIN = ["miso_row", "miso_cut"]
 # Given, not inferred: the first rows may all be dropped, whose empty lists have no type.
-_REASON = {"miso_dropped": Value("string")}
-_FEATURES = Features({name: List(Value("int64")) for name in [*COLUMNS, *_ORIGIN]} | _REASON)
+_FEATURES = Features({name: List(Value("int64")) for name in [*COLUMNS, *_ORIGIN]} | REASON)
 _BATCH = 250  # rows prepared at a time: enough to tokenize many texts in one call, few enough to stay in the cache
 
 
@@ -67,7 +60,7 @@ class RowPreparation:
                 full = full_row(row, self.kind, template)
                 if self.mode != "para" or not self.layout.is_mixed(full):
                     return full
-                made = parallel_row(row, self.kind, self.include_full, self.include_bare, template)
+                made = parallel_row(row, self.kind, self.include_full, self.include_bare, template, full)
                 self._check_length(made, row)
             except RowDropped as reason:
                 return reason

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_miso.config import MISOSFTConfig
+from trl_miso.mapping import naming
 from trl_miso.report import AnyDataset
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.r1_distill import r1_distill_features, r1_distill_row
@@ -164,10 +165,8 @@ def _numbered(
     row: dict[str, Any], index: int, adapter: Callable[..., dict[str, Any]], **columns: Any
 ) -> dict[str, Any]:
     """What the adapter makes of a row, its errors with the row's number."""
-    try:
+    with naming(index):
         return adapter(row, **columns)
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from error
 
 
 def as_messages(row: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +188,9 @@ def load_tokenizer(dataset: AnyDataset, args: MISOSFTConfig, model_args: ModelCo
             revision=model_args.model_revision,
             trust_remote_code=args.trust_remote_code,
         )
-    return build_tokenizer({"messages": [{"content": text} for text in _texts(row)]} for row in islice(dataset, 800))
+    return build_tokenizer(
+        {"messages": [{"content": text} for text in _texts(row)]} for row in islice(dataset, EMBEDDED_ROWS)
+    )
 
 
 def _texts(value: Any) -> list[str]:

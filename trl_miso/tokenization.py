@@ -18,15 +18,13 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl_miso.contexts import Prompt, Row, RowDropped, message_texts
+from trl_miso.contexts import TEMPLATE_ROLES, Prompt, Row, RowDropped, message_texts
 from trl_miso.segments import Example, common_prefix, encode, parallel, single, successive
 from trl_miso.templates import in_place_of, prints_content
 
-_CHARACTERS = (
-    2_000_000  # tokenized in one call: what the tokenizer notes of each token takes a hundred times the text's memory
-)
+# Tokenized in one call: what the tokenizer notes of each token takes a hundred times the text's memory.
+_CHARACTERS = 2_000_000
 _MARK = f"\ue000{token_hex(8)}\ue000"  # stands for a text while a conversation is rendered; in no data
-_ROLES = ("system", "user", "assistant", "tool", "developer")  # of others, templates may well know nothing
 
 
 @dataclass
@@ -131,9 +129,8 @@ class Tokenizer:
         texts = [in_place_of(cast(list, row.contexts)) if prints else None for row in rows]
         conversations: list[Any] = []
         for row, own in zip(rows, texts, strict=True):
-            first = cast(list, row.contexts[0])
-            marked = [*first[:-1], first[-1] | {"content": _MARK}]
-            conversations += row.contexts if own is None else [marked]
+            *before, last = cast(list, row.contexts[0])
+            conversations += row.contexts if own is None else [[*before, last | {"content": _MARK}]]
         prompts = iter(self._chat(conversations, kwargs, add_generation_prompt=True))
         for row, own in zip(rows, texts, strict=True):
             if own is not None:
@@ -209,7 +206,7 @@ class Tokenizer:
             for said, other in _otherwise(message):
                 found = text.find(said, at)
                 at = found + len(said) if found >= 0 else at
-                if (found >= 0 or said in text) and message["role"] in _ROLES and len(said) > 12:
+                if (found >= 0 or said in text) and message["role"] in TEMPLATE_ROLES and len(said) > 12:
                     continue
                 if self._chat([[*messages[:i], other, *messages[i + 1 :]]], kwargs, **options) == [text]:
                     raise ValueError(

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
-from trl_miso import guards, preparation, trl_rows
+from trl_miso import guards, preparation
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
 from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle
 from trl_miso.collator import MISODataCollator
@@ -29,6 +29,7 @@ from trl_miso.contexts import resolve_mode, row_format
 from trl_miso.preparation import RowPreparation
 from trl_miso.report import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.tokenization import Layout, Tokenizer
+from trl_miso.trl_rows import TRLRows, rows_for_trl
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -261,12 +262,17 @@ class MISOSFTTrainer(SFTTrainer):
         """Rows of our formats as rows that TRL prepares; with a completion, the loss is on it by default."""
         if kind not in ("messages", "text", "tokenized") and args.completion_only_loss is None:
             self.completion_only_loss = True
-        common = name, args.dataset_num_proc, args.response_template
-        checked: dict[str, Any] = {"tokenizer": self._row_tokenizer(dataset, kind, args)}
-        if mode == "augment":
-            return trl_rows.augmented_rows(dataset, kind, args.include_full, args.include_bare, *common, **checked)
-        checked |= {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
-        return trl_rows.full_rows(dataset, kind, *common, **checked)
+        rows = TRLRows(
+            kind=kind,
+            response_template=args.response_template,
+            augment=mode == "augment",
+            include_full=args.include_full,
+            include_bare=args.include_bare,
+            tokenizer=self._row_tokenizer(dataset, kind, args),
+            text_field=args.dataset_text_field,
+            formatting_func=formatting_func,
+        )
+        return rows_for_trl(dataset, rows, name, args.dataset_num_proc)
 
     @property
     def _vocab_size(self) -> int | None:

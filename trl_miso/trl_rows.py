@@ -19,59 +19,19 @@ from trl_miso.contexts import (
     text_row,
     token_row,
 )
-from trl_miso.mapping import Kept, check_not_empty, map_rows, naming, rows_of
+from trl_miso.mapping import REASON, Kept, check_not_empty, map_rows, naming, rows_of
 from trl_miso.report import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
 from trl_miso.tokenization import Tokenizer
 
-_REASON = Features(miso_dropped=Value("string"))
-
-
-def number_rows(dataset: AnyDataset) -> AnyDataset:
-    """Give rows that TRL prepares their number, which survives what TRL does to them."""
-    if isinstance(dataset, Dataset):
-        return dataset.add_column("miso_row", [[i] for i in range(len(dataset))])
-    return dataset.map(_number, with_indices=True)
-
-
-def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-    return {"miso_row": [index]}
-
-
-def full_rows(
-    dataset: AnyDataset,
-    kind: str,
-    name: str,
-    num_proc: int | None,
-    response_template: str | None = None,
-    **options: Any,
-) -> tuple[AnyDataset, Dropped]:
-    """Rows for TRL's preparation, checked: prompt and completion with the full context, messages, text, or token ids.
-
-    Options: the `tokenizer` that rows are to be rendered with, the `text_field`, and the `formatting_func` that makes it.
-    """
-    return _to_trl(dataset, _TRLRows(kind, response_template, **options), name, num_proc)
-
-
-def augmented_rows(
-    dataset: AnyDataset,
-    kind: str,
-    include_full: bool,
-    include_bare: bool,
-    name: str,
-    num_proc: int | None,
-    response_template: str | None = None,
-    **options: Any,
-) -> tuple[AnyDataset, Dropped]:
-    """Every context as a prompt-completion row of its own: the paper's "no MISO" ablation. Options as of `full_rows`."""
-    rows = _TRLRows(
-        kind, response_template, augment=True, include_full=include_full, include_bare=include_bare, **options
-    )
-    return _to_trl(dataset, rows, name, num_proc)
-
 
 @dataclass(frozen=True)
-class _TRLRows:
-    """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped."""
+class TRLRows:
+    """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped.
+
+    Prompt and completion with the full context, messages, text, or token ids; with `augment`, every context as a
+    prompt-completion row of its own (the paper's "no MISO" ablation). Rows are checked with the `tokenizer` that TRL is to
+    render them with, unless it is None. `formatting_func` makes the `text_field`.
+    """
 
     kind: str
     response_template: str | None = None
@@ -117,10 +77,11 @@ class _TRLRows:
         with naming(index):
             made = self._make(row)
             if self.tokenizer is not None and self.kind != "tokenized":
+                kwargs = template_kwargs(row)
                 for one in made:
                     prompt = one.get("prompt")
                     whole = one[self.columns([])[0]] if prompt is None else prompt + one["completion"]
-                    self.tokenizer.check(whole, prompt, template_kwargs(row))
+                    self.tokenizer.check(whole, prompt, kwargs)
             return made
 
     def _make(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -131,17 +92,21 @@ class _TRLRows:
             return [text_row(row, self.text_field)]
         if self.kind == "tokenized":
             return [token_row(row)]
+        made = full_row(row, self.kind, self.response_template)
         if self.augment:
-            made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template)
-        else:
-            made = full_row(row, self.kind, self.response_template)
+            made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template, made)
         return [as_trl_row(row, context, made.completion) for context in made.contexts]
 
 
-def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
+def rows_for_trl(dataset: AnyDataset, rows: TRLRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
+    """Rows numbered and made for TRL's own preparation, without those that are dropped, which are reported.
+
+    Raises:
+        ValueError: If a row is malformed, or of a stream, if no row is left.
+    """
     desc = f"Making prompts of {name} dataset"
-    dataset = number_rows(dataset)
-    reasons = map_rows(dataset, rows.reasons, num_proc, desc, features=_REASON)
+    dataset = _numbered(dataset)
+    reasons = map_rows(dataset, rows.reasons, num_proc, desc, features=REASON)
     streamed = isinstance(dataset, IterableDataset)
     reasons = [row["miso_dropped"] for row in reasons.take(SAMPLE)] if streamed else reasons["miso_dropped"][:]
     dropped = dropped_rows(range(len(reasons)), reasons)
@@ -156,7 +121,18 @@ def _to_trl(dataset: AnyDataset, rows: _TRLRows, name: str, num_proc: int | None
     return dataset, dropped
 
 
-def _trl_types(dataset: Dataset, rows: _TRLRows) -> dict[str, Any]:
+def _numbered(dataset: AnyDataset) -> AnyDataset:
+    """Rows with their number, which survives what TRL does to them."""
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("miso_row", [[i] for i in range(len(dataset))])
+    return dataset.map(_number, with_indices=True)
+
+
+def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+    return {"miso_row": [index]}
+
+
+def _trl_types(dataset: Dataset, rows: TRLRows) -> dict[str, Any]:
     """Options of `Dataset.map` for rows for TRL: types by the columns that rows come from, since the first rows may lack
     some, or if that cannot be told the first rows' types. A prompt need not come from the column of that name."""
     known = dataset.features
