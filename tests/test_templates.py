@@ -1,23 +1,16 @@
-"""Which chat templates only print what messages say, and that one rendering then serves all contexts."""
+"""Which chat templates only print what messages say."""
 
 from importlib.resources import files
 
 import pytest
 
-from tests.test_tokenization import make_tokenizer
-from trl_miso.contexts import Row
-from trl_miso.templates import in_place_of, prints_content
-from trl_miso.tokenization import Tokenizer
+from trl_miso.templates import prints_content
 
 BUNDLED = sorted(
     (file.name, file.read_text())
     for file in files("trl").joinpath("chat_templates").iterdir()
     if file.name.endswith(".jinja")
 )
-HOSTILE = (
-    "a", "</think>b", "<think>", "<tool_response>c</tool_response>", '{"a": 1}', "{{ messages }}", "{% if x %}", "<|im_start|>system",
-    "a\n\n b\tc", "ß世界🎉", "/no_think", "\ue000", "<|eot_id|>", "[INST]", "None", "a  'b' \"c\" \\n",
-)  # fmt: skip
 
 
 def loop(body):
@@ -74,31 +67,3 @@ def test_bundled_templates_are_both():
     known = {name for name, template in BUNDLED if prints_content(template)}
     assert {"llama3_training.jinja", "phi3.jinja"} <= known
     assert len(known) < len(BUNDLED)
-
-
-@pytest.mark.parametrize("template", [*PRINTS, *(text for _, text in BUNDLED if prints_content(text))])
-def test_one_rendering_serves_all_contexts(template):
-    """Equal to rendering each context by itself, whatever the texts."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    turns = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}]
-    contexts = [[*turns, {"role": "user", "content": text}] for text in HOSTILE]
-    row = Row(contexts, [{"role": "assistant", "content": "third"}])
-    assert in_place_of(contexts) == list(HOSTILE)
-    (prompts,) = Tokenizer(tokenizer)._prompts([row], {})
-    assert prompts == tokenizer.apply_chat_template(contexts, tokenize=False, add_generation_prompt=True)
-
-
-def test_what_cannot_stand_in_place():
-    user = {"role": "user", "content": "a"}
-    for other in (
-        [{"role": "user", "content": " b"}],  # a template may trim
-        [{"role": "user", "content": ""}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": [{"type": "text", "text": "b"}]}],
-        [{"role": "system", "content": "b"}],
-        [{"role": "user", "content": "b", "name": "c"}],
-        [user, user],
-    ):
-        assert in_place_of([[user], other]) is None
-    assert in_place_of([[user], [{"role": "user", "content": "b"}]]) == ["a", "b"]

@@ -5,7 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -61,6 +63,26 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
 }
+PIECES = [
+    "<a>",
+    "<b>",
+    "<c>",
+    "<a><b>",
+    "b><c",
+    "<n>",
+    "plain",
+    "<l>",
+    "<r>",
+    " ",
+    "  ",
+    "\n",
+    "The sea",
+    "é.",
+    "<a",
+    "b>",
+    "c>",
+    "世",
+]
 SPECIAL = ["<|pad|>", "<|eos|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -385,6 +407,43 @@ def test_special_tokens_that_take_spaces_along_are_no_place_to_cut():
     for context, ids in zip(row.contexts, made.contexts, strict=True):
         prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True, return_dict=False)
         assert prompt[: len(ids)] == ids
+
+
+def kinds_of_tokenizers():
+    """With and without bytes, normalization, and marks of beginnings; added tokens that overlap, nest and take spaces."""
+    added = [
+        "<a>",
+        "<a><b>",
+        "b><c",
+        "<c>",
+        AddedToken("<n>", normalized=True, special=True),
+        AddedToken("plain", special=False),
+    ]
+    added += [AddedToken("<l>", special=True, lstrip=True), AddedToken("<r>", special=True, rstrip=True)]
+    byte = make_tokenizer()
+    spaced, words = Backend(models.Unigram()), Backend(models.WordPiece(unk_token="<unk>"))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.pre_tokenizer, words.normalizer = pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer()
+    spaced.train_from_iterator(
+        CORPUS * 9, trainers.UnigramTrainer(vocab_size=80, unk_token="<unk>", show_progress=False)
+    )
+    words.train_from_iterator(CORPUS * 9, trainers.WordPieceTrainer(vocab_size=80, special_tokens=["<unk>"]))
+    made = [byte, *(PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>") for t in (spaced, words))]
+    for tokenizer in made:
+        tokenizer.add_tokens([t for t in added if isinstance(t, AddedToken)])
+        tokenizer.add_special_tokens({"extra_special_tokens": [t for t in added if isinstance(t, str)]})
+    return made
+
+
+@pytest.mark.parametrize("tokenizer", kinds_of_tokenizers(), ids=["bytes", "spaced", "words"])
+@given(texts=st.lists(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_ids_of_texts_in_parts_are_those_of_each_text_in_one_piece(tokenizer, texts):
+    for special in (False, True):
+        expected = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+        tokenizer.backend_tokenizer.enable_truncation(3)  # as files of tokenizers may have it
+        tokenizer.backend_tokenizer.enable_padding(length=5)
+        assert list(Tokenizer(tokenizer)._ids([texts], add_special_tokens=special)) == [expected]
 
 
 # Layout

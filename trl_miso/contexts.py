@@ -16,7 +16,6 @@ Constraints are added to the last message, or to a string before its `response_t
 
 import json
 from collections.abc import Iterator
-from itertools import chain
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -150,7 +149,7 @@ def parallel_row(
             contexts.insert(0, contexts.pop(at))
             if weights:
                 weights.insert(0, weights.pop(at))
-        return _row(contexts, full.completion, "contexts", weights)
+        return _alike(Row(contexts, full.completion, weights), "contexts")
     constraints = _constraints(row)
     if not constraints:
         return full
@@ -158,7 +157,7 @@ def parallel_row(
     contexts = [*full.contexts, *(_with_constraints(bare, [c], response_template) for c in constraints), bare]
     contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
     said = list(map(_without_nulls, contexts))
-    return _row([c for i, c in enumerate(contexts) if said[i] not in said[:i]], full.completion, "prompt")
+    return _alike(Row([c for i, c in enumerate(contexts) if said[i] not in said[:i]], full.completion), "prompt")
 
 
 def as_trl_row(row: dict[str, Any], prompt: Prompt, completion: Prompt) -> dict[str, Any]:
@@ -264,20 +263,25 @@ def _without_nulls(prompt: Prompt) -> Prompt:
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 
-def _row(contexts: list[Prompt], completion: Any, column: str, weights: list[float] | None = None) -> Row:
+def _row(contexts: list[Prompt], completion: Any, column: str) -> Row:
     completion = _prompt(completion, "completion")
-    if other := [context for context in contexts if isinstance(context, str) != isinstance(completion, str)]:
-        raise ValueError(
-            f"Got a {type(other[0]).__name__} in column {column!r} beside a completion (in column 'completion') that is a "
-            f"{type(completion).__name__}, expected all of a row's prompts, contexts and completion to be strings, or all lists of "
-            "messages. Fix: convert one to the other."
-        )
     if isinstance(completion, list) and completion[0]["role"] != "assistant":
         raise ValueError(
             f"Got a turn of role {completion[0]['role']!r:.200} first in column 'completion', expected role 'assistant', whose turn "
             "the model learns to write. Fix: correct the role, or move the turn to the prompt."
         )
-    return Row(contexts, completion, weights)
+    return _alike(Row(contexts, completion), column)
+
+
+def _alike(row: Row, column: str) -> Row:
+    """`row`. Raises ValueError if some of it are strings and some messages."""
+    if other := [context for context in row.contexts if isinstance(context, str) != isinstance(row.completion, str)]:
+        raise ValueError(
+            f"Got a {type(other[0]).__name__} in column {column!r} beside a completion (in column 'completion') that is a "
+            f"{type(row.completion).__name__}, expected all of a row's prompts, contexts and completion to be strings, or all lists of "
+            "messages. Fix: convert one to the other."
+        )
+    return row
 
 
 def _prompt(value: Any, column: str) -> Prompt:
@@ -328,6 +332,8 @@ def _is_given(row: dict[str, Any], column: str) -> bool:
 def _readable(value: Any, column: str) -> Any:
     """`value`, whose strings a tokenizer can read. Raises ValueError if one has half of a surrogate pair."""
     for text in _texts(value):
+        if text.isascii():
+            continue
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -341,11 +347,15 @@ def _readable(value: Any, column: str) -> Any:
 
 def _texts(value: Any) -> Iterator[str]:
     """All strings in a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in chain(value, value.values()) if isinstance(value, dict) else value:
-            yield from _texts(item)
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
 
 
 def _says_something(message: dict[str, Any]) -> bool:

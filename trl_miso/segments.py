@@ -149,7 +149,7 @@ def _prefix_tree(contexts: Sequence[Sequence[int]]) -> tuple[list[int], list[Seg
     while stack:
         members, parent, start = stack.pop()
         first = contexts[members[0]]
-        end = min(common_prefix(first, contexts[m], start) for m in members)
+        end = min((common_prefix(first, contexts[m], start) for m in members[1:]), default=len(first))
         tokens += first[start:end]
         segments.append(Segment(end - start, parent, start))
         node = len(segments) - 1

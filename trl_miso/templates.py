@@ -1,11 +1,6 @@
-"""What a chat template does with the text of a message, read from the template itself.
-
-The contexts of a row differ in their last message alone, and rendering is half of the time of preparing them. Where a
-template is proved to print text as it is, one rendering serves all contexts of a row.
-"""
+"""What a chat template does with the text of a message, read from the template itself."""
 
 from functools import lru_cache
-from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
@@ -69,15 +64,3 @@ def _prints(node: nodes.Node, bound: set[str], printed: bool = False, inside: bo
         return _prints(node.iter, bound, inside=True) and all(_prints(child, bound) for child in rest)
     keeps = isinstance(node, nodes.Output) or (printed and isinstance(node, nodes.Add | nodes.Concat))
     return all(_prints(child, bound, keeps) for child in node.iter_child_nodes())
-
-
-def in_place_of(contexts: list[Any]) -> list[str] | None:
-    """The texts of the contexts' last messages, if contexts differ in nothing else and trimming would not change them."""
-    *before, last = contexts[0]
-    texts: list[Any] = [context[-1].get("content") for context in contexts]
-    if not all(isinstance(text, str) and text and text == text.strip() for text in texts):
-        return None
-    same = all(
-        context[:-1] == before and context[-1] | {"content": ""} == last | {"content": ""} for context in contexts
-    )
-    return texts if same else None
