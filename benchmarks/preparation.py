@@ -29,14 +29,18 @@ import trl
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
-from rows import crab_shaped_rows
+from rows import crab_shaped_rows, texts
 from trl import SFTConfig, SFTTrainer
 
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.crab import crab_features, crab_row
-from trl_miso.sources.synthetic import build_model, build_tokenizer
+from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
 
 TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
+
+
+def make_rows(count: int, prose: Path | None) -> list[dict]:
+    return synthetic_rows(count) if prose is None else crab_shaped_rows(count, texts(prose))
 
 
 def adapt(rows: Dataset) -> Dataset:
@@ -58,7 +62,7 @@ def timed(work: Callable) -> float:
 
 
 def speed(count: int, prose: Path | None, repeats: int) -> None:
-    raw = crab_shaped_rows(count, prose)
+    raw = make_rows(count, prose)
     tokenizer = build_tokenizer(raw[:2000], vocab_size=16000)
     tokenizer.chat_template = TEMPLATE.read_text()
     rows = Dataset.from_list(raw)
@@ -126,10 +130,10 @@ def memory(count: int, prose: Path | None) -> None:
 
 def child(count: int, prose: Path | None) -> None:
     """Prepare rows from a file; print rows/s and the private memory before and at its peak, in MB."""
-    tokenizer = build_tokenizer(crab_shaped_rows(2000, prose), vocab_size=16000)
+    tokenizer = build_tokenizer(make_rows(2000, prose), vocab_size=16000)
     tokenizer.chat_template = TEMPLATE.read_text()
     file = Path(os.environ["HF_DATASETS_CACHE"]) / f"{count}.parquet"
-    Dataset.from_generator(lambda: iter(crab_shaped_rows(count, prose))).to_parquet(file)
+    Dataset.from_generator(lambda: iter(make_rows(count, prose))).to_parquet(file)
     dataset = load_dataset("parquet", data_files={"train": str(file)}, split="train")
     before, peak, done = private_memory(), [0.0], threading.Event()
 

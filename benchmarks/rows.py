@@ -1,35 +1,75 @@
-"""Rows for benchmarks, in Crab's schema."""
+"""Rows for benchmarks: in Crab's schema and shape, and long ones as of R1's distillation."""
 
 import json
 import random
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import synthetic_rows
 
+_CONSTRAINTS = 7
 
-def crab_shaped_rows(n: int, prose: Path | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """`n` forward rows with 6 to 8 constraints, half of them after 1 to 3 demonstration turns.
 
-    With `prose`, a .jsonl file of real `prompt`, `constraints` and `completion`, its requests and answers, and constraints
-    drawn from all of its rows; else generated rows, which are shorter (see `trl_miso.sources.synthetic`).
-    """
-    if prose is None:
-        return synthetic_rows(n, seed)
+def texts(prose: Path | None = None) -> list[dict[str, Any]]:
+    """`{"prompt", "constraints", "completion"}` from a .jsonl file, or generated ones of about Crab's lengths: a request of
+    60 tokens, constraints of 20, an answer of 300."""
+    if prose is not None:
+        return [json.loads(line) for line in prose.read_text().splitlines()]
+    rows = [crab_row(row) for row in synthetic_rows(3200, seed=7)]
+    answers = [row["completion"][0]["content"] for row in rows]
+    constraints = sorted({c for row in rows for c in row["constraints"]})
+    return [
+        {
+            "prompt": f"{row['prompt'][-1]['content']} {answers[i - 1]}",
+            "constraints": [
+                " ".join(constraints[(i + j) % len(constraints)] for j in (0, 97)) for i in range(i, i + 7)
+            ],
+            "completion": " ".join(answers[i : i + 7]),
+        }
+        for i, row in islice(enumerate(rows), 0, len(rows) - 7, 8)
+    ]
+
+
+def crab_shaped_rows(
+    n: int, material: list[dict[str, Any]], seed: int = 0, demonstrations: bool = True
+) -> list[dict[str, Any]]:
+    """`n` forward rows with 7 constraints drawn from all of the material, half of them after 1 to 3 exchanges if wanted."""
     rng = random.Random(seed)
-    real = [json.loads(line) for line in prose.read_text().splitlines()]
-    constraints = sorted({c for row in real for c in row["constraints"] if "\n" not in c})
+    constraints = sorted({c for text in material for c in text["constraints"] if "\n" not in c})
 
-    def exchange(count: int) -> list[dict[str, str]]:
-        row = rng.choice(real)
-        request = row["prompt"] + "\n\n" * bool(count) + "\n".join(rng.sample(constraints, count))
-        return [{"role": "user", "content": request}, {"role": "assistant", "content": row["completion"]}]
+    def exchange(number: int) -> list[dict[str, str]]:
+        text = rng.choice(material)
+        request = text["prompt"] + "\n\n" * bool(number) + "\n".join(rng.sample(constraints, number))
+        return [{"role": "user", "content": request}, {"role": "assistant", "content": text["completion"]}]
 
     rows = []
     for i in range(n):
-        shots = rng.randint(1, 3) if rng.random() < 0.5 else 0
-        messages = [message for _ in range(shots) for message in exchange(rng.randint(0, 7))] + exchange(
-            rng.randint(6, 8)
-        )
-        rows.append({"id": f"prose_{i}_forward", "cnt_id": str(i), "source": "prose", "messages": messages})
+        shots = rng.randint(1, 3) if demonstrations and i % 2 else 0
+        messages = [message for _ in range(shots) for message in exchange(rng.randint(0, _CONSTRAINTS))]
+        messages += exchange(_CONSTRAINTS)
+        rows.append({"id": f"row_{i}_forward", "cnt_id": str(i), "source": "benchmark", "messages": messages})
     return rows
+
+
+def long_rows(
+    n: int, material: list[dict[str, Any]], tokenizer: Any, inputs: int, outputs: int
+) -> list[dict[str, list[dict[str, str]]]]:
+    """`n` rows with a prompt of about `inputs` tokens and a completion of about `outputs`, cut from joined answers."""
+    stream = _tokens(material, tokenizer)
+    rows = []
+    for _ in range(n):
+        turns = []
+        for column, role, length in (("prompt", "user", inputs), ("completion", "assistant", outputs)):
+            content = tokenizer.decode(list(islice(stream, length))).strip()
+            turns.append((column, [{"role": role, "content": content}]))
+        rows.append(dict(turns))
+    return rows
+
+
+def _tokens(material: list[dict[str, Any]], tokenizer: Any) -> Iterator[int]:
+    for i in count():
+        text = material[i % len(material)]["completion"]
+        yield from tokenizer(text + "\n", add_special_tokens=False)["input_ids"]

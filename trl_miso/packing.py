@@ -48,6 +48,11 @@ class Varlen:
     max_seqlen_k: int
     kv_index: torch.Tensor | None = None
 
+    def score_pairs(self, causal: bool) -> int:
+        """Query-key pairs that the call scores, per head; a causal call aligns the last query with the last key."""
+        q, k = self.cu_seqlens_q.diff().long(), self.cu_seqlens_k.diff().long()
+        return int((q * k - q * (q - 1) // 2 if causal else q * k).sum())
+
 
 @dataclass
 class PackedSegments:

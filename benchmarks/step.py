@@ -1,0 +1,251 @@
+"""
+One optimizer step of MISO beside plain SFT and what users would run instead, on the same rows.
+
+    python benchmarks/step.py --quick                                  # generated rows, under 3 minutes on 2 cores
+    python benchmarks/step.py --prose rows.jsonl --json FILE           # real text: prompt, constraints, completion
+    python benchmarks/step.py --prose rows.jsonl --device cuda --size 1b
+
+Every variant is a trainer that takes one step over the same rows, whatever number of batches it makes of them: data
+loading, collation, forward, backward and optimizer, under TRL's default settings (activation checkpointing among them).
+Times are medians of steps that alternate between the variants. `/ SFT` is to the fastest of the plain SFT variants.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from measure import ceiling, machine, median, peak_memory, print_table, write_json
+from rich.progress import track
+from rows import crab_shaped_rows, long_rows, texts
+from transformers import LlamaConfig, LlamaForCausalLM
+from variants import VARIANTS, Watch, batch_work, build
+
+from trl_miso.preview.statistics import ModelShape
+from trl_miso.sources.crab import crab_features, crab_row
+from trl_miso.sources.synthetic import build_tokenizer
+
+TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
+SFT = ("SFTTrainer, packed", "SFTTrainer, row by row")
+CRAB = [name for name in VARIANTS if "succ" not in name]
+QUICK = (*SFT, "MISO single", "MISO para", "one row per context", "MISO succ, k = 4")
+REMEMBERED = (*SFT, "MISO para")  # whose memory is measured with --quick
+WORKLOADS = ("none", "half", "2048", "8192", "16384")  # rows with demonstrations, or tokens of a long input
+OUTPUT = 512  # tokens of a long row's output
+# hidden size, intermediate size, layers, heads, key-value heads
+SIZES = {"small": (256, 768, 4, 4, 2), "medium": (512, 1536, 8, 8, 2), "1b": (2048, 8192, 16, 32, 8)}
+
+
+def make_model(size: str, tokenizer: Any, device: str) -> LlamaForCausalLM:
+    hidden, intermediate, layers, heads, groups = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=32768,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16" if device == "cuda" else "float32",
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+class Workload:
+    """Rows in the formats of all variants, and their tokenizer."""
+
+    def __init__(self, kind: str, options: argparse.Namespace):
+        material = texts(options.prose)
+        self.tokenizer = build_tokenizer(crab_shaped_rows(500, material), vocab_size=16000)
+        self.tokenizer.chat_template = TEMPLATE.read_text()
+        self.device, self.size, self.max_length = options.device, options.size, 2048
+        text = "generated text" if options.prose is None else "real text"
+        if kind.isdigit():
+            count = max(1, 2 * options.rows * 1024 // int(kind) // 2)
+            self.title = f"{count} rows of {text} with an input of {kind} tokens and an output of {OUTPUT}"
+            self.max_length = int(kind) + 2 * OUTPUT
+            rows = long_rows(count, material, self.tokenizer, int(kind), OUTPUT)
+            self.miso = self.sft = Dataset.from_list(rows)
+            return
+        self.title = f"{options.rows} Crab-shaped rows of {text}, demonstrations in {kind} of them"
+        raw = crab_shaped_rows(options.rows, material, 1, demonstrations=kind == "half")
+        rows = Dataset.from_list(raw)
+        self.miso = rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
+        self.sft = self.miso.map(
+            lambda row: {"prompt": row["full_prompt"]}, remove_columns=["constraints", "full_prompt"]
+        )
+
+    def trainer(self, name: str, folder: str) -> Any:
+        model = make_model(self.size, self.tokenizer, self.device)
+        rows, max_length = (self.sft if VARIANTS[name].plain else self.miso), self.max_length
+        return build(name, model, rows, self.tokenizer, folder, self.device, max_length)
+
+
+def measure(workload: Workload, names: list[str], repeats: int, folder: str) -> dict[str, dict[str, float]]:
+    """Figures of each variant: seconds, tokens, score pairs, loss of the first step, share of a step outside the model."""
+    trainers = {name: workload.trainer(name, folder) for name in names}
+    watches = {name: Watch(trainer, VARIANTS[name], workload.device) for name, trainer in trainers.items()}
+    figures: dict[str, dict[str, Any]] = {name: {"seconds": [], "outside": []} for name in names}
+    for name, trainer in trainers.items():
+        tokens, pairs = zip(*map(batch_work, trainer.get_train_dataloader()), strict=True)
+        watches[name].step()  # warms up
+        loss = trainer.state.log_history[0]["loss"]
+        figures[name] |= {"tokens": sum(tokens), "pairs": sum(pairs), "batches": len(tokens), "loss": loss}
+    for _ in track(range(repeats), f"{workload.title}: steps", transient=True):
+        for name, watch in watches.items():
+            watch.step()
+            figures[name]["seconds"].append(watch.seconds)
+            if not watch.apart:
+                watch.apart = True
+                watch.step()
+                watch.apart = False
+            figures[name]["outside"].append(watch.outside / watch.seconds)
+    return {name: f | {"seconds": median(f["seconds"]), "outside": median(f["outside"])} for name, f in figures.items()}
+
+
+def memory(kind: str, name: str, options: argparse.Namespace) -> float:
+    """Peak memory of a step above what the trainer held before it, in MB: in a process of its own."""
+    command = [sys.executable, __file__, "--child", kind, name, "--size", options.size, "--device", options.device]
+    command += ["--rows", str(options.rows), *(["--prose", str(options.prose)] if options.prose else [])]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout.split()[-1]) / 1e6
+
+
+def child(kind: str, name: str, options: argparse.Namespace, folder: str) -> None:
+    workload = Workload(kind, options)
+    watch = Watch(workload.trainer(name, folder), VARIANTS[name], options.device)
+    watch.step()  # makes the optimizer's states
+    with peak_memory(options.device) as peak:
+        watch.step()
+    print(peak[0])
+
+
+def report(workload: Workload, figures: dict[str, dict[str, Any]], top: float) -> None:
+    """A row a variant. FLOP/s: of the products that a step cannot do without, whatever is recomputed."""
+    shape = ModelShape.of(make_model(workload.size, workload.tokenizer, "cpu").config, workload.size)
+    sft = {key: min(f[key] for name, f in figures.items() if name in SFT) for key in ("seconds", "tokens")}
+    least = min((f["memory"] for name, f in figures.items() if name in SFT and "memory" in f), default=None)
+    rows = []
+    for name, f in figures.items():
+        rate = 3 * shape.flops(f["tokens"], f["pairs"]) / f["seconds"]
+        peak = [f"{f['memory']:,.0f}", f"{f['memory'] / least:.2f}"] if "memory" in f else ["", ""]
+        rows.append(
+            [
+                name,
+                f"{f['seconds']:.2f}",
+                f"{f['seconds'] / sft['seconds']:.2f}",
+                f"{f['tokens']:,}",
+                f"{f['pairs'] / 1e6:.2f}",
+            ]
+            + [
+                str(f["batches"]),
+                f"{rate / 1e9:,.0f}",
+                f"{rate / top:.0%}",
+                *peak,
+                f"{f['outside']:.1%}",
+                f"{f['loss']:.4f}",
+            ]
+        )
+    columns = [
+        "",
+        "s/step",
+        "/ SFT",
+        "tokens",
+        "M pairs",
+        "batches",
+        "GFLOP/s",
+        "of top",
+        "peak MB",
+        "/ SFT",
+        "outside",
+        "loss",
+    ]
+    print_table(workload.title, columns, rows)
+
+
+def ratios(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """The figures by which a change is judged, of the workloads that were run."""
+
+    def ratio(kind: str, name: str, other: str | None, key: str = "seconds") -> float | None:
+        figures = found.get(kind, {})
+        base = [f[key] for n, f in figures.items() if key in f and (n == other or other is None and n in SFT)]
+        return figures[name][key] / min(base) if base and key in figures.get(name, {}) else None
+
+    made = {
+        "para_shared_over_sft": ratio("none", "MISO para", None),
+        "para_shared_demos_over_sft": ratio("half", "MISO para", None),
+        "rows_over_para_shared": ratio("none", "one row per context", "MISO para"),
+        "rows_over_para_shared_demos": ratio("half", "one row per context", "MISO para"),
+        "single_over_sft": ratio("none", "MISO single", "SFTTrainer, packed"),
+        "peak_memory_para_over_sft": ratio("none", "MISO para", None, "memory"),
+        "outside_model_share": found["none"]["MISO para"]["outside"] if "none" in found else None,
+    }
+    for kind in (kind for kind in found if kind.isdigit()):
+        made |= {
+            f"succ{k}_over_sft_{int(kind) // 1024}k": ratio(kind, f"MISO succ, k = {k}", None) for k in (1, 2, 4, 8)
+        }
+    return {key: round(value, 4) for key, value in made.items() if value is not None}
+
+
+def run(options: argparse.Namespace, folder: str) -> None:
+    print(machine(options.device))
+    top = ceiling(options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    print(f"matrix product: {top / 1e9:,.0f} GFLOP/s; model: {options.size} {SIZES[options.size]}\n")
+    found = {}
+    for kind in options.workloads:
+        workload = Workload(kind, options)
+        names = [SFT[1], *(f"MISO succ, k = {k}" for k in (1, 2, 4, 8))] if kind.isdigit() else CRAB
+        names = [name for name in names if name in QUICK] if options.quick else names
+        found[kind] = measure(workload, names, options.repeats, folder)
+        for name in names if not options.quick else REMEMBERED if kind == "none" else ():
+            found[kind][name]["memory"] = memory(kind, name, options)
+        report(workload, found[kind], top)
+    figures = ratios(found)
+    print_table("ratios", ["", ""], [[name, f"{value:.3f}"] for name, value in figures.items()])
+    write_json(options.json, figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of a Llama with random weights")
+    parser.add_argument("--prose", type=Path)
+    parser.add_argument("--rows", type=int, help="in a step (default: 16, 8 with --quick)")
+    parser.add_argument("--repeats", type=int, help="default: 5, 3 with --quick")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all, the first two with --quick")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, variants and workloads")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.rows = options.rows or (8 if options.quick else 16)
+    options.repeats = options.repeats or (3 if options.quick else 5)
+    options.workloads = options.workloads or (WORKLOADS[:2] if options.quick else WORKLOADS)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        child(*options.child, options, folder) if options.child else run(options, folder)
+
+
+if __name__ == "__main__":
+    main()

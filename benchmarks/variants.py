@@ -1,0 +1,188 @@
+"""The trainers that `step.py` compares, a stopwatch for one of their steps, and the work in a batch."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from measure import synchronize
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.masking_utils import AttentionMaskInterface
+from trl import SFTConfig, SFTTrainer
+
+from trl_miso import MISOSFTConfig, MISOSFTTrainer
+from trl_miso.attention import mixture
+from trl_miso.packing import PackedSegments
+from trl_miso.segments import decode, unshare
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trainer and its settings; `rows` batches one row per context, `pairs` takes the pairs form of the mixture."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    rows: bool = False
+    pairs: bool = False
+
+
+PACKED = {"packing": True}
+ONE_BY_ONE = {"packing": False, "per_device_train_batch_size": 1}
+VARIANTS = {
+    "SFTTrainer, packed": Variant(PACKED, plain=True),
+    "SFTTrainer, row by row": Variant(ONE_BY_ONE, plain=True),
+    "MISO single": Variant(PACKED | {"context_mode": "single"}),
+    "MISO para": Variant(PACKED),
+    "MISO para, unshared": Variant(PACKED | {"share_prefixes": False}),
+    "MISO para, pairs form": Variant(PACKED, pairs=True),
+    "MISO fid": Variant(PACKED | {"context_weighting": "fid"}),
+    "MISO augment": Variant(PACKED | {"context_mode": "augment"}),
+    "one row per context": Variant(ONE_BY_ONE, rows=True),
+} | {
+    f"MISO succ, k = {k}": Variant(PACKED | {"context_mode": "succ", "chunk_probs": [0.0] * (k - 1) + [1.0]})
+    for k in (1, 2, 4, 8)
+}
+
+
+def build(
+    name: str, model: PreTrainedModel, rows: Dataset, tokenizer: Any, folder: str, device: str, max_length: int
+) -> SFTTrainer:
+    """A trainer whose epochs are one optimizer step over all rows."""
+    variant = VARIANTS[name]
+    common = {
+        "output_dir": folder,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": 10**6,  # the epoch ends first
+        "per_device_train_batch_size": 1,
+        "max_length": max_length,
+        "learning_rate": 1e-5,
+        "bf16": device == "cuda",
+        "use_cpu": device == "cpu",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    config, kind = (SFTConfig, SFTTrainer) if variant.plain else (MISOSFTConfig, MISOSFTTrainer)
+    trainer = (RowsTrainer if variant.rows else kind)(
+        model, config(**common | variant.options), train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    if variant.rows:
+        trainer.data_collator = RowsCollator(tokenizer.pad_token_id)
+        trainer.model.set_attn_implementation("benchmark_rows")
+    if variant.pairs:
+        trainer.data_collator.window = 1  # which makes the pairs form's fields
+    return trainer
+
+
+class RowsTrainer(MISOSFTTrainer):
+    compute_loss = SFTTrainer.compute_loss  # whose batches need no MISO attention
+
+
+class Watch(TrainerCallback):
+    """Takes and times steps of a trainer: `seconds` of data, forward, backward and optimizer; `outside`, those of them in
+    which neither the model nor the optimizer runs (data, collation, metadata, metrics).
+
+    On a GPU that can be told only by waiting for each part: steps are slower `apart`.
+    """
+
+    def __init__(self, trainer: SFTTrainer, variant: Variant, device: str):
+        self.trainer, self.device, self.apart = trainer, device, device == "cpu"
+        self.form = mixture._Pairs if variant.pairs else mixture._Split
+        self.seconds = self.outside = self._started = self._left = 0.0
+        trainer.add_callback(self)
+        trainer.model.register_forward_pre_hook(lambda *_: self._enter())
+        trainer.model.register_forward_hook(lambda *_: self._leave())
+        backward = trainer.accelerator.backward
+
+        def timed_backward(*args: Any, **kwargs: Any) -> None:
+            self._enter()
+            backward(*args, **kwargs)
+            self._leave()
+
+        trainer.accelerator.backward = timed_backward
+
+    def step(self) -> None:
+        """One optimizer step over all rows."""
+        self.outside = 0.0
+        with patch.object(mixture, "_Split", self.form):
+            self.trainer.train()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self.device)
+        self._started = self._left = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self.device)
+        self.seconds = time.perf_counter() - self._started
+
+    def _enter(self) -> None:
+        if self.apart:
+            synchronize(self.device)
+            self.outside += time.perf_counter() - self._left
+
+    def _leave(self) -> None:
+        if self.apart:
+            synchronize(self.device)
+            self._left = time.perf_counter()
+
+
+def batch_work(batch: dict[str, Any]) -> tuple[int, int]:
+    """Tokens that a model computes on in a batch, padding among them, and query-key pairs that attention scores a layer."""
+    tokens = batch["input_ids"].numel()
+    if "miso_cu_seqlens_q" in batch:
+        packed = PackedSegments.from_batch(batch)
+        mixed = packed.cross_call.score_pairs(causal=False) if packed.num_mixed else 0
+        return tokens, packed.self_call.score_pairs(causal=True) + mixed
+    if batch["input_ids"].shape[0] > 1 or "position_ids" not in batch:
+        rows, width = batch["input_ids"].shape
+        return tokens, rows * width * (width + 1) // 2
+    return tokens, int((batch["position_ids"] + 1).sum())
+
+
+@dataclass
+class RowsCollator:
+    """One example a batch: a row for each context, followed by its own copy of the output, padded on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        (row,) = rows
+        (example,) = decode(row["miso_layout"])
+        example, (ids, labels) = unshare(example, [row["input_ids"], row["labels"]])
+        lengths = [segment.length for segment in example.segments]
+        output = ids[-lengths[-1] :] if example.branches else []
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        contexts = [ids[s : s + n] for s, n in zip(starts, lengths, strict=True)][: len(example.branches) or 1]
+        width = max(map(len, contexts)) + len(output)
+        made = torch.full((len(contexts), width), self.pad_token_id)
+        learned = torch.full((len(contexts), width), -100)
+        for i, context in enumerate(contexts):
+            made[i, : len(context) + len(output)] = torch.tensor(context + output)
+        spoken = labels[-lengths[-1] :]
+        learned[0, len(contexts[0]) + len(output) - len(spoken) : len(contexts[0]) + len(output)] = torch.tensor(spoken)
+        if output:
+            learned[0, len(contexts[0])] = -100  # as packing does: it is predicted from a token of another segment
+        at = torch.arange(width).expand(len(contexts), -1)
+        batch = {"input_ids": made, "labels": learned, "position_ids": at}
+        return batch | {"rows_lengths": [len(c) for c in contexts], "rows_output": len(output)}
+
+
+def _rows_attention(module, query, key, value, mask, scaling=None, rows_lengths=None, rows_output=0, **kwargs):
+    """Causal attention of each row; the copies of each output token take the mean of theirs (uniform weighting)."""
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    out = out.transpose(1, 2)
+    if rows_output:
+        row = torch.arange(len(rows_lengths), device=out.device)[:, None]
+        at = torch.tensor(rows_lengths, device=out.device)[:, None] + torch.arange(rows_output, device=out.device)
+        mixed = out[row, at].mean(0)
+        out = out.index_put((row, at), mixed.expand(len(rows_lengths), *mixed.shape))
+    return out, None
+
+
+AttentionInterface.register("benchmark_rows", _rows_attention)
+AttentionMaskInterface.register("benchmark_rows", lambda **kwargs: None)
