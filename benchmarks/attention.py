@@ -1,35 +1,35 @@
 """
 MISO attention alone, forward and backward, beside what a user would run instead; how it grows with contexts and chunks.
 
-    python benchmarks/attention.py --quick                                  # lengths 1k to 4k, under a minute on 2 cores
-    python benchmarks/attention.py --plot growth.png --json attention.json  # lengths 1k to 32k, with a picture
+    python benchmarks/attention.py --quick                                  # 1k to 4k tokens, under a minute on 2 cores
+    python benchmarks/attention.py --plot growth.png --json attention.json  # 1k to 32k tokens, with a picture
     python benchmarks/attention.py --device cuda                            # bfloat16, with FlexAttention
 
 Every figure is the median of `--repeats` runs, which alternate between the rivals, after a run of each that measures its
-memory. A rival that took longer than `--patience` seconds is not run at greater lengths. Times are wall-clock times; on
-CUDA the device is synchronized after the forward and after the backward. The dtype is float32 on CPU.
+memory. A rival, but MISO and its baseline, is not run at lengths beyond one where it took more than `--patience` seconds.
+Times are wall-clock times; CUDA is synchronized after the forward and after the backward. The dtype is float32 on CPU.
 """
 
 import argparse
 import ctypes
 import json
-import math
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import trl_miso
+from trl_miso.attention.adapter import ModelRotation
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions, _Pairs, miso_attention
 from trl_miso.packing import PackedSegments, Varlen, pack
@@ -37,19 +37,18 @@ from trl_miso.segments import Example, parallel, single, successive, unshare
 
 MISO, PAIRS, DENSE, FLEX = "MISO", "MISO, pairs form", "dense masked SDPA", "FlexAttention"
 EQUAL_PAIRS, EQUAL_TOKENS = "plain causal, equal pairs", "plain causal, equal tokens"
-SUCC_OUTPUT, CHUNKS = 512, 4
 DENSE_LIMIT = 4e9  # bytes
-NOTE = """
-Pairs: the score pairs that a rival computes, T x T for dense masked SDPA. It and FlexAttention have the mask of one softmax
-over all contexts; MISO's branches are not one softmax, so a dense implementation of them costs more. Ratio: to one plain
-causal sequence with as many pairs. Memory: peak above q, k, v and dout; with outputs, gradients, masks and index tensors.
-FLOP: 4 D H pairs forward, 10 D H pairs backward."""
+NOTE = (
+    "Pairs: the score pairs that a rival computes, T x T for dense masked SDPA. It and FlexAttention have the mask of "
+    "one softmax over all contexts; MISO's branches are not one softmax, so a dense implementation of them costs more. "
+    "Ratio: to one plain causal sequence with as many pairs. Memory: peak above q, k, v and dout; with outputs, gradients "
+    "and the dense mask. FLOP: 4 D H a pair forward, 10 D H backward; mm: the fastest 2048 x 2048 product of ten."
+)
 COLUMNS = {  # field of a record: heading, factor, format
     "length": ("length", 1, ",d"),
     "rival": ("rival", 1, ""),
     "number": ("n", 1, "d"),
-    "layout": ("prefixes", 1, ""),
-    "ideal": ("1 / n", 1, ".3f"),
+    "kind": ("", 1, ""),
     "tokens": ("tokens", 1, ",d"),
     "pairs": ("pairs, M", 1e-6, ",.2f"),
     "forward": ("fwd, ms", 1e3, ",.1f"),
@@ -72,15 +71,11 @@ class Bench:
         self.repeats, self.patience = options.repeats, options.patience
         self.options = KernelOptions(self.head_dim**-0.5)
         self.kernel = resolve_kernel("auto", False, self.device, self.dtype, self.head_dim, self.options)
-        self.ceiling = self.matrix_product(2048)
-
-    def rotation(self, x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding in the half layout by (N,) positions, as models apply it to queries."""
-        frequency = 10000.0 ** -(torch.arange(0, self.head_dim, 2, device=self.device) / self.head_dim)
-        angle = offset_N[:, None] * frequency
-        cos, sin = (torch.cat([f(angle)] * 2, -1)[:, None].to(x_NHD.dtype) for f in (torch.cos, torch.sin))
-        first, second = x_NHD.chunk(2, -1)
-        return x_NHD * cos + torch.cat([-second, first], -1) * sin
+        config = LlamaConfig(head_dim=self.head_dim, num_attention_heads=self.heads)
+        self.rotation = ModelRotation(LlamaRotaryEmbedding(config).to(self.device), None, apply_rotary_pos_emb)
+        a, b, c = (torch.randn(2048, 2048, device=self.device, dtype=self.dtype) for _ in range(3))
+        times = [(self.now(), torch.mm(a, b, out=c), self.now()) for _ in range(10)]
+        self.ceiling = 2 * 2048**3 / min(end - start for start, _, end in times)
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -93,18 +88,8 @@ class Bench:
         *leaves, dout = (torch.randn(tokens, n, self.head_dim, device=self.device, dtype=self.dtype) for n in heads)
         return [*(x.requires_grad_() for x in leaves), dout]
 
-    def matrix_product(self, n: int) -> float:
-        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
-        seconds = []
-        for _ in range(self.repeats + 1):
-            start = self.now()
-            torch.mm(a, b)
-            seconds.append(self.now() - start)
-        return 2 * n**3 / statistics.median(seconds[1:])
 
-
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """A packed batch on the device. `sees` takes query and key rows: is the key visible, in any branch?"""
 
     tokens: int
@@ -112,15 +97,14 @@ class Workload:
     sees: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Rival:
-    """`attend(q, k, v)`, or None for what is not run and the `reason`; `held`: bytes of its masks and index tensors."""
+class Rival(NamedTuple):
+    """`attend(q, k, v)`, or None for what is not run and the `reason`; `mask`: bytes."""
 
     name: str
     tokens: int
     pairs: int | None = None
     attend: Callable[..., torch.Tensor] | None = None
-    held: int = 0
+    mask: int = 0
     reason: str = ""
 
 
@@ -132,7 +116,7 @@ def para(length: int) -> list[Example]:
     return [example] * max(1, round(length / example.num_tokens))
 
 
-def succ(length: int, chunks: int = CHUNKS, output: int = SUCC_OUTPUT) -> list[Example]:
+def succ(length: int, chunks: int = 4, output: int = 512) -> list[Example]:
     """One input in equal chunks with an output, `length` tokens together."""
     return [single(length) if chunks == 1 else successive([(length - output) // chunks] * chunks, output)]
 
@@ -172,30 +156,24 @@ def score_pairs(call: Varlen, causal: bool) -> int:
     return int((n_q * n_k - causal * (n_q * (n_q - 1) // 2)).sum())
 
 
-def nbytes(holder: object) -> int:
-    return sum(x.nbytes for x in vars(holder).values() if torch.is_tensor(x))
-
-
 def ours(work: Workload, bench: Bench, name: str = MISO) -> Rival:
     """The operator in either form; where no example mixes contexts, plain causal attention by the same kernel."""
     packed = work.packed
-    pairs = score_pairs(packed.self_call, True)
+    pairs, attend = score_pairs(packed.self_call, True), miso_attention
     if name == PAIRS:
-        attend, held = _Pairs.apply, nbytes(packed)
-        pairs += score_pairs(packed.pairs_call, True)
-    else:
-        without = replace(packed, pair_cu_seqlens_k=None, pair_kv_index=None, pair_kv_offset=None)
-        attend, held = miso_attention, nbytes(without)
-        pairs += score_pairs(packed.cross_call, False) if packed.num_mixed else 0
+        pairs, attend = pairs + score_pairs(packed.pairs_call, True), _Pairs.apply
+    elif packed.num_mixed:
+        pairs += score_pairs(packed.cross_call, False)
     arguments = packed, bench.kernel, bench.options, bench.rotation
-    return Rival(name, work.tokens, pairs, lambda q, k, v: attend(q, k, v, *arguments), held)
+    return Rival(name, work.tokens, pairs, lambda q, k, v: attend(q, k, v, *arguments))
 
 
 def dense(work: Workload, bench: Bench) -> Rival:
     """Keys and values are repeated for their query heads, as transformers does when there is a mask."""
     needed = work.tokens**2 * (1 + bench.dtype.itemsize)
     if needed > DENSE_LIMIT:
-        return Rival(DENSE, work.tokens, reason=f"its mask, boolean and {bench.dtype}, takes {needed / 1e9:.1f} GB")
+        reason = f"not run, the mask of {work.tokens:,} tokens, boolean and {bench.dtype}, takes {needed / 1e9:.1f} GB"
+        return Rival(DENSE, work.tokens, reason=reason)
     rows = torch.arange(work.tokens, device=bench.device)
     mask = work.sees(rows[:, None], rows)
 
@@ -209,25 +187,25 @@ def dense(work: Workload, bench: Bench) -> Rival:
 
 def flex(work: Workload, bench: Bench) -> Rival:
     if bench.device.type != "cuda":
-        return Rival(FLEX, work.tokens, reason="it needs CUDA, on CPU it cannot train")
+        return Rival(FLEX, work.tokens, reason="not run, it needs CUDA to train")
     torch.compiler.reset()  # every length is compiled, and torch gives up after eight shapes of one function
-    size = work.tokens, work.tokens
-    blocks = create_block_mask(lambda b, h, q, kv: work.sees(q, kv), None, None, *size, device=bench.device)
+    sizes = 1, 1, work.tokens, work.tokens
+    mask = create_block_mask(lambda b, h, q, kv: work.sees(q, kv), *sizes, device=bench.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     rows = torch.arange(work.tokens, device=bench.device)
-    pairs = sum(int(work.sees(part[:, None], rows).sum()) for part in rows.split(1024))
+    pairs = int(work.sees(rows[:, None], rows).sum())
 
     def attend(q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(q, k, v, block_mask=blocks, enable_gqa=True)[0].transpose(0, 1)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
-    return Rival(FLEX, work.tokens, pairs, attend, nbytes(blocks))
+    return Rival(FLEX, work.tokens, pairs, attend)
 
 
 def rivals_of(work: Workload, bench: Bench, slow: dict[str, str]) -> list[Rival]:
     """All rivals on a workload, without those in `slow`: name and reason."""
     mine = ours(work, bench)
-    equal = round((math.sqrt(8 * mine.pairs + 1) - 1) / 2)  # L (L + 1) / 2 pairs
+    equal = round(((8 * mine.pairs + 1) ** 0.5 - 1) / 2)  # L (L + 1) / 2 pairs
     makers = {
         MISO: lambda: mine,
         PAIRS: lambda: ours(work, bench, PAIRS),
@@ -256,15 +234,13 @@ def measure(rivals: Sequence[Rival], bench: Bench) -> list[dict]:
     peaks = {name: peak_memory(run, bench.device) for name, run in runs.items()}
     rounds = [{name: run() for name, run in runs.items()} for _ in range(bench.repeats)]
     records = []
-    for rival in rivals:
-        record = {"rival": rival.name, "tokens": rival.tokens, "pairs": rival.pairs}
-        if rival.attend:
-            forward, total = map(statistics.median, zip(*(times[rival.name] for times in rounds), strict=True))
-            flops = 14 * bench.head_dim * bench.heads * rival.pairs / total
+    for r in rivals:
+        record = {"rival": r.name, "tokens": r.tokens, "pairs": r.pairs} | ({} if r.attend else {"reason": r.reason})
+        if r.attend:
+            forward, total = map(statistics.median, zip(*(times[r.name] for times in rounds), strict=True))
+            flops = 14 * bench.head_dim * bench.heads * r.pairs / total
             record |= {"forward": forward, "total": total, "flops": flops, "share": flops / bench.ceiling}
-            record["peak"] = peaks[rival.name] and peaks[rival.name] + rival.held
-        else:
-            record["reason"] = rival.reason
+            record["peak"] = peaks[r.name] and peaks[r.name] + r.mask
         records.append(record)
     return records
 
@@ -280,6 +256,11 @@ def peak_memory(work: Callable, device: torch.device) -> int | None:
     if not (hasattr(libc, "mallopt") and reset.exists()):
         work()
         return None
+
+    def resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
     # Freed blocks go back to the system at once, so that none that the run takes was resident before it.
     trim_threshold, mmap_threshold = -1, -3  # as in malloc.h
     libc.mallopt(mmap_threshold, 1 << 16)
@@ -293,11 +274,6 @@ def peak_memory(work: Callable, device: torch.device) -> int | None:
     return peak
 
 
-def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def show(console: Console, title: str, records: list[dict]) -> None:
     """The columns that some record has, and why some were not run."""
     table = Table(title=title, title_justify="left", box=None)
@@ -308,70 +284,64 @@ def show(console: Console, title: str, records: list[dict]) -> None:
         shown = [(record.get(field), *COLUMNS[field][1:]) for field in fields]
         table.add_row(*("-" if value is None else format(value * factor, how) for value, factor, how in shown))
     console.print("", table)
-    reasons = {f"- {r['rival']}, length {r['length']:,}: {r['reason']}": None for r in records if "reason" in r}
-    if reasons:
-        console.print("\n".join(reasons))
+    for reason in dict.fromkeys(f"- {r['rival']}: {r['reason']}" for r in records if "reason" in r):
+        console.print(reason)
 
 
 def compare(name: str, make: Callable[[int], list[Example]], lengths: Sequence[int], bench: Bench) -> list[dict]:
     """Every rival at every length."""
-    records: list[dict] = []
-    slow: dict[str, str] = {}
+    records, slow = [], {}
     for length in lengths:
         made = measure(rivals_of(workload(make(length), bench.device), bench, slow), bench)
-        base = next(record for record in made if record["rival"] == EQUAL_PAIRS).get("total")
+        base = next(record for record in made if record["rival"] == EQUAL_PAIRS)
         for record in made:
-            total = record.get("total")
-            records.append({"workload": name, "length": length, "ratio": total and base and total / base} | record)
-            if total and total > bench.patience:
-                slow[record["rival"]] = f"it took more than {bench.patience:g} s at length {length:,}"
+            record |= {"workload": name, "length": length}
+            if "total" in record:
+                record["ratio"] = record["total"] / base["total"]
+                if record["total"] > bench.patience and record["rival"] not in (MISO, EQUAL_PAIRS):
+                    slow[record["rival"]] = f"not run beyond {length:,}, where it took over {bench.patience:g} s"
+        records += made
     return records
 
 
 def grow(batches: dict[tuple[int, str], list[Example]], bench: Bench) -> list[dict]:
-    """MISO on batches that are named by a number of contexts and a layout, relative to the first."""
+    """MISO on batches named by a number of contexts or chunks and a kind, relative to the first."""
     records = measure([ours(workload(e, bench.device), bench, str(key)) for key, e in batches.items()], bench)
-    for record, (number, layout) in zip(records, batches, strict=True):
+    for record, (number, kind) in zip(records, batches, strict=True):
+        record |= {"number": number, "kind": kind, "ratio": record["total"] / records[0]["total"]}
+        record["pairs_ratio"] = record["pairs"] / records[0]["pairs"]
         del record["rival"]
-        record |= {"number": number} | ({"layout": layout} if layout else {"ideal": 1 / number})
-        record |= {f: record[of] / records[0][of] for f, of in (("ratio", "total"), ("pairs_ratio", "pairs"))}
     return records
 
 
 def draw(file: Path, lengths: list[dict], by_contexts: list[dict], by_chunks: list[dict]) -> None:
-    """Three panels: time by contexts, by chunks and by length."""
-    import matplotlib
+    """Three panels: contexts, chunks and lengths."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, middle, right = panels = figure.subplots(1, 3)
+    for panel in panels:  # colours that colour-blind readers tell apart, and markers that do without
+        panel.set_prop_cycle(color=("#0072B2", "#D55E00", "black", "#CC79A7"), marker=tuple("os^D"))
 
-    # Colours that colour-blind readers tell apart, and markers that do without.
-    styles = [
-        {"color": c, "marker": m} for c, m in zip(("#0072B2", "#D55E00", "black", "#CC79A7"), "os^D", strict=True)
-    ]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+    def line(panel, records: list[dict], x: str, y: str, label: str) -> None:
+        panel.plot([r[x] for r in records], [r[y] * COLUMNS[y][1] for r in records], label=label)
 
-    def line(panel, records: list[dict], x: str, y: str, label: str, style: int) -> None:
-        factor = COLUMNS[y][1]
-        panel.plot([r[x] for r in records], [r[y] * factor for r in records], label=label, **styles[style])
-
-    for style, (layout, label) in enumerate((("shared", "prefix shared"), ("separate", "a copy each"))):
-        line(left, [r for r in by_contexts if r["layout"] == layout], "number", "total", label, style)
+    for kind in ("shared", "separate"):
+        line(left, [r for r in by_contexts if r["kind"] == kind], "number", "total", f"{kind} prefix")
     left.set(title="Contexts of one output", xlabel="contexts", ylabel="forward + backward, ms", ylim=0)
-    line(middle, by_chunks, "number", "ratio", "time", 0)
-    line(middle, by_chunks, "number", "pairs_ratio", "score pairs", 1)
+    line(middle, by_chunks, "number", "ratio", "time")
+    line(middle, by_chunks, "number", "pairs_ratio", "score pairs")
     numbers = [r["number"] for r in by_chunks]
-    middle.plot(numbers, [1 / number for number in numbers], "k--", label="1 / chunks")
+    middle.plot(numbers, [1 / number for number in numbers], "k--", marker="", label="1 / chunks")
     middle.set(title="Chunks of one input", xlabel="chunks", ylabel="relative to one chunk", ylim=0, xscale="log")
     middle.set_xticks(numbers, map(str, numbers))
-    shown = ("para", MISO), ("succ", MISO), ("succ", EQUAL_TOKENS), ("succ", DENSE)
-    for style, (work, rival) in enumerate(shown):
+    for work, rival in ("para", MISO), ("succ", MISO), ("succ", EQUAL_TOKENS), ("succ", DENSE):
         chosen = [r for r in lengths if (r["workload"], r["rival"]) == (work, rival) and "total" in r]
-        line(right, chosen, "tokens", "total", f"{rival}, {work}" if rival == MISO else rival, style)
+        line(right, chosen, "tokens", "total", f"{rival}, {work}" if rival == MISO else rival)
     right.set(title="Length", xlabel="tokens", ylabel="forward + backward, ms", xscale="log", yscale="log")
-    ticks = sorted({r["length"] for r in lengths})
-    right.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
-    for panel in (left, middle, right):
+    ticks = {r["length"]: f"{r['length'] // 1024}k" for r in lengths}
+    right.set_xticks(list(ticks), ticks.values())
+    for panel in panels:
         panel.xaxis.minorticks_off()
         panel.legend(frameon=False, fontsize=8)
         panel.grid(alpha=0.25)
@@ -387,50 +357,42 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     for name, kind in (("repeats", int), ("patience", float), ("heads", int), ("kv_heads", int), ("head_dim", int)):
         parser.add_argument(f"--{name}", type=kind)
-    options = parser.parse_args()
-    sizes = (8, 2, 64) if options.device == "cpu" else (32, 8, 128)
-    defaults = dict(zip(("heads", "kv_heads", "head_dim"), sizes, strict=True))
-    defaults |= {"repeats": 3, "patience": 0.5} if options.quick else {"repeats": 5, "patience": 30.0}
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    return argparse.Namespace(**{"plot": None, "json": None} | defaults | given)
+    given = vars(parser.parse_args())
+    sizes = (8, 2, 64) if given["device"] == "cpu" else (32, 8, 128)
+    defaults = {"repeats": 3, "patience": 0.5} if given["quick"] else {"repeats": 5, "patience": 30.0}
+    defaults |= dict(zip(("heads", "kv_heads", "head_dim"), sizes, strict=True))
+    return argparse.Namespace(**{name: defaults.get(name) if x is None else x for name, x in given.items()})
 
 
 def main() -> None:
     options = parse()
     bench, console = Bench(options), Console(width=120, highlight=False)
-    device = bench.device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    setting = (
-        f"torch {torch.__version__}, trl_miso {trl_miso.__version__}, {name}, {torch.get_num_threads()} threads, {bench.dtype}, "
-        f"H={bench.heads} G={bench.kv_heads} D={bench.head_dim}, kernel {bench.kernel.name}, "
-        f"mm {bench.ceiling / 1e9:,.0f} GFLOP/s: python {shlex.join(sys.argv)}"
-    )
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    versions = f"torch {torch.__version__}, trl_miso {trl_miso.__version__}, {name}, {torch.get_num_threads()} threads"
+    sizes = f"{bench.dtype}, H={bench.heads} G={bench.kv_heads} D={bench.head_dim}, kernel {bench.kernel.name}"
+    setting = f"{versions}, {sizes}, mm {bench.ceiling / 1e9:,.0f} GFLOP/s: python {' '.join(sys.argv)}"
     console.print(setting, soft_wrap=True)
-    for rival in rivals_of(workload(para(1), device), bench, {}):
-        if rival.attend:
-            step(rival, bench.inputs(rival.tokens), bench)  # loads libraries, which are no rival's memory
+    # The first run of anything loads libraries, which are no rival's memory.
+    measure(rivals_of(workload(para(1), bench.device), bench, {}), bench)
 
     lengths = [1024 * 2**i for i in range(3 if options.quick else 6)]
     by_length = compare("para", para, lengths, bench)
-    show(console, "para: Crab-shaped examples, 9 contexts with shared prefixes and query offsets", by_length)
-    added = compare("succ", succ, lengths, bench)
-    show(console, f"succ: one input in {CHUNKS} chunks with an output of {SUCC_OUTPUT}", added)
-    console.print(NOTE)
+    show(console, "para: Crab-shaped examples, 9 contexts with shared prefixes and position offsets", by_length)
+    by_length += (added := compare("succ", succ, lengths, bench))
+    show(console, "succ: one input in 4 chunks with an output of 512", added)
+    console.print(f"\n{NOTE}")
 
     prefix, own, output, total = (192, 64, 256, 2048) if options.quick else (768, 256, 512, 8192)
-    layouts = {(n, how): how == "shared" for how in ("shared", "separate") for n in (1, 2, 4, 8, 16)}
-    batches = {key: contexts(key[0], prefix, own, output, shared) for key, shared in layouts.items()}
-    by_contexts = grow(batches, bench)
-    show(
-        console, f"MISO on n contexts of {prefix} common and {own} own tokens, with an output of {output}", by_contexts
-    )
-    by_chunks = grow({(k, ""): succ(total, k, total // 16) for k in (1, 2, 4, 8)}, bench)
+    keys = [(n, kind) for kind in ("shared", "separate") for n in (1, 2, 4, 8, 16)]
+    by_contexts = grow({(n, kind): contexts(n, prefix, own, output, kind == "shared") for n, kind in keys}, bench)
+    show(console, f"MISO on n contexts of {prefix} common and {own} own tokens, an output of {output}", by_contexts)
+    by_chunks = grow({(k, f"1/n = {1 / k:g}"): succ(total, k, total // 16) for k in (1, 2, 4, 8)}, bench)
     show(console, f"MISO on n chunks of one input, {total} tokens with an output of {total // 16}", by_chunks)
     if options.json:
-        figures = {"lengths": by_length + added, "contexts": by_contexts, "chunks": by_chunks}
-        options.json.write_text(json.dumps({"setting": setting} | figures, indent=1) + "\n")
+        figures = {"setting": setting, "lengths": by_length, "contexts": by_contexts, "chunks": by_chunks}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.plot:
-        draw(options.plot, by_length + added, by_contexts, by_chunks)
+        draw(options.plot, by_length, by_contexts, by_chunks)
 
 
 if __name__ == "__main__":

@@ -118,8 +118,9 @@ def rotation(head_dim: int, base: float = 10.0):
     """Rotary embedding in float64 on (N, heads, D) by (N,) positions."""
     frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
-    def turn(x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
-        angle = offset_N[:, None].double() * frequencies
+    def turn(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
+        assert limit > offset_N.max() and offset_N.min() >= 0
+        angle = (-offset_N if inverse else offset_N)[:, None].double() * frequencies
         cos, sin = (torch.cat([f(angle)] * 2, dim=-1)[:, None] for f in (torch.cos, torch.sin))
         half = head_dim // 2
         turned = torch.cat([-x_NHD[..., half:], x_NHD[..., :half]], dim=-1)

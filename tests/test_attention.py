@@ -122,7 +122,7 @@ def test_shared_equals_unshared(weighting, batch, seed):
                 (-b.offset, sum(example.segments[i].length for i in example.path(b.segment))) for b in example.branches
             ]
             moved = torch.tensor([s for s, n in shift for _ in range(n)] + [0] * example.segments[-1].length)
-            q, k = TURN(q, moved), TURN(k, moved)
+            q, k = (TURN(x, moved, int(moved.max()) + 1) for x in (q, k))
         order, _, packed = pack([apart], weighting)
         order = torch.from_numpy(order)
         out = miso_attention(q[order], k[order], v[order], packed, KERNELS["cpu"], KernelOptions(SCALE))

@@ -66,10 +66,10 @@ def views(batch):
         keys = list(range(packed.output_start)) if call.kv_index is None else call.kv_index.tolist()
         for i in range(len(cu_q) - 1):
             own, path = rows[cu_q[i] : cu_q[i + 1]], keys[cu_k[i] : cu_k[i + 1]]
-            offset = 0 if packed.branch_q_offset is None else packed.branch_q_offset[cu_q[i]].item()
+            turned = 0 if call.kv_offset is None else call.kv_offset[cu_k[i]].item()
             found[
                 tuple(ids[key] for key in path),
-                tuple(positions[own[0]] + offset - positions[key] for key in path),
+                tuple(positions[own[0]] - turned - positions[key] for key in path),
                 tuple(ids[row] for row in own),
                 tuple(positions[row] - positions[own[0]] for row in own),
                 tuple(labels[row] for row in own),
@@ -167,9 +167,9 @@ def test_worked_example_between_single_runs():
         "miso_branch_max_seqlen_q": 2,
         "miso_branch_max_seqlen_k": 4,
         "miso_branch_q_index": [0, 1, 0, 1, 0, 1],
-        "miso_branch_q_offset": [0, 0, -1, -1, -1, -1],
         "miso_branch_weight": [float_bits(weight) for weight in (0.5, 0.5, 0.25, 0.25, 0.25, 0.25)],
         "miso_branch_kv_index": [0, 1, 2, 3, 0, 1, 2, 0, 1, 4],
+        "miso_branch_kv_offset": [0, 0, 0, 0, 1, 1, 1, 1, 1, 1],
         "miso_pair_max_seqlen_k": 0,
     }
 
@@ -211,7 +211,7 @@ def test_two_mixed_examples_share_one_output_slice():
     assert batch["position_ids"] == [[0, 1, 0, 1, 2, 2, 3, 3, 4, 0]]
     assert (batch["miso_output_start"], batch["miso_output_end"]) == (5, 9)
     assert batch["miso_branch_q_index"] == [0, 1, 0, 1, 2, 3, 2, 3]
-    assert batch["miso_branch_q_offset"] == [0, 0, -1, -1, 0, 0, 0, 0]
+    assert batch["miso_branch_kv_offset"] == [0, 0, 1, 0, 0, 0]
     assert batch["miso_branch_kv_index"] == [0, 1, 0, 2, 3, 4]
     assert batch["miso_branch_cu_seqlens_k"] == [0, 2, 3, 4, 6]
     assert batch["miso_gap"] == 1, "the first chunk does not end where the output begins"
@@ -241,7 +241,7 @@ def test_sharing_changes_no_view(batch_rows):
     shared = MISODataCollator(pad_token_id=0)(batch_rows)
     separate = MISODataCollator(pad_token_id=0, share_prefixes=False)(batch_rows)
     assert views(shared) == views(separate)
-    assert "miso_kv_index" not in separate and "miso_branch_q_offset" not in separate
+    assert "miso_kv_index" not in separate and "miso_branch_kv_offset" not in separate
     assert shared["input_ids"].shape[1] <= separate["input_ids"].shape[1]
     same = "longest", "gap", "num_examples", "num_mixed", "weighting"
     assert all(shared[f"miso_{name}"] == separate[f"miso_{name}"] for name in same)

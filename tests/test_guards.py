@@ -1,6 +1,7 @@
 """What cannot be trained with MISO is refused before training, with the reason: got / expected / fix."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -247,6 +248,23 @@ def test_long_rope_turns_sharing_off(train, caplog):
     trainer = train(tiny_model("phi3", **rope))
     assert not trainer.data_collator.share_prefixes and "longrope positions change beyond 256" in caplog.text
     assert train(tiny_model("phi3", **rope), max_length=256).data_collator.share_prefixes
+
+
+@pytest.mark.parametrize("norm", ["q_norm", "k_norm"])
+def test_queries_and_keys_are_both_compared(norm, monkeypatch):
+    """Where either is scaled by dimension after its rotation, turning it further is not what a later position gives."""
+    model = tiny_model("llama")
+    module = sys.modules[type(model).__module__]
+    apply = module.apply_rotary_pos_emb
+    scale = torch.linspace(0.5, 1.5, model.config.head_dim)
+
+    def scaled(q, k, *args, **kwargs):
+        q, k = apply(q, k, *args, **kwargs)
+        return (q * scale, k) if norm == "q_norm" else (q, k * scale)
+
+    assert prepare_model(model, NAME, None).shares
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", scaled)
+    assert not prepare_model(model, NAME, None).shares
 
 
 def test_weights_out_of_reach_are_checked_without_a_forward():

@@ -246,10 +246,10 @@ def test_pairs_call_sees_the_path_then_the_output_causally(batch):
         for i, visible in enumerate(causal(queries, keys)):
             assert order[visible].tolist() == path + output[: i + 1]
         got = [0] * len(keys) if offsets is None else offsets[at : at + len(keys)].tolist()
-        assert got == [0] * len(path) + [branch.offset] * len(output)
+        assert got == [-branch.offset] * len(path) + [0] * len(output)
         at += len(keys)
     assert offsets is None or len(offsets) == at
-    assert (offsets is None) == (packed.branch_q_offset is None)
+    assert (offsets is None) == (packed.branch_kv_offset is None)
 
 
 @bounded
@@ -267,15 +267,18 @@ def test_pairs_fields_are_only_made_on_request(batch):
 
 @bounded
 @given(MIXED_BATCHES)
-def test_query_offsets_and_weights_of_each_branch(batch):
+def test_key_offsets_and_weights_of_each_branch(batch):
     _, _, packed = pack(batch, "uniform")
-    count = len(packed.branch_q_index)
-    offsets = [0] * count if packed.branch_q_offset is None else packed.branch_q_offset.tolist()
+    count = int(packed.branch_cu_seqlens_k[-1])
+    offsets = [0] * count if packed.branch_kv_offset is None else packed.branch_kv_offset.tolist()
     weights = [bits_float(bits) for bits in packed.branch_weight.tolist()]
-    assert len(offsets) == len(weights) == count
-    assert (packed.branch_q_offset is None) == (not any(offsets)), "an absent offset is 0, a present one needed"
-    for (_, branch, _, _), (queries, _) in zip(branches(batch), sequences(packed.cross_call), strict=True):
-        assert {offsets[query] for query in queries} == {branch.offset}
+    assert len(offsets) == count and len(weights) == len(packed.branch_q_index)
+    assert (packed.branch_kv_offset is None) == (not any(offsets)), "an absent offset is 0, a present one needed"
+    at = packed.branch_cu_seqlens_k.tolist()
+    for i, ((_, branch, _, _), (queries, _)) in enumerate(
+        zip(branches(batch), sequences(packed.cross_call), strict=True)
+    ):
+        assert set(offsets[at[i] : at[i + 1]]) == {-branch.offset}
         assert {weights[query].hex() for query in queries} == {branch.weight.hex()}
 
 
@@ -290,7 +293,8 @@ def test_successive_output_continues_every_context(contexts, output, rest):
     at = 0
     for context in contexts:
         size = len(context) + output
-        assert turned[at : at + size].tolist() == list(range(size))
+        longest = max(map(len, contexts))
+        assert turned[at : at + size].tolist() == list(range(longest - len(context), longest + output))
         at += size
 
 
@@ -319,9 +323,9 @@ def test_single_runs_cost_nothing(batch):
         "branch_cu_seqlens_q",
         "branch_cu_seqlens_k",
         "branch_q_index",
-        "branch_q_offset",
         "branch_weight",
         "branch_kv_index",
+        "branch_kv_offset",
         "pair_cu_seqlens_k",
         "pair_kv_index",
         "pair_kv_offset",
@@ -356,7 +360,7 @@ def test_unshared_batches_gather_nothing():
     _, shared = parallel([[1, 2, 3], [1, 4]], 2, [0.5, 0.5], "successive")
     separate, _ = unshare(shared, [])
     _, _, packed = pack([separate, single(3), successive([2, 1], 1), separate], "uniform")
-    assert packed.kv_index is packed.branch_kv_index is packed.branch_q_offset is None
+    assert packed.kv_index is packed.branch_kv_index is packed.branch_kv_offset is None
     assert packed.output_start == 5 + 3 + 5
 
 
@@ -393,13 +397,13 @@ def test_worked_example_with_a_single_run():
         "miso_branch_max_seqlen_q": 2,
         "miso_branch_max_seqlen_k": 4,
         "miso_branch_q_index": [0, 1, 0, 1, 0, 1],
-        "miso_branch_q_offset": [0, 0, -1, -1, -1, -1],
         "miso_branch_weight": bits,
         "miso_branch_kv_index": [0, 1, 2, 3, 0, 1, 2, 0, 1, 4],
+        "miso_branch_kv_offset": [0, 0, 0, 0, 1, 1, 1, 1, 1, 1],
         "miso_pair_cu_seqlens_k": [0, 6, 11, 16],
         "miso_pair_max_seqlen_k": 6,
         "miso_pair_kv_index": [0, 1, 2, 3, 5, 6, 0, 1, 2, 5, 6, 0, 1, 4, 5, 6],
-        "miso_pair_kv_offset": [0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, 0, 0, 0, -1, -1],
+        "miso_pair_kv_offset": [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0],
     }
     got = packed.to_batch()
     assert {key: value.tolist() if torch.is_tensor(value) else value for key, value in got.items()} == expected

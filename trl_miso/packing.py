@@ -39,7 +39,7 @@ class Varlen:
     """Arguments of one variable-length attention call over packed rows.
 
     `cu_seqlens_*` are int32 of shape (sequences + 1,). `kv_index` (int64) gathers the key rows; without it the keys
-    are the leading rows, in order.
+    are the leading rows, in order. Keys are turned by `kv_offset` positions (int64, one a gathered row), if it is given.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -47,6 +47,7 @@ class Varlen:
     max_seqlen_q: int
     max_seqlen_k: int
     kv_index: torch.Tensor | None = None
+    kv_offset: torch.Tensor | None = None
 
     def score_pairs(self, causal: bool) -> int:
         """Query-key pairs that the call scores, per head; a causal call aligns the last query with the last key."""
@@ -83,9 +84,9 @@ class PackedSegments:
     branch_max_seqlen_q: int = 0
     branch_max_seqlen_k: int = 0
     branch_q_index: torch.Tensor | None = None
-    branch_q_offset: torch.Tensor | None = None
     branch_weight: torch.Tensor | None = None  # (Q,) float64 bit patterns
     branch_kv_index: torch.Tensor | None = None
+    branch_kv_offset: torch.Tensor | None = None
     pair_cu_seqlens_k: torch.Tensor | None = None
     pair_max_seqlen_k: int = 0
     pair_kv_index: torch.Tensor | None = None
@@ -118,14 +119,16 @@ class PackedSegments:
         """Output rows against each context's path (not causal)."""
         assert self.branch_cu_seqlens_q is not None and self.branch_cu_seqlens_k is not None
         sizes = self.branch_max_seqlen_q, self.branch_max_seqlen_k
-        return Varlen(self.branch_cu_seqlens_q, self.branch_cu_seqlens_k, *sizes, self.branch_kv_index)
+        return Varlen(
+            self.branch_cu_seqlens_q, self.branch_cu_seqlens_k, *sizes, self.branch_kv_index, self.branch_kv_offset
+        )
 
     @property
     def pairs_call(self) -> Varlen:
         """Output rows against each context's path followed by the output itself (causal, bottom-right)."""
         assert self.branch_cu_seqlens_q is not None and self.pair_cu_seqlens_k is not None
         sizes = self.branch_max_seqlen_q, self.pair_max_seqlen_k
-        return Varlen(self.branch_cu_seqlens_q, self.pair_cu_seqlens_k, *sizes, self.pair_kv_index)
+        return Varlen(self.branch_cu_seqlens_q, self.pair_cu_seqlens_k, *sizes, self.pair_kv_index, self.pair_kv_offset)
 
 
 def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[np.ndarray, np.ndarray, PackedSegments]:
@@ -209,8 +212,8 @@ def _pack_branches(
     packed.branch_max_seqlen_k = int(path_lengths.max())
     packed.branch_q_index = torch.from_numpy(_ranges(starts[outputs] - packed.output_start, q_lengths))
     packed.branch_weight = torch.from_numpy(np.repeat(np.array(weights), q_lengths))
-    if any(offsets):
-        packed.branch_q_offset = torch.from_numpy(np.repeat(np.array(offsets), q_lengths))
+    if any(offsets):  # turning keys to where the output's positions want them costs less than turning its many queries
+        packed.branch_kv_offset = torch.from_numpy(np.repeat(-np.array(offsets), path_lengths))
     if not np.array_equal(flat, np.arange(min(outputs))):  # else the contexts are rows 0..output_start, in order
         packed.branch_kv_index = torch.from_numpy(_ranges(starts[flat], lengths[flat]))
     if 0 < window < packed.longest:
@@ -221,8 +224,7 @@ def _pack_branches(
         packed.pair_max_seqlen_k = int(kv_lengths.max())
         packed.pair_kv_index = torch.from_numpy(_ranges(starts[flat], lengths[flat]))
         if any(offsets):
-            # The output's keys turn with its queries, so that output-to-output differences stay what they are.
-            per_run = np.stack([np.zeros_like(offsets), offsets], axis=1).ravel()
+            per_run = np.stack([-np.array(offsets), np.zeros_like(offsets)], axis=1).ravel()
             run_lengths = np.stack([path_lengths, q_lengths], axis=1).ravel()
             packed.pair_kv_offset = torch.from_numpy(np.repeat(per_run, run_lengths))
 

@@ -18,7 +18,8 @@ Worked example. Contexts `[1 2 3 4]` (full), `[1 2 3]`, `[1 2 5]` and output `[8
     4        8 9     -       4  (output, at P = the longest context)
 
 In branch i the output must be successive to context i (paper, section 4.1), that is stand at `len_i + t`, while it is
-stored at `P + t`. Rotary attention depends on differences only, so the query is rotated by the *offset* `len_i - P`.
+stored at `P + t`. Rotary attention depends on differences only: it is enough that the query is turned by the *offset*
+`len_i - P`, or, as is done since contexts have fewer rows and heads, that the context's keys are turned by minus that.
 Without sharing the same example is three root segments, right-aligned to end at P, all offsets 0.
 
 Packing several examples, the rows are laid out as `[all contexts | all outputs | all single runs]`, so that the mixing

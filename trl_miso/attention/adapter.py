@@ -93,17 +93,17 @@ def _mask(*args: Any, base: str, **kwargs: Any) -> Any:
 class Probe:
     """Passed as the model's keyword argument `miso_probe`: notes which attention modules receive keyword arguments.
 
-    With `skip_attention` attention returns zeros: what is left is each layer's query at given positions. Not a dataclass:
+    With `skip_attention` attention returns zeros: what is left are each layer's queries and keys at given positions. Not a dataclass:
     FSDP hands copies of those to the layers.
     """
 
     def __init__(self, skip_attention: bool = False):
         self.skip_attention = skip_attention
-        self.queries: dict[nn.Module, torch.Tensor | None] = {}
+        self.heads: dict[nn.Module, torch.Tensor | None] = {}
         self.arguments: dict[str, Any] = {}
 
-    def record(self, module: nn.Module, query: torch.Tensor, **arguments: Any) -> None:
-        self.queries[module] = query.detach() if self.skip_attention else None
+    def record(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
+        self.heads[module] = torch.cat([query, key], dim=1).detach() if self.skip_attention else None
         self.arguments |= {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -127,7 +127,7 @@ def _attention_forward(
     if miso_probe is not None:
         other_size = value.shape[-1] if value.shape[-1] != query.shape[-1] else None
         unusual = {"sinks": kwargs.get("s_aux"), "position_bias": kwargs.get("position_bias"), "value_dim": other_size}
-        miso_probe.record(module, query, **unusual)
+        miso_probe.record(module, query, key, **unusual)
         if miso_probe.skip_attention:
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     packed = PackedSegments.from_batch(kwargs)
@@ -150,7 +150,7 @@ def _attention_forward(
     flash_only = base == "flash_attention_2"
     kernel = resolve_kernel(requested, flash_only, q_THD.device, dtype, q_THD.shape[-1], options)
     _log_kernel_once(kernel, requested, dtype)
-    rotation = query_rotation(module)
+    rotation = rotation_of(module)
     with torch.autocast(query.device.type, enabled=False):
         out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
     return out[None], None
@@ -191,9 +191,9 @@ def _flash_forward(
 
 @dataclass(frozen=True)
 class ModelRotation:
-    """Turns rotated queries by further positions with the model's own rotary embedding: `R(offset) x`.
+    """Turns rotated keys by further positions with the model's own rotary embedding: `R(offset) x`.
 
-    Equals, for x = R(p) q, `R(p + offset) q`; `R(-offset)` is its inverse. Computed in float32, layout (halves or
+    Equals, for x = R(p) k, `R(p + offset) k`; `R(-offset)` is its inverse. Computed in float32, layout (halves or
     interleaved) and partial rotation being those of the model's `apply_rotary_pos_emb`.
     """
 
@@ -201,23 +201,28 @@ class ModelRotation:
     layer_type: str | None
     apply: Callable[..., Any]
 
-    def __call__(self, x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
         wide = torch.float32 if x_NHD.dtype in (torch.float16, torch.bfloat16) else x_NHD.dtype
         x = x_NHD.to(wide).transpose(0, 1)[None]
         arguments = (self.layer_type,) if self.layer_type is not None else ()
-        cos, sin = self.rotary(x, offset_N[None], *arguments)
+        positions = torch.arange(limit, device=x.device)  # fewer than rows: contexts repeat them
+        cos, sin = self.rotary(x, positions[None], *arguments)
         norm = torch.hypot(cos, sin)  # long-context variants scale both
-        cos, sin = cos / norm, sin / norm
+        cos, sin = (cos / norm)[:, offset_N], (sin / norm * (-1 if inverse else 1))[:, offset_N]
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        turned = self.apply(turned, turned, cos, sin)[0] if _takes_key(self.apply) else self.apply(turned, cos, sin)
-        return torch.cat([turned, rest], dim=-1)[0].transpose(0, 1).to(x_NHD.dtype)
+        turned = (
+            self.apply(turned, turned[:, :0], cos, sin)[0] if _takes_key(self.apply) else self.apply(turned, cos, sin)
+        )
+        turned = torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+        return turned[0].transpose(0, 1).to(x_NHD.dtype)
 
     def composes(self, head_dim: int) -> bool:
-        """Whether R(d) R(p) x == R(p + d) x: false for rotations that are not by an angle linear in the position."""
+        """Whether R(-d) R(p + d) x == R(p) x: false for rotations that are not by an angle linear in the position."""
         x = torch.randn(8, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(self._device())
         at = torch.arange(8, device=x.device)
         try:
-            return bool(torch.allclose(self(self(x, at + 3), at - 5), self(x, 2 * at - 2), atol=1e-4))
+            there = self(x, 2 * at + 3, 32)
+            return bool(torch.allclose(self(there, at + 2, 32, inverse=True), self(x, at + 1, 32), atol=1e-4))
         except (TypeError, RuntimeError, KeyError, AttributeError):
             return False
 
@@ -231,12 +236,12 @@ def _takes_key(apply: Callable[..., Any]) -> bool:
     return "k" in inspect.signature(apply).parameters
 
 
-def set_query_rotation(module: nn.Module, rotation: Rotation | None) -> None:
+def set_rotation(module: nn.Module, rotation: Rotation | None) -> None:
     """Keep an attention module's rotation on the module: a plain attribute, not part of its state."""
     object.__setattr__(module, "miso_rotation", rotation)
 
 
-def query_rotation(module: nn.Module) -> Rotation | None:
+def rotation_of(module: nn.Module) -> Rotation | None:
     return getattr(module, "miso_rotation", None)
 
 

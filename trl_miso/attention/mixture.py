@@ -26,7 +26,6 @@ Shapes: T packed tokens, U output tokens, Q branch rows (an output row for each 
 H query heads, G key-value heads, D head dimension.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -35,8 +34,13 @@ from torch.autograd.function import once_differentiable
 
 from trl_miso.packing import WEIGHTINGS, PackedSegments, Varlen
 
-Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x (N, heads, D), offset (N,) positions) -> x turned by R(offset); R(-offset) must be its inverse and transpose."""
+
+class Rotation(Protocol):
+    """R(offset) x for x (N, heads, D) and offsets (N,) in 0..limit - 1, in positions; or its inverse, R(-offset) x."""
+
+    def __call__(
+        self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False
+    ) -> torch.Tensor: ...
 
 
 class Kernel(Protocol):
@@ -91,7 +95,7 @@ def miso_attention(
         q_THD: (T, H, D), rotated to the batch's positions.
         k_TGD: (T, G, D). v_TGD: (T, G, D). H is a multiple of G.
         packed: Segment metadata on the same device.
-        rotation: Applied to output queries whose context ends elsewhere than the output begins.
+        rotation: Applied to the keys of contexts that end elsewhere than the output begins, in the output's view of them.
 
     Returns:
         (T, H, D), in the dtype of q.
@@ -133,7 +137,7 @@ class _Varlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, packed, kernel, options):
         call = packed.self_call
-        out, lse = kernel.forward(q, *_keys(call, k, v), call, options)
+        out, lse = kernel.forward(q, *_keys(k, v, call), call, options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments = packed, kernel, options
         return out
@@ -144,7 +148,7 @@ class _Varlen(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         packed, kernel, options = ctx.arguments
         call = packed.self_call
-        dq, dk, dv = kernel.backward(dout, q, *_keys(call, k, v), out, lse, call, options)
+        dq, dk, dv = kernel.backward(dout, q, *_keys(k, v, call), out, lse, call, options)
         return dq, *_sum_keys(k, [(call, dk, dv)]), None, None, None
 
 
@@ -155,41 +159,43 @@ class _Split(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, packed, kernel, options, rotation):
         rows = slice(packed.output_start, packed.output_end)
         own, cross = packed.self_call, packed.cross_call
-        out, lse_HT = kernel.forward(q, *_keys(own, k, v), own, options)
-        q_branch = _branch_queries(q[rows], packed, rotation)
-        o_branch, l_branch = kernel.forward(q_branch, *_keys(cross, k, v, packed), cross, options.without_causality())
+        out, lse_HT = kernel.forward(q, *_keys(k, v, own), own, options)
+        q_branch = q[rows].index_select(0, packed.branch_rows)
+        contexts = _keys(k[: rows.start], v[: rows.start], cross, rotation)
+        o_branch, l_branch = kernel.forward(q_branch, *contexts, cross, options.without_causality())
         mixed = _merge(out[rows], lse_HT[:, rows].T, o_branch, l_branch.T, packed)
         out[rows] = mixed.out.to(out.dtype)
-        lse_HT[:, rows] = mixed.lse_self.T  # the backward's, like out_self and out_branch
-        half = [None if x is None else x.to(out.dtype) for x in (mixed.out_self, mixed.out_branch)]
-        ctx.save_for_backward(q, k, v, out, lse_HT, *half, mixed.lse_branch)
+        lse_HT[:, rows] = mixed.lse_self.T  # the backward's, like out_branch
+        out_branch = None if mixed.out_branch is None else mixed.out_branch.to(out.dtype)
+        ctx.save_for_backward(q, k, v, out, lse_HT, out_branch, mixed.lse_branch)
         ctx.arguments = packed, kernel, options, rotation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):
-        q, k, v, out, lse_HT, out_self, out_branch, lse_branch = ctx.saved_tensors
+        q, k, v, out, lse_HT, out_branch, lse_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
         rows = slice(packed.output_start, packed.output_end)
         own, cross = packed.self_call, packed.cross_call
         if out_branch is None:
             out_branch, lse_branch = out[rows][packed.branch_rows], lse_branch[packed.branch_rows]
-        if out_self is not None:
+        else:
+            share = torch.exp(lse_HT[:, rows].T[packed.branch_rows] - lse_branch)
             out = out.clone()
-            out[rows] = out_self
-        dq, dk, dv = kernel.backward(dout, q, *_keys(own, k, v), out, lse_HT, own, options)
+            out[rows] = _to_outputs(share[..., None] * out_branch, packed).to(out.dtype)  # out* of the docstring
+        dq, dk, dv = kernel.backward(dout, q, *_keys(k, v, own), out, lse_HT, own, options)
         dq_branch, dk_branch, dv_branch = kernel.backward(
             dout[rows].index_select(0, packed.branch_rows),
-            _branch_queries(q[rows], packed, rotation),
-            *_keys(cross, k, v, packed),
+            q[rows].index_select(0, packed.branch_rows),
+            *_keys(k[: rows.start], v[: rows.start], cross, rotation),
             out_branch,
             lse_branch.T.contiguous(),
             cross,
             options.without_causality(),
         )
-        dq[rows] += _sum_branches(dq_branch, packed, rotation)
-        return dq, *_sum_keys(k, [(own, dk, dv), (cross, dk_branch, dv_branch)]), None, None, None, None
+        dq[rows] += _to_outputs(_wide(dq_branch), packed).to(dq.dtype)
+        return dq, *_sum_keys(k, [(own, dk, dv), (cross, dk_branch, dv_branch)], rotation), None, None, None, None
 
 
 class _Pairs(torch.autograd.Function):
@@ -199,10 +205,9 @@ class _Pairs(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, packed, kernel, options, rotation):
         rows = slice(packed.output_start, packed.output_end)
         own, pairs = packed.self_call, packed.pairs_call
-        out, lse_HT = kernel.forward(q, *_keys(own, k, v), own, options)
-        a_branch, l_branch = kernel.forward(
-            _branch_queries(q[rows], packed, rotation), *_pair_keys(k, v, packed, rotation), pairs, options
-        )
+        out, lse_HT = kernel.forward(q, *_keys(k, v, own), own, options)
+        q_branch = q[rows].index_select(0, packed.branch_rows)
+        a_branch, l_branch = kernel.forward(q_branch, *_keys(k, v, pairs, rotation), pairs, options)
         weights = _branch_weights(l_branch.T, packed)
         mixed = _to_outputs(weights[..., None] * a_branch, packed)
         out[rows] = mixed.to(out.dtype)
@@ -224,20 +229,18 @@ class _Pairs(torch.autograd.Function):
         own, pairs = packed.self_call, packed.pairs_call
         dout_own = dout.clone()
         dout_own[rows] = 0  # the self call's output rows were not used
-        dq, dk, dv = kernel.backward(dout_own, q, *_keys(own, k, v), out, lse_HT, own, options)
+        dq, dk, dv = kernel.backward(dout_own, q, *_keys(k, v, own), out, lse_HT, own, options)
         dq_branch, dk_branch, dv_branch = kernel.backward(
             dout[rows].index_select(0, packed.branch_rows),
-            _branch_queries(q[rows], packed, rotation),
-            *_pair_keys(k, v, packed, rotation),
+            q[rows].index_select(0, packed.branch_rows),
+            *_keys(k, v, pairs, rotation),
             out_branch,
             lse_branch,
             pairs,
             options,
         )
-        if packed.pair_kv_offset is not None and rotation is not None:
-            dk_branch = rotation(dk_branch, -packed.pair_kv_offset)
-        dq[rows] += _sum_branches(dq_branch, packed, rotation)
-        return dq, *_sum_keys(k, [(own, dk, dv), (pairs, dk_branch, dv_branch)]), None, None, None, None
+        dq[rows] += _to_outputs(_wide(dq_branch), packed).to(dq.dtype)
+        return dq, *_sum_keys(k, [(own, dk, dv), (pairs, dk_branch, dv_branch)], rotation), None, None, None, None
 
 
 class _Mixed(NamedTuple):
@@ -246,7 +249,6 @@ class _Mixed(NamedTuple):
     out: torch.Tensor
     lse_self: torch.Tensor  # (U, H)
     lse_branch: torch.Tensor  # (Q, H), or (U, H) without out_branch
-    out_self: torch.Tensor | None = None  # (U, H, D); None: `out`
     out_branch: torch.Tensor | None = None  # (Q, H, D); None: `out` of the row's output token
 
 
@@ -262,9 +264,7 @@ def _merge(
         mass = torch.sigmoid(l_branch - l_out[at])
         a_branch = torch.lerp(o_out[at], o_branch, mass[..., None])
         out = _to_outputs(weight[..., None] * a_branch, packed)
-        lse_self = -_logsumexp(-lse, packed)
-        share = torch.exp(lse_self[at] - lse)
-        return _Mixed(out, lse_self, lse, _to_outputs(share[..., None] * a_branch, packed), a_branch)
+        return _Mixed(out, -_logsumexp(-lse, packed), lse, a_branch)
     # fid counts the output once a branch, vanilla once: the same softmax with another l_out.
     repeats = torch.zeros_like(l_out)
     if WEIGHTINGS[packed.weighting] == "fid":
@@ -301,50 +301,29 @@ def _logsumexp(x_QH: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
     return top + _to_outputs(torch.exp(x_QH - top[at]), packed).log()
 
 
-def _branch_queries(q_UHD: torch.Tensor, packed: PackedSegments, rotation: Rotation | None) -> torch.Tensor:
-    """Each output query once a branch, turned to follow that branch's context: (U, H, D) -> (Q, H, D)."""
-    q_branch = q_UHD.index_select(0, packed.branch_rows)
-    if packed.branch_q_offset is None:
-        return q_branch
-    assert rotation is not None, "a batch with query offsets needs the model's rotation"
-    return rotation(q_branch, packed.branch_q_offset)
-
-
-def _sum_branches(dq_branch: torch.Tensor, packed: PackedSegments, rotation: Rotation | None) -> torch.Tensor:
-    """Transpose of `_branch_queries`, summed in float32 at least."""
-    if packed.branch_q_offset is not None and rotation is not None:
-        dq_branch = rotation(dq_branch, -packed.branch_q_offset)
-    return _to_outputs(_wide(dq_branch), packed).to(dq_branch.dtype)
-
-
 def _keys(
-    call: Varlen, k: torch.Tensor, v: torch.Tensor, cross: PackedSegments | None = None
+    k: torch.Tensor, v: torch.Tensor, call: Varlen, rotation: Rotation | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value rows of a call: gathered where prefixes are shared, else a view."""
+    """Key and value rows of a call: gathered where prefixes are shared, turned where contexts end elsewhere."""
     if call.kv_index is not None:
-        return k.index_select(0, call.kv_index), v.index_select(0, call.kv_index)
-    return (k, v) if cross is None else (k[: cross.output_start], v[: cross.output_start])
-
-
-def _pair_keys(
-    k: torch.Tensor, v: torch.Tensor, packed: PackedSegments, rotation: Rotation | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    k_pair, v_pair = _keys(packed.pairs_call, k, v)
-    if packed.pair_kv_offset is not None:
-        assert rotation is not None, "a batch with query offsets needs the model's rotation"
-        k_pair = rotation(k_pair, packed.pair_kv_offset)
-    return k_pair, v_pair
+        k, v = k.index_select(0, call.kv_index), v.index_select(0, call.kv_index)
+    if call.kv_offset is not None:
+        assert rotation is not None, "a batch with key offsets needs the model's rotation"
+        k = rotation(k, call.kv_offset, call.max_seqlen_k)
+    return k, v
 
 
 def _sum_keys(
-    k: torch.Tensor, calls: list[tuple[Varlen, torch.Tensor, torch.Tensor]]
+    k: torch.Tensor, calls: list[tuple[Varlen, torch.Tensor, torch.Tensor]], rotation: Rotation | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transpose of `_keys`, summed over calls and copies in float32 at least: (dk, dv) of all rows."""
     if len(calls) == 1 and calls[0][0].kv_index is None:
         return calls[0][1], calls[0][2]
     sums = _wide(k.new_zeros(k.shape)), _wide(k.new_zeros(k.shape))
-    for call, *gradients in calls:
-        for total, gradient in zip(sums, gradients, strict=True):
+    for call, dk, dv in calls:
+        if call.kv_offset is not None and rotation is not None:
+            dk = rotation(dk, call.kv_offset, call.max_seqlen_k, inverse=True)
+        for total, gradient in zip(sums, (dk, dv), strict=True):
             if call.kv_index is None:
                 total[: gradient.shape[0]] += gradient
             else:

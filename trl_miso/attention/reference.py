@@ -17,7 +17,7 @@ def reference_attention(
     example: Example,
     weighting: str,
     scale: float,
-    rotation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    rotation: Callable[..., torch.Tensor] | None = None,
     window: int = 0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -26,7 +26,7 @@ def reference_attention(
     Args:
         q_THD: (T, H, D). k_TGD, v_TGD: (T, G, D).
         weighting: `"uniform"` (the branches' own weights), `"fid"` or `"vanilla"`.
-        rotation: (x (N, heads, D), offset (N,)) -> x turned by `offset` positions.
+        rotation: See `mixture.Rotation`; applied to the output's queries.
         window: Keys a query sees, itself included, counted along context then output; 0: all.
     """
     repeats = q_THD.shape[1] // k_TGD.shape[1]
@@ -39,7 +39,7 @@ def reference_attention(
         q = q_THD[queries]
         if offset:
             assert rotation is not None, "an example with query offsets needs a rotation"
-            q = rotation(q, torch.full((len(queries),), offset))
+            q = rotation(q, torch.full((len(queries),), abs(offset)), abs(offset) + 1, inverse=offset < 0)
         s = torch.einsum("qhd,khd->hqk", q, k_THD[keys]) * scale
         return softcap * torch.tanh(s / softcap) if softcap else s
 

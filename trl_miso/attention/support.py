@@ -1,4 +1,4 @@
-"""Can this model be trained with MISO, and how do its layers rotate queries? Asked before training, never guessed."""
+"""Can this model be trained with MISO, and how do its layers rotate queries and keys? Asked before training, never guessed."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation, set_query_rotation
+from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation, set_rotation
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _OTHER_DROPOUTS = (
@@ -45,7 +45,7 @@ _ROTATES_EVERY_LAYER = [
 class ModelSupport:
     """What a model allows.
 
-    `shares` (`reason` says why not): queries can be rotated, so contexts may share prefixes. `relative`: attention
+    `shares` (`reason` says why not): keys can be rotated, so contexts may share prefixes. `relative`: attention
     depends on position differences only, so that contexts may be right-aligned. `window`: the smallest sliding window in
     tokens, 0 for none. `layers`: attention layers that must receive the metadata.
     """
@@ -98,18 +98,18 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     for module in modules if known else ():
         composing = (r for r in candidate_rotations(model, module) if r.composes(head_dim(config)))
         rotation = next(composing, None)
-        set_query_rotation(module, rotation)
+        set_rotation(module, rotation)
         known = known and rotation is not None
-    reason = "" if known else f"how {config.model_type} rotates queries cannot be checked without its weights"
+    reason = "" if known else f"how {config.model_type} rotates queries and keys cannot be checked without its weights"
     return _with_length(ModelSupport(known, True, window, config.num_hidden_layers, reason), config, max_length)
 
 
 def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
     """Raise ValueError unless every attention layer received the metadata and none computes what cannot be merged."""
     model_type = type(model).__name__
-    if len(probe.queries) != layers:
+    if len(probe.heads) != layers:
         raise ValueError(
-            f"Got {model_type}, in which {len(probe.queries)} of {layers} layers pass keyword arguments on to attention: the "
+            f"Got {model_type}, in which {len(probe.heads)} of {layers} layers pass keyword arguments on to attention: the "
             "others would ignore the contexts. Expected all of them. Fix: use a supported architecture (see the README)."
         )
     unmergeable = {
@@ -137,27 +137,27 @@ def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_
 
 
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
-    """Compare each layer's queries at two positions: turned by the model's rotation, the same, or neither."""
+    """Compare each layer's queries and keys at two positions: turned by the model's rotation, the same, or neither."""
     distance = 5
     (first, logits), (second, _) = _run(model, 0), _run(model, distance)
     check_probe(first, config.num_hidden_layers, model)
     _check_isolation(model, first, logits)
     relative, shares = True, True
-    for module, query in first.queries.items():
-        moved = second.queries[module]
-        assert query is not None and moved is not None
-        tolerance = _tolerance(query.dtype)
-        x, y = (q[0].transpose(0, 1) for q in (query, moved))
+    for module, heads in first.heads.items():
+        moved = second.heads[module]
+        assert heads is not None and moved is not None
+        tolerance = _tolerance(heads.dtype)
+        x, y = (q[0].transpose(0, 1) for q in (heads, moved))
         offset = torch.full((x.shape[0],), distance, device=x.device)
         if _far(x, y) < tolerance:
-            set_query_rotation(module, _identity)  # a layer without positions
+            set_rotation(module, _identity)  # a layer without positions
             continue
         rotations = candidate_rotations(model, module)
-        fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset), y) < tolerance]
-        set_query_rotation(module, fits[0] if fits else None)
+        fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset, distance + 1), y) < tolerance]
+        set_rotation(module, fits[0] if fits else None)
         shares = shares and bool(fits)
         relative = relative and bool(rotations)
-    reason = "its queries cannot be rotated after the fact" if relative else "its positions are not rotary"
+    reason = "its keys cannot be rotated after the fact" if relative else "its positions are not rotary"
     reason = "" if shares else reason
     return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
 
@@ -165,7 +165,7 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
 def _check_isolation(model: PreTrainedModel, probe: Probe, logits: torch.Tensor) -> None:
     """Without attention no token may see another: recurrent and convolutional layers would join packed contexts."""
     changed, changed_logits = _run(model, 0, first=1)
-    pairs = [(q[0].transpose(0, 1), changed.queries[m][0].transpose(0, 1)) for m, q in probe.queries.items()]  # type: ignore[index]
+    pairs = [(q[0].transpose(0, 1), changed.heads[m][0].transpose(0, 1)) for m, q in probe.heads.items()]  # type: ignore[index]
     if any(_far(x[1:], y[1:]) > _tolerance(x.dtype) for x, y in [*pairs, (logits, changed_logits)]):
         raise ValueError(
             f"Got {type(model).__name__}, in which tokens see each other outside of attention (recurrent or convolutional layers). "
@@ -199,7 +199,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
-def _identity(x_NHD: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+def _identity(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
     return x_NHD
 
 
