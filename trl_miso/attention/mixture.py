@@ -162,35 +162,33 @@ class _Split(torch.autograd.Function):
         out, lse_HT = kernel.forward(q, *_keys(k, v, own), own, options)
         q_branch = q[rows].index_select(0, packed.branch_rows)
         contexts = _keys(k[: rows.start], v[: rows.start], cross, rotation)
-        o_branch, l_branch = kernel.forward(q_branch, *contexts, cross, options.without_causality())
-        mixed = _merge(out[rows], lse_HT[:, rows].T, o_branch, l_branch.T, packed)
-        out[rows] = mixed.out.to(out.dtype)
-        lse_HT[:, rows] = mixed.lse_self.T  # the backward's, like out_branch
-        out_branch = None if mixed.out_branch is None else mixed.out_branch.to(out.dtype)
-        ctx.save_for_backward(q, k, v, out, lse_HT, out_branch, mixed.lse_branch)
+        o_branch, l_branch_HQ = kernel.forward(q_branch, *contexts, cross, options.without_causality())
+        o_out = out[rows].clone()
+        share_out, share_branch = _shares(lse_HT[:, rows].T, l_branch_HQ.T, packed)
+        mixed = _to_outputs(share_branch[..., None] * o_branch, packed)
+        out[rows] = mixed.addcmul_(share_out[..., None], _wide(o_out)).to(out.dtype)
+        parts = (o_out, o_branch) if WEIGHTINGS[packed.weighting] == "uniform" else (None, None)
+        ctx.save_for_backward(q, k, v, out, lse_HT, l_branch_HQ, *parts)
         ctx.arguments = packed, kernel, options, rotation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):
-        q, k, v, out, lse_HT, out_branch, lse_branch = ctx.saved_tensors
+        q, k, v, out, lse_HT, l_branch_HQ, o_out, o_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
         rows = slice(packed.output_start, packed.output_end)
         own, cross = packed.self_call, packed.cross_call
-        if out_branch is None:
-            out_branch, lse_branch = out[rows][packed.branch_rows], lse_branch[packed.branch_rows]
-        else:
-            share = torch.exp(lse_HT[:, rows].T[packed.branch_rows] - lse_branch)
-            out = out.clone()
-            out[rows] = _to_outputs(share[..., None] * out_branch, packed).to(out.dtype)  # out* of the docstring
+        given = _given(out[rows], lse_HT[:, rows].T, l_branch_HQ.T, o_out, o_branch, packed)
+        out, lse_HT = out.clone(), lse_HT.clone()
+        out[rows], lse_HT[:, rows] = given.out_self, given.lse_self.T
         dq, dk, dv = kernel.backward(dout, q, *_keys(k, v, own), out, lse_HT, own, options)
         dq_branch, dk_branch, dv_branch = kernel.backward(
             dout[rows].index_select(0, packed.branch_rows),
             q[rows].index_select(0, packed.branch_rows),
             *_keys(k[: rows.start], v[: rows.start], cross, rotation),
-            out_branch,
-            lse_branch.T.contiguous(),
+            given.out_branch,
+            given.lse_branch.T.contiguous(),
             cross,
             options.without_causality(),
         )
@@ -243,36 +241,56 @@ class _Pairs(torch.autograd.Function):
         return dq, *_sum_keys(k, [(own, dk, dv), (pairs, dk_branch, dv_branch)], rotation), None, None, None, None
 
 
-class _Mixed(NamedTuple):
-    """The merged outputs (U, H, D), and the (out, lse) that each call's backward takes in place of its own."""
+def _shares(l_out: torch.Tensor, l_branch: torch.Tensor, packed: PackedSegments) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of each output token's attention is its attention to the output (U, H), and to each context (Q, H).
 
-    out: torch.Tensor
-    lse_self: torch.Tensor  # (U, H)
-    lse_branch: torch.Tensor  # (Q, H), or (U, H) without out_branch
-    out_branch: torch.Tensor | None = None  # (Q, H, D); None: `out` of the row's output token
-
-
-def _merge(
-    o_out: torch.Tensor, l_out: torch.Tensor, o_branch: torch.Tensor, l_branch: torch.Tensor, packed: PackedSegments
-) -> _Mixed:
-    """Merge the self call (U rows) with the cross call (Q rows), in the dtype of the log-sum-exps (>= float32)."""
-    o_out, o_branch = o_out.to(l_out.dtype), o_branch.to(l_out.dtype)
-    at = packed.branch_rows
+    They sum to 1: out = share_out O_out + sum_i share_i O_i. For fixed weights share_i = w_i sigmoid(l_i - l_out).
+    """
     if WEIGHTINGS[packed.weighting] == "uniform":
-        weight = _fixed_weights(packed, l_out.dtype)
-        lse = torch.logaddexp(l_branch, l_out[at]) - weight.log()  # L_i - log w_i
-        mass = torch.sigmoid(l_branch - l_out[at])
-        a_branch = torch.lerp(o_out[at], o_branch, mass[..., None])
-        out = _to_outputs(weight[..., None] * a_branch, packed)
-        return _Mixed(out, -_logsumexp(-lse, packed), lse, a_branch)
-    # fid counts the output once a branch, vanilla once: the same softmax with another l_out.
-    repeats = torch.zeros_like(l_out)
+        shares = _fixed_weights(packed, l_out.dtype) * torch.sigmoid(l_branch - l_out[packed.branch_rows])
+        return 1 - _to_outputs(shares, packed), shares
+    total, l_out = _one_softmax(l_out, l_branch, packed)
+    return torch.exp(l_out - total), torch.exp(l_branch - total[packed.branch_rows])
+
+
+def _one_softmax(
+    l_out: torch.Tensor, l_branch: torch.Tensor, packed: PackedSegments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp of fid's or vanilla's softmax, and of the output in it: fid counts it once a branch, vanilla once."""
     if WEIGHTINGS[packed.weighting] == "fid":
-        repeats = _to_outputs(torch.ones_like(l_branch), packed).log()
-    lse = torch.logaddexp(_logsumexp(l_branch, packed), l_out + repeats)
-    out = torch.exp(l_out + repeats - lse)[..., None] * o_out
-    out = out + _to_outputs(torch.exp(l_branch - lse[at])[..., None] * o_branch, packed)
-    return _Mixed(out, lse - repeats, lse)
+        l_out = l_out + _to_outputs(torch.ones_like(l_branch), packed).log()
+    return torch.logaddexp(_logsumexp(l_branch, packed), l_out), l_out
+
+
+class _Given(NamedTuple):
+    """The (out, lse) that each call's backward takes on the output's rows in place of its own, see above."""
+
+    out_self: torch.Tensor  # (U, H, D)
+    lse_self: torch.Tensor  # (U, H)
+    out_branch: torch.Tensor  # (Q, H, D)
+    lse_branch: torch.Tensor  # (Q, H)
+
+
+def _given(
+    out: torch.Tensor,
+    l_out: torch.Tensor,
+    l_branch: torch.Tensor,
+    o_out: torch.Tensor | None,
+    o_branch: torch.Tensor | None,
+    packed: PackedSegments,
+) -> _Given:
+    """From the mixed output (U, H, D) and the calls' own results; the last two are needed for fixed weights."""
+    at = packed.branch_rows
+    if WEIGHTINGS[packed.weighting] != "uniform":
+        total, counted = _one_softmax(l_out, l_branch, packed)
+        return _Given(out, total - (counted - l_out), out.index_select(0, at), total[at])
+    assert o_out is not None and o_branch is not None
+    lse_branch = torch.logaddexp(l_branch, l_out[at]) - _fixed_weights(packed, l_out.dtype).log()  # L_i - log w_i
+    lse_self = -_logsumexp(-lse_branch, packed)
+    mass = torch.sigmoid(l_branch - l_out[at])[..., None]
+    a_branch = torch.lerp(_wide(o_out).index_select(0, at), _wide(o_branch), mass)
+    out_self = _to_outputs(torch.exp(lse_self[at] - lse_branch)[..., None] * a_branch, packed)
+    return _Given(out_self.to(out.dtype), lse_self, a_branch.to(out.dtype), lse_branch)
 
 
 def _fixed_weights(packed: PackedSegments, dtype: torch.dtype) -> torch.Tensor:
