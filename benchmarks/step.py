@@ -201,11 +201,8 @@ def run(options: argparse.Namespace, folder: str) -> None:
         names = [SFT[1], *(f"MISO succ, k = {k}" for k in (1, 2, 4, 8))] if kind.isdigit() else CRAB
         names = [name for name in names if name in QUICK.get(kind, names)] if options.quick else names
         found[kind] = measure(workload, names, options.repeats, folder)
-        for name in (
-            (name for name in names if name in REMEMBERED or kind.isdigit())
-            if not options.quick or kind == "none"
-            else ()
-        ):
+        remembered = () if options.quick and kind == "half" else REMEMBERED
+        for name in (name for name in names if name in remembered):
             found[kind][name]["memory"] = memory(kind, name, options)
         report(workload, found[kind], top)
     figures = ratios(found)

@@ -36,6 +36,7 @@ VARIANTS = {
     "SFTTrainer, row by row": Variant(ONE_BY_ONE, plain=True),
     "MISO single": Variant(PACKED | {"context_mode": "single"}),
     "MISO para": Variant(PACKED),
+    "MISO para, row by row": Variant(ONE_BY_ONE),
     "MISO para, unshared": Variant(PACKED | {"share_prefixes": False}),
     "MISO para, pairs form": Variant(PACKED, pairs=True),
     "MISO fid": Variant(PACKED | {"context_weighting": "fid"}),

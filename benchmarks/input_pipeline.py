@@ -1,0 +1,121 @@
+"""
+From raw rows to the model's door: rows a second of each stage, and the share of a step spent waiting for data.
+
+    python benchmarks/input_pipeline.py                        # generated rows of Crab's shape
+    python benchmarks/input_pipeline.py --prose rows.jsonl     # real text: prompt, constraints, completion
+
+Stages are timed by themselves, on one core; `preparation.py` compares the first beside SFTTrainer's. Waiting is what the
+training loop spends in fetching the batches of a step, with the data loader in its own process and in workers.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from measure import machine, median, print_table, timed
+from rows import crab_shaped_rows, texts
+from step import SIZES, TEMPLATE, make_model
+from variants import VARIANTS, Watch, build
+
+from trl_miso.preparation import pack_rows
+from trl_miso.sources.crab import crab_features, crab_row
+from trl_miso.sources.synthetic import build_tokenizer
+
+LENGTH = 4096
+
+
+def stages(rows: Dataset, tokenizer, repeats: int, folder: str) -> list[list[str]]:
+    """A line each: the adapter, preparation and packing of rows in memory, collation of bins."""
+    adapted = adapt(rows)
+    model = make_model("tiny", tokenizer, "cpu")
+
+    def make(name: str):
+        return build(name, model, adapted, tokenizer, folder, "cpu", LENGTH)
+
+    prepared, trainer = make("MISO para, row by row").train_dataset, make("MISO para")
+    bins = list(trainer.train_dataset)
+    tokens = sum(trainer.data_collator([members])["input_ids"].numel() for members in bins)
+    work = {
+        "Crab's adapter": lambda: adapt(rows),
+        "preparation": lambda: make("MISO para, row by row"),
+        "packing": lambda: pack_rows(prepared, LENGTH, True, None),
+        "collation": lambda: [trainer.data_collator([members]) for members in bins],
+    }
+    lines = []
+    for name, run in work.items():
+        seconds = median([timed(run) for _ in range(repeats)])
+        lines.append(
+            [name, f"{len(rows) / seconds:,.0f}", f"{1e6 * seconds / len(rows):,.0f}", f"{tokens / seconds:,.0f}"]
+        )
+    return lines
+
+
+def adapt(rows: Dataset) -> Dataset:
+    return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
+
+
+def waiting(rows: Dataset, tokenizer, size: str, workers: int, repeats: int, folder: str) -> list[str]:
+    """Seconds of a step over the rows, and those of them in which the loop waits for its batches."""
+    trainer = build("MISO para", make_model(size, tokenizer, "cpu"), adapt(rows), tokenizer, folder, "cpu", LENGTH)
+    trainer.args.dataloader_num_workers = workers
+    fetch, waited = trainer.get_batch_samples, []
+
+    def timed_fetch(*args, **kwargs):
+        start = time.perf_counter()
+        batches = fetch(*args, **kwargs)
+        waited.append(time.perf_counter() - start)
+        return batches
+
+    trainer.get_batch_samples = timed_fetch
+    watch, steps = Watch(trainer, VARIANTS["MISO para"], "cpu"), []
+    for _ in range(repeats + 1):
+        watch.step()
+        steps.append(watch.seconds)
+    step, wait = median(steps[1:]), median(waited[1:])
+    return [f"{workers} workers", f"{step:.2f}", f"{1000 * wait:.1f}", f"{wait / step:.2%}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prose", type=Path)
+    parser.add_argument("--rows", type=int, default=1000, help="through the stages")
+    parser.add_argument("--step_rows", type=int, default=16, help="in a step")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    print(machine("cpu"))
+    material = texts(options.prose)
+    raw = crab_shaped_rows(options.rows, material)
+    tokenizer = build_tokenizer(raw, vocab_size=16000)
+    tokenizer.chat_template = TEMPLATE.read_text()
+    rows = Dataset.from_list(raw)
+    with tempfile.TemporaryDirectory() as folder:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        lines = stages(rows, tokenizer, options.repeats, folder)
+        print_table(f"{len(rows)} rows, one core", ["", "rows/s", "microseconds a row", "tokens/s"], lines)
+        torch.set_num_threads(threads)
+        few = rows.select(range(options.step_rows))
+        lines = [waiting(few, tokenizer, options.size, workers, options.repeats, folder) for workers in (0, 2)]
+        title = f"a step over {options.step_rows} rows, model {options.size} {SIZES[options.size]}"
+        print_table(title, ["", "seconds a step", "waiting, milliseconds", "waiting, share"], lines)
+
+
+if __name__ == "__main__":
+    main()
