@@ -1,7 +1,7 @@
 """
 MISO attention alone, forward and backward, beside what a user would run instead; how it grows with contexts and chunks.
 
-    python benchmarks/attention.py --quick                                  # 1k to 4k tokens, under a minute on 2 cores
+    python benchmarks/attention.py --quick                                  # 1k to 4k tokens, a minute or two on 2 cores
     python benchmarks/attention.py --plot growth.png --json attention.json  # 1k to 32k tokens, with a picture
     python benchmarks/attention.py --device cuda                            # bfloat16, with FlexAttention
 
@@ -11,16 +11,14 @@ Times are wall-clock times; CUDA is synchronized after the forward and after the
 """
 
 import argparse
-import ctypes
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measure import ceiling, machine, peak_memory, write_json
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -28,11 +26,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-import trl_miso
 from trl_miso.attention.adapter import ModelRotation
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions, _Pairs, miso_attention
-from trl_miso.packing import PackedSegments, Varlen, pack
+from trl_miso.packing import PackedSegments, pack
 from trl_miso.segments import Example, parallel, single, successive, unshare
 
 MISO, PAIRS, DENSE, FLEX = "MISO", "MISO, pairs form", "dense masked SDPA", "FlexAttention"
@@ -42,7 +39,7 @@ NOTE = (
     "Pairs: the score pairs that a rival computes, T x T for dense masked SDPA. It and FlexAttention have the mask of "
     "one softmax over all contexts; MISO's branches are not one softmax, so a dense implementation of them costs more. "
     "Ratio: to one plain causal sequence with as many pairs. Memory: peak above q, k, v and dout; with outputs, gradients "
-    "and the dense mask. FLOP: 4 D H a pair forward, 10 D H backward; mm: the fastest 2048 x 2048 product of ten."
+    "and the dense mask. FLOP: 4 D H a pair forward, 10 D H backward; mm: a product of two 2048 x 2048 matrices."
 )
 COLUMNS = {  # field of a record: heading, factor, format
     "length": ("length", 1, ",d"),
@@ -73,9 +70,7 @@ class Bench:
         self.kernel = resolve_kernel("auto", False, self.device, self.dtype, self.head_dim, self.options)
         config = LlamaConfig(head_dim=self.head_dim, num_attention_heads=self.heads)
         self.rotation = ModelRotation(LlamaRotaryEmbedding(config).to(self.device), None, apply_rotary_pos_emb)
-        a, b, c = (torch.randn(2048, 2048, device=self.device, dtype=self.dtype) for _ in range(3))
-        times = [(self.now(), torch.mm(a, b, out=c), self.now()) for _ in range(10)]
-        self.ceiling = 2 * 2048**3 / min(end - start for start, _, end in times)
+        self.ceiling = ceiling(options.device, self.dtype)
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -150,20 +145,14 @@ def workload(examples: Sequence[Example], device: torch.device) -> Workload:
     return Workload(len(order), PackedSegments.from_batch(moved), sees)
 
 
-def score_pairs(call: Varlen, causal: bool) -> int:
-    """Query-key pairs of a call; a causal call aligns the last query with the last key."""
-    n_q, n_k = call.cu_seqlens_q.diff().long(), call.cu_seqlens_k.diff().long()
-    return int((n_q * n_k - causal * (n_q * (n_q - 1) // 2)).sum())
-
-
 def ours(work: Workload, bench: Bench, name: str = MISO) -> Rival:
     """The operator in either form; where no example mixes contexts, plain causal attention by the same kernel."""
     packed = work.packed
-    pairs, attend = score_pairs(packed.self_call, True), miso_attention
+    pairs, attend = packed.self_call.score_pairs(causal=True), miso_attention
     if name == PAIRS:
-        pairs, attend = pairs + score_pairs(packed.pairs_call, True), _Pairs.apply
+        pairs, attend = pairs + packed.pairs_call.score_pairs(causal=True), _Pairs.apply
     elif packed.num_mixed:
-        pairs += score_pairs(packed.cross_call, False)
+        pairs += packed.cross_call.score_pairs(causal=False)
     arguments = packed, bench.kernel, bench.options, bench.rotation
     return Rival(name, work.tokens, pairs, lambda q, k, v: attend(q, k, v, *arguments))
 
@@ -231,7 +220,7 @@ def measure(rivals: Sequence[Rival], bench: Bench) -> list[dict]:
     """Records: seconds, bytes at the peak, floating-point operations a second; the reason of what was not run."""
     inputs = {rival.tokens: bench.inputs(rival.tokens) for rival in rivals if rival.attend}
     runs = {r.name: lambda r=r: step(r, inputs[r.tokens], bench) for r in rivals if r.attend}
-    peaks = {name: peak_memory(run, bench.device) for name, run in runs.items()}
+    peaks = {name: peak_memory(run, bench.device.type) for name, run in runs.items()}
     rounds = [{name: run() for name, run in runs.items()} for _ in range(bench.repeats)]
     records = []
     for r in rivals:
@@ -243,35 +232,6 @@ def measure(rivals: Sequence[Rival], bench: Bench) -> list[dict]:
             record["peak"] = peaks[r.name] and peaks[r.name] + r.mask
         records.append(record)
     return records
-
-
-def peak_memory(work: Callable, device: torch.device) -> int | None:
-    """Peak bytes above those held before: torch's own count on CUDA, resident memory elsewhere (Linux with glibc)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    libc, reset = ctypes.CDLL(None), Path("/proc/self/clear_refs")
-    if not (hasattr(libc, "mallopt") and reset.exists()):
-        work()
-        return None
-
-    def resident(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-    # Freed blocks go back to the system at once, so that none that the run takes was resident before it.
-    trim_threshold, mmap_threshold = -1, -3  # as in malloc.h
-    libc.mallopt(mmap_threshold, 1 << 16)
-    libc.malloc_trim(0)
-    reset.write_text("5")
-    before = resident("VmRSS")
-    work()
-    peak = resident("VmHWM") - before
-    libc.mallopt(mmap_threshold, 1 << 25)  # where glibc's own adaptation arrives when large blocks come and go
-    libc.mallopt(trim_threshold, 1 << 26)
-    return peak
 
 
 def show(console: Console, title: str, records: list[dict]) -> None:
@@ -315,7 +275,7 @@ def grow(batches: dict[tuple[int, str], list[Example]], bench: Bench) -> list[di
 
 
 def draw(file: Path, lengths: list[dict], by_contexts: list[dict], by_chunks: list[dict]) -> None:
-    """Three panels: contexts, chunks and lengths."""
+    """Three panels: contexts, chunks and lengths. Needs matplotlib (the extra `plots`)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -367,11 +327,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     bench, console = Bench(options), Console(width=120, highlight=False)
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    versions = f"torch {torch.__version__}, trl_miso {trl_miso.__version__}, {name}, {torch.get_num_threads()} threads"
     sizes = f"{bench.dtype}, H={bench.heads} G={bench.kv_heads} D={bench.head_dim}, kernel {bench.kernel.name}"
-    setting = f"{versions}, {sizes}, mm {bench.ceiling / 1e9:,.0f} GFLOP/s: python {' '.join(sys.argv)}"
-    console.print(setting, soft_wrap=True)
+    setting = f"{machine(options.device)}\n{sizes}; matrix product: {bench.ceiling / 1e9:,.0f} GFLOP/s"
+    print(setting)
     # The first run of anything loads libraries, which are no rival's memory.
     measure(rivals_of(workload(para(1), bench.device), bench, {}), bench)
 
@@ -388,9 +346,7 @@ def main() -> None:
     show(console, f"MISO on n contexts of {prefix} common and {own} own tokens, an output of {output}", by_contexts)
     by_chunks = grow({(k, f"1/n = {1 / k:g}"): succ(total, k, total // 16) for k in (1, 2, 4, 8)}, bench)
     show(console, f"MISO on n chunks of one input, {total} tokens with an output of {total // 16}", by_chunks)
-    if options.json:
-        figures = {"setting": setting, "lengths": by_length, "contexts": by_contexts, "chunks": by_chunks}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(options.json, {"setting": setting, "lengths": by_length, "contexts": by_contexts, "chunks": by_chunks})
     if options.plot:
         draw(options.plot, by_length, by_contexts, by_chunks)
 

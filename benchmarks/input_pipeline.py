@@ -5,7 +5,8 @@ From raw rows to the model's door: rows a second of each stage, and the share of
     python benchmarks/input_pipeline.py --prose rows.jsonl     # real text: prompt, constraints, completion
 
 Stages are timed by themselves, on one core; `preparation.py` compares the first beside SFTTrainer's. Waiting is what the
-training loop spends in fetching the batches of a step, with the data loader in its own process and in workers.
+training loop spends in fetching the batches of a step, with the data loader in its own process and in workers. Balance is
+what ranks wait for the slowest of them, a bin each in random order: by the compute of a 7B Llama on each bin, not by a clock.
 """
 
 import argparse
@@ -20,15 +21,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
 from measure import machine, median, print_table, timed
 from rows import crab_shaped_rows, texts
 from step import SIZES, TEMPLATE, make_model
-from variants import VARIANTS, Watch, build
+from transformers import LlamaConfig
+from variants import VARIANTS, Watch, batch_work, build
 
 from trl_miso.preparation import pack_rows
+from trl_miso.preview.statistics import ModelShape
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer
 
@@ -58,6 +62,24 @@ def stages(rows: Dataset, tokenizer, repeats: int, folder: str) -> list[list[str
         lines.append(
             [name, f"{len(rows) / seconds:,.0f}", f"{1e6 * seconds / len(rows):,.0f}", f"{tokens / seconds:,.0f}"]
         )
+    return lines
+
+
+def balance(rows: Dataset, tokenizer, ranks: int, folder: str) -> list[list[str]]:
+    """The share of a step in which the average rank waits, for bins as SFTTrainer packs them and as MISO does."""
+    shape = ModelShape.of(LlamaConfig(), "7B")
+    adapted = adapt(rows)
+    full = adapted.map(lambda row: {"prompt": row["full_prompt"]}, remove_columns=["constraints", "full_prompt"])
+    lines = []
+    for name, data in (("SFTTrainer, packed", full), ("MISO para", adapted)):
+        trainer = build(name, make_model("tiny", tokenizer, "cpu"), data, tokenizer, folder, "cpu", LENGTH)
+        cost = np.array([shape.flops(*batch_work(batch)) for batch in trainer.get_train_dataloader()])
+        steps = len(cost) // ranks
+        waits = []
+        for seed in range(100):
+            drawn = np.random.default_rng(seed).permutation(cost)[: steps * ranks].reshape(steps, ranks)
+            waits.append(1 - drawn.mean(1).sum() / drawn.max(1).sum())
+        lines.append([name, str(len(cost)), f"{cost.std() / cost.mean():.1%}", f"{np.mean(waits):.1%}"])
     return lines
 
 
@@ -91,6 +113,7 @@ def main() -> None:
     parser.add_argument("--prose", type=Path)
     parser.add_argument("--rows", type=int, default=1000, help="through the stages")
     parser.add_argument("--step_rows", type=int, default=16, help="in a step")
+    parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -115,6 +138,9 @@ def main() -> None:
         lines = [waiting(few, tokenizer, options.size, workers, options.repeats, folder) for workers in (0, 2)]
         title = f"a step over {options.step_rows} rows, model {options.size} {SIZES[options.size]}"
         print_table(title, ["", "seconds a step", "waiting, milliseconds", "waiting, share"], lines)
+        lines = balance(rows, tokenizer, options.ranks, folder)
+        title = f"{options.ranks} ranks, bins of {LENGTH} tokens"
+        print_table(title, ["", "bins", "deviation of their compute", "waiting for the slowest"], lines)
 
 
 if __name__ == "__main__":

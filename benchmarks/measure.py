@@ -1,12 +1,12 @@
 """What the benchmarks share: the machine in a line, a ceiling, peak memory, tables."""
 
+import ctypes
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,30 +52,33 @@ def ceiling(device: str, dtype: torch.dtype, size: int = 2048, repeats: int = 7)
     return 2 * size**3 / median(seconds[1:])
 
 
-@contextmanager
-def peak_memory(device: str) -> Iterator[list[float]]:
-    """Bytes that the block adds to what was held before it, at its worst, in a list that is filled at its end.
-
-    On a CPU the process's resident set (Linux): run with `MALLOC_MMAP_THRESHOLD_` set, so that freed tensors are given back.
-    """
-    peak: list[float] = []
+def peak_memory(work: Callable[[], Any], device: str) -> int | None:
+    """Bytes that `work()` adds at its worst: torch's own count on CUDA, resident memory elsewhere (Linux with glibc, or None)."""
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield peak
-        torch.cuda.synchronize()
-        peak.append(torch.cuda.max_memory_allocated() - before)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-    before = _resident("VmRSS")
-    yield peak
-    peak.append(_resident("VmHWM") - before)
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    libc, reset = ctypes.CDLL(None), Path("/proc/self/clear_refs")
+    if not (hasattr(libc, "mallopt") and reset.exists()):
+        work()
+        return None
 
+    def resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-def _resident(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(float(line.split()[1]) for line in lines if line.startswith(name))
+    # Freed blocks go back to the system at once, so that none that the run takes was resident before it.
+    trim_threshold, mmap_threshold = -1, -3  # as in malloc.h
+    libc.mallopt(mmap_threshold, 1 << 16)
+    libc.malloc_trim(0)
+    reset.write_text("5")  # sets the peak to what is resident now
+    before = resident("VmRSS")
+    work()
+    peak = resident("VmHWM") - before
+    libc.mallopt(mmap_threshold, 1 << 25)  # where glibc's own adaptation arrives when large blocks come and go
+    libc.mallopt(trim_threshold, 1 << 26)
+    return peak
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -403,6 +403,7 @@ def test_rows_packed_by_trl_keep_their_borders(train):
             {"full_context_weight": 0.5},
             "full_context_weight",
         ),
+        ({"prompt": "a b", "constraints": ["c"], "context_weights": [1.0, 2.0]}, {}, "context_weights"),
         ({"contexts": ["a b", "c b"]}, {"include_full": False}, "include_full"),
         ({"prompt": "a b"}, {"full_context_weight": 0.5}, "full_context_weight"),
         ({"prompt": "a b"}, {"include_bare": False}, "include_bare"),

@@ -5,8 +5,11 @@ import types
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from trl_miso.attention import kernels
+from trl_miso.attention.adapter import ModelRotation
 from trl_miso.attention.kernels import KERNELS, resolve_kernel
 from trl_miso.attention.mixture import KernelOptions, miso_attention
 from trl_miso.packing import Varlen, pack
@@ -14,6 +17,7 @@ from trl_miso.segments import parallel, single
 
 H, G, D = 4, 2, 16
 CALL = Varlen(torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([0, 3, 9], dtype=torch.int32), 3, 6)
+WEIGHTINGS_AND_WINDOWS = [("uniform", 0), ("fid", 0), ("vanilla", 0), ("uniform", 40), ("fid", 40)]
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -73,6 +77,45 @@ def test_torch_flash_shapes_on_meta(head_dim, options):
     assert lse.shape == (H, 5) and lse.dtype == torch.float32
     gradients = KERNELS["torch_flash"].backward(dout, q, k, v, out, lse, call, options)
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+def _trained(device, dtype, kernel, weighting, window):
+    """Forward and backward of a batch with shared prefixes, offsets and a single run, by Llama's own rotation."""
+    config = LlamaConfig(head_dim=64, num_attention_heads=8)
+    rotation = ModelRotation(LlamaRotaryEmbedding(config).to(device), None, apply_rotary_pos_emb)
+    contexts = [list(range(100)) + [1000 + i] * (10 * i + 1) for i in range(6)]
+    batch = [parallel(contexts, 70, [1 / 6] * 6, "successive")[1], single(130)]
+    _, _, packed = pack(batch, weighting, window)
+    moved = {key: x.to(device) if torch.is_tensor(x) else x for key, x in packed.to_batch().items()}
+    total = sum(example.num_tokens for example in batch)
+    leaves = [torch.randn(total, h, 64, device=device, dtype=dtype, requires_grad=True) for h in (8, 2, 2)]
+    packed = type(packed).from_batch(moved)
+
+    def step():
+        out = miso_attention(*leaves, packed, kernel, KernelOptions(0.1, window=window), rotation)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return step
+
+
+@pytest.mark.parametrize(("weighting", "window"), WEIGHTINGS_AND_WINDOWS)
+def test_a_layer_waits_for_no_value(weighting, window):
+    """On the meta device whatever asks a tensor for its values fails: no wait for the GPU in a layer."""
+    gradients = _trained("meta", torch.bfloat16, KERNELS["torch_flash"], weighting, window)()
+    assert [g.shape[1] for g in gradients] == [8, 2, 2]
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize(("weighting", "window"), WEIGHTINGS_AND_WINDOWS)
+def test_a_layer_does_not_synchronize(weighting, window):
+    step = _trained("cuda", torch.bfloat16, KERNELS["torch_flash"], weighting, window)
+    step()  # loads libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

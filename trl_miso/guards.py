@@ -87,6 +87,11 @@ def check_settings(args: MISOSFTConfig, mode: str, kind: str, columns: list[str]
                 f"Got {setting} set for {why}: it would have no effect. Expected its default. Fix: leave {setting} unset, or change "
                 "the rows or context_mode."
             )
+    if weights and kind == "constraints":
+        raise ValueError(
+            "Got column 'context_weights' beside 'constraints', from which contexts are made: it would have no effect. Expected it "
+            "beside 'contexts'. Fix: write the contexts out in column 'contexts', or remove 'context_weights'."
+        )
 
 
 def check_first_row(dataset: AnyDataset | None, args: MISOSFTConfig) -> None:
