@@ -26,14 +26,13 @@ import torch
 import transformers
 from datasets import Dataset
 from measure import machine, median, print_table, timed
-from rows import crab_shaped_rows, texts
+from rows import adapt, crab_shaped_rows, full_prompts, texts
 from step import SIZES, TEMPLATE, make_model
 from transformers import LlamaConfig
 from variants import VARIANTS, Watch, batch_work, build
 
 from trl_miso.preparation import pack_rows
 from trl_miso.preview.statistics import ModelShape
-from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer
 
 LENGTH = 4096
@@ -69,9 +68,8 @@ def balance(rows: Dataset, tokenizer, ranks: int, folder: str) -> list[list[str]
     """The share of a step in which the average rank waits, for bins as SFTTrainer packs them and as MISO does."""
     shape = ModelShape.of(LlamaConfig(), "7B")
     adapted = adapt(rows)
-    full = adapted.map(lambda row: {"prompt": row["full_prompt"]}, remove_columns=["constraints", "full_prompt"])
     lines = []
-    for name, data in (("SFTTrainer, packed", full), ("MISO para", adapted)):
+    for name, data in (("SFTTrainer, packed", full_prompts(adapted)), ("MISO para", adapted)):
         trainer = build(name, make_model("tiny", tokenizer, "cpu"), data, tokenizer, folder, "cpu", LENGTH)
         cost = np.array([shape.flops(*batch_work(batch)) for batch in trainer.get_train_dataloader()])
         steps = len(cost) // ranks
@@ -81,10 +79,6 @@ def balance(rows: Dataset, tokenizer, ranks: int, folder: str) -> list[list[str]
             waits.append(1 - drawn.mean(1).sum() / drawn.max(1).sum())
         lines.append([name, str(len(cost)), f"{cost.std() / cost.mean():.1%}", f"{np.mean(waits):.1%}"])
     return lines
-
-
-def adapt(rows: Dataset) -> Dataset:
-    return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
 
 
 def waiting(rows: Dataset, tokenizer, size: str, workers: int, repeats: int, folder: str) -> list[str]:

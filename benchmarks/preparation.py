@@ -29,11 +29,10 @@ import trl
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
-from rows import crab_shaped_rows, texts
+from rows import adapt, crab_shaped_rows, full_prompts, texts
 from trl import SFTConfig, SFTTrainer
 
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
-from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
 
 TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
@@ -41,10 +40,6 @@ TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
 
 def make_rows(count: int, prose: Path | None) -> list[dict]:
     return synthetic_rows(count) if prose is None else crab_shaped_rows(count, texts(prose))
-
-
-def adapt(rows: Dataset) -> Dataset:
-    return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
 
 
 def make(trainer, config, dataset, tokenizer, **options):
@@ -67,9 +62,7 @@ def speed(count: int, prose: Path | None, repeats: int) -> None:
     tokenizer.chat_template = TEMPLATE.read_text()
     rows = Dataset.from_list(raw)
     adapted = adapt(rows)
-    plain = adapted.map(
-        lambda row: {"prompt": row["full_prompt"], "completion": row["completion"]}, remove_columns=adapted.column_names
-    )
+    plain = full_prompts(adapted)
     texts = [tokenizer.apply_chat_template(r["prompt"] + r["completion"], tokenize=False) for r in plain]
     miso = MISOSFTTrainer, MISOSFTConfig, adapted, tokenizer
     work = {

@@ -7,7 +7,9 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from trl_miso.sources.crab import crab_row
+from datasets import Dataset
+
+from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import synthetic_rows
 
 _CONSTRAINTS = 7
@@ -52,6 +54,17 @@ def crab_shaped_rows(
         messages += exchange(_CONSTRAINTS)
         rows.append({"id": f"row_{i}_forward", "cnt_id": str(i), "source": "benchmark", "messages": messages})
     return rows
+
+
+def adapt(rows: Dataset) -> Dataset:
+    """Rows in Crab's schema as prompt, constraints, completion and full_prompt."""
+    return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
+
+
+def full_prompts(adapted: Dataset) -> Dataset:
+    """What plain SFT trains on: the full prompt and the completion."""
+    unused = [name for name in adapted.column_names if name not in ("prompt", "completion")]
+    return adapted.map(lambda row: {"prompt": row["full_prompt"]}, remove_columns=unused)
 
 
 def long_rows(

@@ -30,12 +30,11 @@ import transformers
 from datasets import Dataset
 from measure import ceiling, machine, median, peak_memory, print_table, write_json
 from rich.progress import track
-from rows import crab_shaped_rows, long_rows, texts
+from rows import adapt, crab_shaped_rows, full_prompts, long_rows, texts
 from transformers import LlamaConfig, LlamaForCausalLM
 from variants import VARIANTS, Watch, batch_work, build
 
 from trl_miso.preview.statistics import ModelShape
-from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
@@ -78,7 +77,7 @@ class Workload:
         self.device, self.size, self.max_length = options.device, options.size, 2048
         text = "generated text" if options.prose is None else "real text"
         if kind.isdigit():
-            count = max(1, 2 * options.rows * 1024 // int(kind) // 2)
+            count = max(1, options.rows * 1024 // int(kind))
             self.title = f"{count} rows of {text} with an input of {kind} tokens and an output of {OUTPUT}"
             self.max_length = int(kind) + 2 * OUTPUT
             rows = long_rows(count, material, self.tokenizer, int(kind), OUTPUT)
@@ -87,10 +86,8 @@ class Workload:
         self.title = f"{options.rows} Crab-shaped rows of {text}, demonstrations in {kind} of them"
         raw = crab_shaped_rows(options.rows, material, 1, demonstrations=kind == "half")
         rows = Dataset.from_list(raw)
-        self.miso = rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
-        self.sft = self.miso.map(
-            lambda row: {"prompt": row["full_prompt"]}, remove_columns=["constraints", "full_prompt"]
-        )
+        self.miso = adapt(rows)
+        self.sft = full_prompts(self.miso)
 
     def trainer(self, name: str, folder: str) -> Any:
         model = make_model(self.size, self.tokenizer, self.device)
