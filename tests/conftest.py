@@ -35,7 +35,7 @@ def para_dataset(crab_rows):
 
 @pytest.fixture
 def make_config(tmp_path):
-    """MISOSFTConfig for the CPU: float32, one log line a step, nothing saved."""
+    """MISOSFTConfig for the CPU: float32, one log line a step, nothing saved or verified."""
 
     def make(cls=MISOSFTConfig, **kwargs):
         defaults = {
@@ -50,6 +50,7 @@ def make_config(tmp_path):
             "save_strategy": "no",
             "gradient_checkpointing": False,
             "disable_tqdm": True,
+            "verify": False,
         }
         return cls(**(defaults | kwargs))
 

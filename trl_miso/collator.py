@@ -9,6 +9,8 @@ import torch
 from trl_miso.packing import pack
 from trl_miso.segments import Example, decode, single, unshare
 
+ROWS = "miso_rows"  # the batch's raw rows, which the trainer takes out again
+
 
 @dataclass
 class MISODataCollator:
@@ -16,7 +18,8 @@ class MISODataCollator:
 
     Every row has `input_ids`, `labels` and `miso_layout` (see `segments.encode`); a row without a layout is one causal
     run. The batch has `input_ids`, `labels`, `position_ids` of shape (1, T) and the integer fields of
-    `packing.PackedSegments` under the prefix `miso_`. It is laid out `[contexts | outputs | single runs]`.
+    `packing.PackedSegments` under the prefix `miso_`. It is laid out `[contexts | outputs | single runs]`. Where the rows
+    say in `miso_row` which raw rows they are of, the batch says so in `miso_rows`, for the trainer's messages.
 
     Args:
         pad_token_id: Fills up to `pad_to_multiple_of`, as a causal run of its own without labels.
@@ -54,6 +57,8 @@ class MISODataCollator:
         }
         # A label is predicted from the row before it, which for the first token of a segment is another segment's.
         batch["labels"][0, packed.cu_seqlens_q[:-1].long()] = -100
+        if all("miso_row" in row for row in rows):
+            batch[ROWS] = torch.tensor([number for row in rows for number in row["miso_row"]])
         return batch | packed.to_batch()
 
     def _flatten(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Example], list[int], list[int]]:

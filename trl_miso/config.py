@@ -59,6 +59,9 @@ class MISOSFTConfig(SFTConfig):
         attention_kernel (`str`, *optional*, defaults to `"auto"`):
             Attention kernel: `"flash_attn"` (the package), `"torch_flash"` (FlashAttention-2 built into torch), `"cpu"`,
             `"reference"` (dense, slow), or `"auto"`, the first of these that can run.
+        verify (`bool`, *optional*, defaults to `True`):
+            Whether to check, before the first step, on the model and the first rows that MISO is exact, and refuse to
+            train if not. Costs about a dozen forward passes of two rows.
     """
 
     context_mode: str = field(
@@ -140,6 +143,13 @@ class MISOSFTConfig(SFTConfig):
             "help": "Attention kernel: 'flash_attn' (the package), 'torch_flash' (FlashAttention-2 built into torch), 'cpu', "
             "'reference' (dense, slow), or 'auto', the first of these that can run.",
             "choices": ["auto", *KERNELS],
+        },
+    )
+    verify: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to check, before the first step, on the model and the first rows that MISO is exact, and refuse to "
+            "train if not. Costs about a dozen forward passes of two rows."
         },
     )
 

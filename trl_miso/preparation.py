@@ -17,11 +17,11 @@ from trl_miso.report import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dr
 from trl_miso.segments import decode, encode, single
 from trl_miso.tokenization import Layout, Tokenizer, columns
 
-COLUMNS = ["input_ids", "labels", "miso_layout"]  # what the collator reads
-# The number of the raw row, and how many tokens of its output's end max_length took; lists, as in a packed row.
-_ORIGIN = ["miso_row", "miso_cut"]
+# What the collator reads; the last is the number of the raw row, a list, as in a bin of several.
+COLUMNS = ["input_ids", "labels", "miso_layout", "miso_row"]
+_CUT = ["miso_cut"]  # how many tokens of the output's end max_length took
 # Given, not inferred: the first rows may all be dropped, whose empty lists have no type.
-_FEATURES = Features({name: List(Value("int64")) for name in [*COLUMNS, *_ORIGIN]} | REASON)
+_FEATURES = Features({name: List(Value("int64")) for name in [*COLUMNS, *_CUT]} | REASON)
 _BATCH = 250  # rows prepared at a time: enough to tokenize many texts in one call, few enough to stay in the cache
 
 
@@ -223,7 +223,9 @@ def check_prepared(dataset: AnyDataset, max_length: int | None, name: str) -> No
 
 def pack_rows(dataset: AnyDataset, max_length: int, shared: bool, num_proc: int | None) -> AnyDataset:
     """Bins of whole examples with at most `max_length` unique tokens, planned over batches of rows as TRL's packing is."""
-    return map_batches(dataset.select_columns(COLUMNS), _Packing(max_length, shared), num_proc, "Packing examples")
+    names = get_dataset_column_names(dataset)
+    dataset = dataset.select_columns([name for name in COLUMNS if name in names])
+    return map_batches(dataset, _Packing(max_length, shared), num_proc, "Packing examples")
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class _Packing:
         ]
         bins = plan_bins(sizes, self.max_length)
         return {
-            name: [list(chain.from_iterable(batch[name][i] for i in members)) for members in bins] for name in COLUMNS
+            name: [list(chain.from_iterable(of[i] for i in members)) for members in bins] for name, of in batch.items()
         }
 
 

@@ -4,6 +4,7 @@ recipe, args, model_args = parse_recipe()
 train(make_trainer(recipe, args, model_args), recipe)
 """
 
+import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,6 +90,31 @@ def parse_recipe(
     if recipe.global_batch_size is not None:
         set_global_batch_size(args, recipe.global_batch_size)
     return recipe, args, model_args
+
+
+def parse_command(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, tuple[RecipeArguments, MISOSFTConfig, ModelConfig]]:
+    """A console command's own options, and a recipe's: `[DATASET] [own options] [--config RECIPE.yaml] [options of a recipe]`."""
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="options of a recipe")
+    options, others = parser.parse_known_args(arguments)
+    dataset_name = others.pop(0) if others and not others[0].startswith("-") else None
+    others += ["--config", options.config] if options.config else []
+    recipe, args, model_args = parse_recipe(others, **({"dataset_name": dataset_name} if dataset_name else {}))
+    if dataset_name:
+        recipe.dataset_name = dataset_name
+    return options, (recipe, args, model_args)
+
+
+def count_from(least: int) -> Callable[[str], int]:
+    """A number of rows, for argparse."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
+        return int(text)
+
+    return count
 
 
 def set_global_batch_size(args: MISOSFTConfig, global_batch_size: int) -> None:

@@ -1,11 +1,14 @@
 """MISOSFTTrainer."""
 
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     DataCollator,
@@ -16,6 +19,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
@@ -23,13 +27,17 @@ from trl.trainer.utils import get_config_model_id
 from trl_miso import guards, preparation
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
 from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle
-from trl_miso.collator import MISODataCollator
+from trl_miso.checkpoints import WholeCheckpoints, resumable
+from trl_miso.collator import ROWS, MISODataCollator
 from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
+from trl_miso.hub import HubPushes
 from trl_miso.preparation import RowPreparation
 from trl_miso.report import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.tokenization import Layout, Tokenizer
 from trl_miso.trl_rows import TRLRows, rows_for_trl
+from trl_miso.verification.trainer import Verifiable, VerifyFirst
+from trl_miso.watch import NotFinite, Watch
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -46,7 +54,7 @@ _BIBTEX = """\
 }"""
 
 
-class MISOSFTTrainer(SFTTrainer):
+class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
     """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
 
     The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
@@ -64,6 +72,7 @@ class MISOSFTTrainer(SFTTrainer):
 
     Attributes:
         training_mode: What the training rows are prepared as: `"para"`, `"succ"`, `"single"` or `"augment"`.
+        verification: The checks that `train` made before its first step, or `verify`.
         dropped_rows: For each prepared data set the reasons for which rows were dropped, with the rows' numbers (of a
             stream, among the rows that were counted).
 
@@ -137,6 +146,9 @@ class MISOSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         self._install(args)
+        self._watch = Watch(self.accelerator)
+        self.add_callback(self._watch)
+        self.add_callback(VerifyFirst(self))
 
     def _install(self, args: MISOSFTConfig) -> None:
         """Switch the model's attention and the collator over, now that TRL has made the model and wrapped it."""
@@ -285,17 +297,58 @@ class MISOSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(preparation.COLUMNS)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As SFTTrainer's, except:
+
+        - It resumes from whole checkpoints only; `True` is the newest whole one in `output_dir`.
+        - After SIGTERM the step under way is finished, a checkpoint saved, and SystemExit(143) raised.
+
+        Raises:
+            ValueError: If there is no whole checkpoint to resume from.
+            NotFinite: For a NaN or infinite loss or gradient, with the numbers of the rows it comes from, before the
+                weights change. They are saved as a checkpoint first (not under FSDP and DeepSpeed).
+        """
+        checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
+        with nullcontext() if self.args.enable_jit_checkpoint else self._watch.signals():
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except NotFinite as error:
+                error.add_note(self._save_before_failing())
+                raise
+        if self._watch.terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
+
+    def _save_before_failing(self) -> str:
+        """Save the weights as they are between two steps; says what was saved."""
+        step, plain = self.state.global_step, (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self._saved_step == step or self.accelerator.distributed_type not in plain:
+            return f"Training had done {step} steps; the last checkpoint is that of step {self._saved_step}."
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            return f"After {step} steps some weights are not finite: nothing was saved."
+        self._save_checkpoint(self.model, trial=None)
+        return f"Saved checkpoint-{step}, the weights as they were before."
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # which skips the steps of float16 that overflow
+            self._watch.check_gradients(norm)
+        return norm
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         mode = "train" if self.model.training else "eval"
+        rows = inputs.pop(ROWS, None)
         counts = inputs.get("miso_num_mixed", 0), inputs.get("miso_num_examples", 1)
         self._metrics[mode]["multi_context_share"].append(counts[0] / counts[1])
-        if mode in self._probed:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        probe = None if mode in self._probed else Probe()
         # The first batch shows, with the model as it was wrapped for training, that every layer receives the metadata.
-        probe = Probe()
-        loss = super().compute_loss(model, inputs | {"miso_probe": probe}, *args, **kwargs)
-        check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
-        self._probed.add(mode)
+        probed = inputs if probe is None else inputs | {"miso_probe": probe}
+        loss = super().compute_loss(model, probed, *args, **kwargs)
+        if probe is not None:
+            check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
+            self._probed.add(mode)
+        if mode == "train":
+            self._watch.see(loss, rows)
         return loss
 
 

@@ -6,7 +6,7 @@ runs `miso_attention`; without them (evaluation of other batches, generation) ex
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -22,7 +22,9 @@ from transformers.utils import logging
 
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions, Rotation, miso_attention
-from trl_miso.packing import PackedSegments
+from trl_miso.attention.reference import reference_attention
+from trl_miso.packing import WEIGHTINGS, PackedSegments
+from trl_miso.segments import decode
 
 logger = logging.get_logger(__name__)
 
@@ -154,6 +156,43 @@ def _attention_forward(
     with torch.autocast(query.device.type, enabled=False):
         out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
     return out[None], None
+
+
+def register_definition() -> str:
+    """Register attention by its definition (`reference.py`), dense, for batches of one example in its own order.
+
+    The batch says which in `miso_definition`, as `segments.encode` writes it. What a model is verified against.
+    """
+    name = "miso_definition"
+    if name not in _REGISTERED:
+        AttentionInterface.register(name, _definition_forward)
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+        _REGISTERED[name] = "sdpa"
+    return name
+
+
+def _definition_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    miso_definition: Sequence[int],
+    miso_weighting: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    wide = torch.promote_types(value.dtype, torch.float32)
+    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(wide) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    example, weighting = next(decode(miso_definition)), WEIGHTINGS[miso_weighting]
+    turned_and_limited = rotation_of(module), sliding_window or 0, softcap or 0.0
+    with torch.autocast(query.device.type, enabled=False):
+        out = reference_attention(q_THD, k_TGD, v_TGD, example, weighting, scale, *turned_and_limited)
+    return out[None].to(value.dtype), None
 
 
 def _log_kernel_once(kernel: Any, requested: str, dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from trl_miso.preview.page import render_page
 from trl_miso.preview.prepared import preview_dataset
 from trl_miso.preview.statistics import ModelShape, meta_model
 from trl_miso.preview.terminal import print_preview
-from trl_miso.recipe import RecipeArguments, adapt_rows, is_chat, load_rows, load_tokenizer, parse_recipe
+from trl_miso.recipe import RecipeArguments, adapt_rows, count_from, is_chat, load_rows, load_tokenizer, parse_command
 from trl_miso.sources.synthetic import build_model
 
 _STREAMED_ROWS = 1000
@@ -40,19 +39,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("-n", type=_count(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
+    parser.add_argument("-n", type=count_from(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
     parser.add_argument(
-        "--rows", type=_count(1), metavar="N", help="read the first N rows only (of a stream 1000 by default)"
+        "--rows", type=count_from(1), metavar="N", help="read the first N rows only (of a stream 1000 by default)"
     )
     parser.add_argument("--html", type=_file, metavar="FILE", help="write one self-contained page")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the statistics")
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="options of a recipe")
-    options, others = parser.parse_known_args(arguments)
-    dataset_name = others.pop(0) if others and not others[0].startswith("-") else None
-    others += ["--config", options.config] if options.config else []
-    recipe, args, model_args = parse_recipe(others, **({"dataset_name": dataset_name} if dataset_name else {}))
-    if dataset_name:
-        recipe.dataset_name = dataset_name
+    options, (recipe, args, model_args) = parse_command(parser, arguments)
     preview, _ = preview_recipe(recipe, args, model_args, options.n, options.rows)
     if options.json:
         options.json.write_text(json.dumps(preview["statistics"], indent=2) + "\n", encoding="utf-8")
@@ -63,17 +56,6 @@ def main(arguments: list[str]) -> None:
         print_preview(preview, console)
     for file in filter(None, (options.html, options.json)):
         console.print(f"Wrote {file}", markup=False, highlight=False)
-
-
-def _count(least: int) -> Callable[[str], int]:
-    """A number of rows, for argparse."""
-
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
-        return int(text)
-
-    return count
 
 
 def _file(text: str) -> Path:

@@ -1,0 +1,84 @@
+"""A loss or gradient that is no number: training stops before the weights change, and says which rows."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.models import tiny_model
+from trl_miso import MISOSFTTrainer
+from trl_miso.watch import NotFinite
+
+POISON = 500  # a token id of no text
+
+
+@pytest.fixture
+def rows(para_dataset, tokenizer):
+    return para_dataset.select(range(12))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_that_is_no_number(rows, tokenizer, make_config, packing, tmp_path):
+    """Row 7's output has a token whose embedding is NaN: the rows of its batch are named, and the weights are those of before."""
+    config = make_config(
+        per_device_train_batch_size=1 if packing else 2,
+        packing=packing,
+        max_length=400,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        max_steps=-1,
+        save_strategy="steps",
+        save_steps=100,
+        train_sampling_strategy="sequential",
+    )
+    trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
+
+    def poisoned(row):
+        return row | {"input_ids": [*row["input_ids"][:-1], POISON]} if 7 in row["miso_row"] else row
+
+    trainer.train_dataset = trainer.train_dataset.map(poisoned)
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[POISON] = torch.nan
+    trainer.model.lm_head.weight = torch.nn.Parameter(trainer.model.lm_head.weight.detach().nan_to_num())
+    batches = list(trainer.get_train_dataloader())
+    (bad,) = [i for i, batch in enumerate(batches) if 7 in batch["miso_rows"].tolist()]
+    with pytest.raises(NotFinite) as caught:
+        trainer.train()
+    assert f"from rows {sorted(set(batches[bad]['miso_rows'].tolist()))} of the training data" in str(caught.value)
+    assert trainer.state.global_step == bad // 2
+    assert len(caught.value.__notes__) == 1
+
+
+def test_a_gradient_that_is_no_number(rows, tokenizer, make_config, tmp_path):
+    """The step's rows are named; the weights are those after the step before it, which are saved and can be resumed from."""
+    config = make_config(max_steps=3, save_strategy="steps", save_steps=100, output_dir=str(tmp_path / "out"))
+    trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
+    at_step = []
+    weight = trainer.model.lm_head.weight
+
+    def spoil(gradient):
+        at_step.append(trainer.state.global_step)
+        return gradient * torch.nan if trainer.state.global_step == 1 else gradient
+
+    hook = weight.register_hook(spoil)
+    with pytest.raises(NotFinite, match=r"gradients of norm nan from rows \[\d+, \d+, \d+, \d+\]") as caught:
+        trainer.train()
+    assert caught.value.__notes__ == ["Saved checkpoint-1, the weights as they were before."]
+    assert at_step == [0, 1] and all(p.isfinite().all() for p in trainer.model.parameters())
+    hook.remove()
+    again = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
+    again.train(resume_from_checkpoint=True)
+    whole = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
+    whole.train()
+    for p, q in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_numbers_are_those_of_the_given_rows(rows, tokenizer, make_config):
+    """Dropped rows and packing in between do not shift them."""
+    empty = rows[0] | {"completion": [{"role": "assistant", "content": ""}]}
+    dataset = Dataset.from_list([empty, *rows, empty])
+    for packing in (False, True):
+        config = make_config(packing=packing, max_length=400)
+        trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=dataset, processing_class=tokenizer)
+        seen = [n for batch in trainer.get_train_dataloader() for n in batch["miso_rows"].tolist()]
+        assert sorted(seen) == list(range(1, 13))
