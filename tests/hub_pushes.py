@@ -77,14 +77,17 @@ def logits(model):
 
 
 def fails(push):
-    """The message of a push that fails, and whether the model it left on disk is the trainer's."""
+    """How a push fails, and whether the model it left on disk is the trainer's."""
+    trainer, message = push.__self__, ""
     try:
         push()
-    except RuntimeError as error:
-        trainer = push.__self__
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    try:
         local = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
-        return {"error": str(error), "intact": torch.equal(logits(local), logits(trainer.model))}
-    return {"error": "", "intact": False}
+    except (OSError, ValueError):
+        return {"error": message, "intact": False}
+    return {"error": message, "intact": torch.equal(logits(local), logits(trainer.model))}
 
 
 def _full(*args, **kwargs):
@@ -99,10 +102,7 @@ def whole():
     torch.save(logits(trainer.model), FOLDER / "whole.pt")
     kept = copy.deepcopy(trainer.args).hub_token, trainer.args.hub_token
     trainer._save = _full
-    try:
-        trainer.push_to_hub()
-    except OSError as error:
-        return {"kept": [str(token) for token in kept], "unsaved": repr(error)}
+    return {"kept": [str(token) for token in kept], "unsaved": fails(trainer.push_to_hub)["error"]}
 
 
 def every_save():

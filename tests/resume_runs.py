@@ -23,7 +23,7 @@ STEPS = 8
 
 
 class Course(TrainerCallback):
-    """Writes each step's loss and gradient norm down, and acts at the end of a step."""
+    """Writes each step's loss and gradient norm down, and acts in the step after a given one."""
 
     def __init__(self, folder: Path, at: int | None, act):
         self.folder, self.at, self.act = folder, at, act
@@ -33,7 +33,7 @@ class Course(TrainerCallback):
             with open(self.folder / "course.jsonl", "a") as file:
                 file.write(json.dumps([state.global_step, logs["loss"], logs["grad_norm"]]) + "\n")
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.at:
             self.act()
 

@@ -4,11 +4,51 @@ Row i is context i followed by the output, at positions 0, 1, 2, ...; in every l
 output token are replaced by their weighted mixture. No packing, no shared prefix, no rotation, no log-sum-exp merge.
 """
 
+from collections.abc import Iterator
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from trl_miso.segments import decode
+
 NAME = "rows_oracle"
+
+
+class Parts(NamedTuple):
+    """What one example of a prepared row consists of; a single causal run is the output of one empty context."""
+
+    contexts: list[list[int]]
+    output: list[int]
+    labels: list[int]
+    weights: list[float]
+
+
+def parts_of(row) -> Iterator[Parts]:
+    """The examples of a prepared row (`input_ids`, `labels`, `miso_layout`)."""
+    at = 0
+    for example in decode(row["miso_layout"]):
+        bounds = list(accumulate((s.length for s in example.segments), initial=at))
+        runs = [row["input_ids"][start:end] for start, end in pairwise(bounds)]
+        labels = row["labels"][bounds[-2] : bounds[-1]]
+        assert all(label == -100 for label in row["labels"][at : bounds[-2]]), "a context has labels"
+        at = bounds[-1]
+        contexts = [list(chain.from_iterable(runs[i] for i in example.path(b.segment))) for b in example.branches]
+        yield Parts(contexts or [[]], runs[-1], labels, [branch.weight for branch in example.branches] or [1.0])
+    assert at == len(row["input_ids"]) == len(row["labels"])
+
+
+def positions_of(contexts, output, where):
+    """Positions of each row. `where` is `"successive"`; `"after_longest"`: the output after the longest context; `"chunks"`:
+    contexts are chunks of one input, at the positions that they have in it, and the output after all of them."""
+    lengths = list(map(len, contexts))
+    starts = list(accumulate(lengths[:-1], initial=0)) if where == "chunks" else [0] * len(lengths)
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    begin = ends if where == "successive" else [max(ends)] * len(ends)
+    spans = zip(starts, ends, begin, strict=True)
+    return [[*range(start, end), *range(first, first + len(output))] for start, end, first in spans]
 
 
 def rows_loss(model, contexts, output, labels, weights, weighting="uniform", positions=None):
@@ -17,10 +57,10 @@ def rows_loss(model, contexts, output, labels, weights, weighting="uniform", pos
     width = max(lengths) + len(output)
     ids = torch.zeros(len(contexts), width, dtype=torch.long)
     at = torch.zeros_like(ids)
+    positions = positions or positions_of(contexts, output, "successive")
     for i, context in enumerate(contexts):
         ids[i, : lengths[i] + len(output)] = torch.tensor([*context, *output])
-        row = range(lengths[i] + len(output)) if positions is None else positions[i]
-        at[i, : lengths[i] + len(output)] = torch.tensor(list(row))
+        at[i, : lengths[i] + len(output)] = torch.tensor(positions[i])
     model.set_attn_implementation(NAME)
     logits = model(
         input_ids=ids,
@@ -33,7 +73,7 @@ def rows_loss(model, contexts, output, labels, weights, weighting="uniform", pos
     ).logits
     predicted = logits[0, lengths[0] : lengths[0] + len(output) - 1]
     return torch.nn.functional.cross_entropy(
-        predicted.double(), torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"
+        predicted.double(), torch.tensor(labels[1:], dtype=torch.long), ignore_index=-100, reduction="sum"
     )
 
 
