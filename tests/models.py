@@ -1,7 +1,11 @@
 """Tiny random models of many architectures, and the rotary embedding used on bare tensors."""
 
+import dataclasses
+
 import torch
 import transformers as t
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _SIZES = {
     "vocab_size": 512,
@@ -104,9 +108,54 @@ CONFIGS = {
 }
 
 
+# Where a config has them; the other fields, dropout apart, keep the defaults of the architecture.
+_SMALL = _SIZES | {
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "ffn_dim": 96,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "sliding_window": 128,
+}
+
+
+def shrunk(model_type: str, **overrides) -> t.PreTrainedConfig:
+    """A tiny config of any architecture that transformers knows, with a layer of each kind that its default config has."""
+    kind = CONFIG_MAPPING[model_type]
+    own = {field.name for field in dataclasses.fields(kind)}
+    known = own | {name for name, target in kind.attribute_map.items() if target in own}
+    sizes = {name: size for name, size in _SMALL.items() if name in known}
+    sizes |= {name: 0.0 for name in own if name.endswith(("dropout", "pdrop", "layerdrop", "dropout_prob"))}
+    kinds = list(dict.fromkeys(getattr(kind(), "layer_types", None) or ()))
+    if kinds and "layer_types" in own:
+        sizes |= {"layer_types": (kinds * 3)[: max(3, len(kinds))], "num_hidden_layers": max(3, len(kinds))}
+    return kind(**sizes | overrides)
+
+
+def architectures() -> list[str]:
+    """Model types of transformers' language models for text: one for each class, without those made of several models."""
+    kinds = {cls: name for name, cls in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    return sorted(name for name in kinds.values() if not CONFIG_MAPPING[name].sub_configs)
+
+
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> t.PreTrainedModel:
+    """A model of `CONFIGS`, or of any model type of transformers."""
     torch.manual_seed(0)
-    config = CONFIGS[name](**overrides)
+    config = CONFIGS[name](**overrides) if name in CONFIGS else shrunk(name, **overrides)
     model = t.AutoModelForCausalLM.from_config(config, dtype=dtype)
     for p in model.parameters():  # larger than the usual initialisation, so that attention is not uniform
         if p.dim() > 1:

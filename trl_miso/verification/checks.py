@@ -110,7 +110,7 @@ class Verifier:
     ) -> torch.Tensor:
         """(labels,) float64 log-probabilities of the labelled tokens, in order; without metadata by ordinary attention."""
         with torch.no_grad():
-            return self._forward(self._batch(rows, collator, metadata)).double().cpu()
+            return self._forward(self._batch(rows, collator, metadata)).cpu().double()
 
     def _is_definition(self, budget: float) -> Check:
         name = "the kernel is the definition"
@@ -126,7 +126,7 @@ class Verifier:
         batch = self._batch([row], replace(self.collator, pad_to_multiple_of=None))
         example = _example(row) if self.collator.share_prefixes else unshare(_example(row), [])[0]
         with torch.no_grad():
-            return self._forward(batch | {"miso_definition": tuple(encode(example))}).double().cpu()
+            return self._forward(batch | {"miso_definition": tuple(encode(example))}).cpu().double()
 
     def _batch(
         self, rows: Sequence[Row], collator: MISODataCollator | None = None, metadata: bool = True
@@ -246,7 +246,7 @@ class _Noise:
     def __call__(self, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, out.shape, generator=generator).to(out.device) * 2 - 1
-        return (out.double() * (1 + self.size * signs)).to(out.dtype)
+        return (out.to(torch.promote_types(out.dtype, torch.float32)) * (1 + self.size * signs)).to(out.dtype)
 
 
 class _Leaf:
