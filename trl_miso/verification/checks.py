@@ -20,20 +20,22 @@ from trl_miso.segments import Branch, Example, decode, encode, single, unshare
 
 Row = dict[str, list[int]]  # prepared, of one example
 LONGEST = 4096  # tokens of a row whose scores fit in memory, all at once
-_NATS = "nats, root mean square over labelled tokens"
+_NATS = "nats"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One identity: `measured` is how far it is from holding, in the words of `note`; it failed if that exceeds `budget`.
+    """One identity; it failed if `measured` exceeds `budget`.
 
-    `status` is `"passed"`, `"failed"` or `"skipped"` (`note` says why).
+    `status` is `"passed"`, `"failed"` or `"skipped"` (`note` says why). `unit` is `"nats"`, the root mean square over the labelled
+    tokens' log-probabilities; `"labels"` on a wrong token; or `"tokens"` without gradient.
     """
 
     name: str
     status: str
     measured: float | None = None
     budget: float | None = None
+    unit: str = ""
     note: str = ""
 
 
@@ -81,7 +83,7 @@ class Verifier:
             return _check(name, _distance(other, to), budget, _NATS)
 
         yield equal(
-            "one context is the model's own attention",
+            "one context is plain attention",
             torch.cat([self.log_probs([row]) for row in alone]),
             torch.cat([self.log_probs([row], metadata=False) for row in alone]),
         )
@@ -168,7 +170,7 @@ class Verifier:
         labelled = batch["labels"][0] != -100
         crossing = labelled[batch["miso_cu_seqlens_q"][:-1].long()].sum()
         in_contexts = labelled[: batch.get("miso_output_start", 0)].sum()
-        return _check("no loss across boundaries", float(crossing + in_contexts), 0.0, "labels on a wrong token")
+        return _check("no loss across boundaries", float(crossing + in_contexts), 0.0, "labels")
 
     def _every_token_counts(self) -> Check:
         """Every token that something is predicted from carries gradient: all but those after the last label."""
@@ -177,7 +179,7 @@ class Verifier:
         with _hooked(self.embeddings, leaf):
             (gradient,) = torch.autograd.grad(self._forward(batch).sum(), [leaf.out])
         idle = (gradient[0] == 0).all(dim=-1) & self._predicts(batch)
-        return _check("every token carries gradient", float(idle.sum()), 0.0, "tokens without gradient")
+        return _check("every token carries gradient", float(idle.sum()), 0.0, "tokens")
 
     @staticmethod
     def _predicts(batch: dict[str, Any]) -> torch.Tensor:
