@@ -92,7 +92,7 @@ CONFIGS = {
         | {
             "num_hidden_layers": 4,
             "head_dim": 16,
-            "global_head_dim": 16,
+            "global_head_dim": 32,
             "sliding_window": 128,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
@@ -147,16 +147,17 @@ def shrunk(model_type: str, **overrides) -> t.PreTrainedConfig:
 
 
 def architectures() -> list[str]:
-    """Model types of transformers' language models for text: one for each class, without those made of several models."""
-    kinds = {cls: name for name, cls in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
-    return sorted(name for name in kinds.values() if not CONFIG_MAPPING[name].sub_configs)
+    """Model types of transformers' language models for text, without those that other models are part of, and T5."""
+    own = (name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if CONFIG_MAPPING[name].model_type == name)
+    return sorted([name for name in own if not CONFIG_MAPPING[name].sub_configs] + ["t5"])
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> t.PreTrainedModel:
     """A model of `CONFIGS`, or of any model type of transformers."""
     torch.manual_seed(0)
     config = CONFIGS[name](**overrides) if name in CONFIGS else shrunk(name, **overrides)
-    model = t.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kind = t.AutoModelForSeq2SeqLM if name == "t5" else t.AutoModelForCausalLM
+    model = kind.from_config(config, dtype=dtype)
     for p in model.parameters():  # larger than the usual initialisation, so that attention is not uniform
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.15)

@@ -277,11 +277,11 @@ def test_card_header_and_links(card_of, tmp_path):
 def test_card_shows_what_was_verified(card_of):
     assert "Not verified." in card_of()
     checks = [
-        Check("packed is separate", "passed", 1.234e-6, 5e-5, "nats, root\nmean | square"),
+        Check("packed is separate", "passed", 1.234e-6, 5e-5, "nats", "no\nwindow | binds"),
         Check("shared is unshared", "skipped", note="share_prefixes is off"),
     ]
     card = card_of(change=lambda trainer: setattr(trainer, "verification", checks))
-    assert "| packed is separate | passed | 1.2e-06 | 5e-05 | nats, root mean \\| square |" in card
+    assert "| packed is separate | passed | 1.2e-06 nats | 5e-05 nats | no window \\| binds |" in card
     assert "| shared is unshared | skipped |  |  | share_prefixes is off |" in card and "Not verified" not in card
 
 

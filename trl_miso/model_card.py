@@ -147,7 +147,7 @@ def _quantization(config: Any) -> str:
 
 
 def _check(check: Any) -> Sequence[str]:
-    numbers = ("" if x is None else f"{x:.2g}" for x in (check.measured, check.budget))
+    numbers = ("" if x is None else f"{x:.2g} {check.unit}" for x in (check.measured, check.budget))
     return [re.sub(r"\s+", " ", text).replace("|", "\\|") for text in (check.name, check.status, *numbers, check.note)]
 
 
