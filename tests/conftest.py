@@ -50,8 +50,9 @@ def make_config(tmp_path):
             "save_strategy": "no",
             "gradient_checkpointing": False,
             "disable_tqdm": True,
-            "verify": False,
         }
+        if issubclass(cls, MISOSFTConfig):
+            defaults["verify"] = False
         return cls(**(defaults | kwargs))
 
     return make

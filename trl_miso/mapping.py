@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Features, IterableDataset, Value
@@ -71,3 +72,20 @@ def check_not_empty(dataset: IterableDataset) -> None:
             "Got a streamed dataset none of whose rows can be trained on (the reasons are logged), expected rows with "
             "an input and an output that fit. Fix: raise max_length, or check the columns."
         )
+
+
+class WholeStream(torch.utils.data.IterableDataset):
+    """A stream that every rank reads as a whole, to take its own rows of it.
+
+    accelerate gives each rank shards of its own where there are enough of them, which differ in how many rows they have: ranks
+    with fewer batches would leave the others waiting.
+    """
+
+    def __init__(self, stream: IterableDataset):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)

@@ -32,6 +32,7 @@ from trl_miso.collator import ROWS, MISODataCollator
 from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
 from trl_miso.hub import HubPushes
+from trl_miso.mapping import WholeStream
 from trl_miso.preparation import RowPreparation
 from trl_miso.report import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.tokenization import Layout, Tokenizer
@@ -296,6 +297,10 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(preparation.COLUMNS)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        shared = self.accelerator.num_processes > 1 and isinstance(dataset, IterableDataset)
+        return super()._get_dataloader(WholeStream(dataset) if shared else dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As SFTTrainer's, except:
