@@ -10,7 +10,7 @@ import pytest
 from tests import resume_runs
 
 PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
-PROCESSES.set_forkserver_preload(["tests.resume_runs"])
+PROCESSES.set_forkserver_preload(["tests.rank_runs", "tests.resume_runs"])
 CHUNKS = {"context_mode": "succ", "chunk_probs": [0.2, 0.4, 0.4], "packing": True, "max_length": 400}
 
 

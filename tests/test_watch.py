@@ -1,13 +1,20 @@
-"""A loss or gradient that is no number: training stops before the weights change, and says which rows."""
+"""A loss or gradient that is no number, SIGTERM, ranks that differ: training ends in order, on every rank, or goes on."""
+
+import ast
+import multiprocessing
+import socket
 
 import pytest
 import torch
 from datasets import Dataset
 
+from tests import rank_runs
 from tests.models import tiny_model
 from trl_miso import MISOSFTTrainer
 from trl_miso.watch import NotFinite
 
+PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
+PROCESSES.set_forkserver_preload(["tests.rank_runs", "tests.resume_runs"])
 POISON = 500  # a token id of no text
 
 
@@ -82,3 +89,42 @@ def test_numbers_are_those_of_the_given_rows(rows, tokenizer, make_config):
         trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=dataset, processing_class=tokenizer)
         seen = [n for batch in trainer.get_train_dataloader() for n in batch["miso_rows"].tolist()]
         assert sorted(seen) == list(range(1, 13))
+
+
+def two_ranks(scenario, folder):
+    """What each of two ranks saw."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [PROCESSES.Process(target=rank_runs.start, args=(rank, port, scenario, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, "a rank hangs" if process.exitcode is None else "a rank failed"
+    return [ast.literal_eval((folder / str(rank)).read_text()) for rank in (0, 1)]
+
+
+def test_one_rank_has_a_loss_that_is_no_number(tmp_path):
+    """Both stop in the same step, name that rank's rows and save what they had."""
+    ranks = two_ranks("nan", tmp_path)
+    assert "Got a loss from rows [6, 7] of the training data" in ranks[0][0]
+    assert "Got a loss of nan from rows [6, 7] of the training data" in ranks[1][0]
+    for _, notes, step, saved in ranks:
+        assert (notes, step, saved) == (["Saved checkpoint-1, the weights as they were before."], 1, ["checkpoint-1"])
+
+
+def test_one_rank_is_told_to_end(tmp_path):
+    assert two_ranks("sigterm", tmp_path) == [(143, 2, ["checkpoint-2"])] * 2
+
+
+def test_streams_give_ranks_as_many_batches(tmp_path):
+    (batches, steps), (others, other_steps) = two_ranks("stream", tmp_path)
+    assert len(batches) == len(others) == 6 and steps == other_steps == 9
+    rows = [row for batch in (*batches, *others) for row in batch]
+    assert set(rows) == set(range(23)) and len(rows) == 24  # one is repeated, to fill the last batch
+
+
+def test_checks_under_ddp(tmp_path):
+    first, second = two_ranks("verify", tmp_path)
+    assert first == second and {status for _, status, _ in first} == {"passed"}
