@@ -114,7 +114,7 @@ def test_half_copied_checkpoints_are_not_resumed_from(tmp_path, uninterrupted):
     for name, why in ((4, "model.safetensors"), (6, "no trainer_state.json"), (9, "no folder")):
         assert run(tmp_path, resume=str(out / f"checkpoint-{name}")) == 1
         assert "ValueError" in (error := (tmp_path / "error").read_text()) and why in error
-    assert run(tmp_path, resume=True) == 0
+    assert run(tmp_path, resume="True") == 0  # as a command line has it
     assert course(tmp_path) == uninterrupted()
 
 

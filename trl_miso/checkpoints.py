@@ -89,7 +89,7 @@ def _complete(written: Path, checkpoint: Path) -> None:
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
-def obstacle(checkpoint: Path) -> str | None:
+def _obstacle(checkpoint: Path) -> str | None:
     """Why training cannot resume from a folder; None if it can. Reads names and sizes, not contents."""
     if not checkpoint.is_dir():
         return "it is no folder"
@@ -108,7 +108,7 @@ def obstacle(checkpoint: Path) -> str | None:
     return None
 
 
-def newest(output_dir: Path) -> Path:
+def _newest(output_dir: Path) -> Path:
     """The newest checkpoint that training can resume from; newer ones that it cannot are named in a warning.
 
     Raises:
@@ -116,7 +116,7 @@ def newest(output_dir: Path) -> Path:
     """
     reasons: list[str] = []
     for checkpoint in map(Path, sort_checkpoints(str(output_dir))[::-1]):
-        reason = obstacle(checkpoint)
+        reason = _obstacle(checkpoint)
         if reason is None:
             for passed_over in reasons:
                 logger.warning(f"{passed_over}. Training resumes from {checkpoint}.")
@@ -143,9 +143,9 @@ def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_di
                 "resume_from_checkpoint=True takes the one of the highest step, whichever run wrote it."
             )
         return None
-    if resume_from_checkpoint is True:
-        return str(newest(Path(output_dir)))
-    reason = obstacle(Path(resume_from_checkpoint))
+    if str(resume_from_checkpoint).lower() == "true":  # also as a command line has it
+        return str(_newest(Path(output_dir)))
+    reason = _obstacle(Path(resume_from_checkpoint))
     if reason is not None:
         raise ValueError(
             f"Got resume_from_checkpoint={str(resume_from_checkpoint)!r}, but {reason}. Expected a whole checkpoint. Fix: give another "
@@ -156,7 +156,7 @@ def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_di
 
 def _unwritten(error: Exception, step: int, output_dir: str) -> str:
     """What to tell the user whose checkpoint could not be written."""
-    left = [folder for folder in sort_checkpoints(output_dir) if obstacle(Path(folder)) is None]
+    left = [folder for folder in sort_checkpoints(output_dir) if _obstacle(Path(folder)) is None]
     last = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
     return (
         f"Got {type(error).__name__} ({error}) while {PREFIX_CHECKPOINT_DIR}-{step} was written; what was written of it is removed, "
