@@ -145,7 +145,7 @@ def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_di
         return None
     if str(resume_from_checkpoint).lower() == "true":  # also as a command line has it
         return str(_newest(Path(output_dir)))
-    reason = _obstacle(Path(resume_from_checkpoint))
+    reason = _obstacle(Path(str(resume_from_checkpoint)))
     if reason is not None:
         raise ValueError(
             f"Got resume_from_checkpoint={str(resume_from_checkpoint)!r}, but {reason}. Expected a whole checkpoint. Fix: give another "
