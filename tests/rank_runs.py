@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from tests.models import tiny_model
@@ -35,7 +37,9 @@ def start(rank: int, port: int, scenario: str, folder: Path) -> None:
     """Run a scenario as a rank; what it saw goes into the file `rank`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    seen = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify}[scenario](rank, folder)
+    seen = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}[scenario](
+        rank, folder
+    )
     (folder / str(rank)).write_text(repr(seen))
 
 
@@ -104,3 +108,13 @@ def verify(rank: int, folder: Path):
     made = trainer(folder)
     made.train()
     return [(check.name, check.status, check.measured) for check in made.verification]
+
+
+def sharded(rank: int, folder: Path):
+    """The checks on a model that FSDP2 has sharded, as a trainer makes them before its first step."""
+    made = trainer(folder)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*made.model.model.layers, made.model):
+        fully_shard(part, mesh=mesh)
+    made.run_checks(2, gradients=False)
+    return [(check.name, check.status) for check in made.verification], type(made.model).__name__

@@ -128,3 +128,9 @@ def test_streams_give_ranks_as_many_batches(tmp_path):
 def test_checks_under_ddp(tmp_path):
     first, second = two_ranks("verify", tmp_path)
     assert first == second and {status for _, status, _ in first} == {"passed"}
+
+
+def test_checks_on_a_sharded_model(tmp_path):
+    first, second = two_ranks("sharded", tmp_path)
+    assert first == second and first[1].startswith("FSDP")
+    assert {status for _, status in first[0]} == {"passed"}

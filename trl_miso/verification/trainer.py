@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
-from trl_miso.attention.adapter import register_definition, set_implementation
+from trl_miso.attention.adapter import register_definition
 from trl_miso.verification.checks import Check, Verifier, choose
 from trl_miso.verification.table import as_text, table
 
@@ -90,9 +90,14 @@ class VerifyFirst(TrainerCallback):
 
 @contextmanager
 def _attending_by_definition(model: PreTrainedModel) -> Iterator[None]:
-    name = model.config.get_text_config()._attn_implementation
-    set_implementation(model, register_definition())
+    """Set on the configs that attention reads: a model that FSDP has wrapped takes no other implementation."""
+    name, definition = model.config.get_text_config()._attn_implementation, register_definition()
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    attending = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == name]
+    for config in attending:
+        config._attn_implementation = definition
     try:
         yield
     finally:
-        set_implementation(model, name)
+        for config in attending:
+            config._attn_implementation = name
