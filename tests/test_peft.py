@@ -123,29 +123,36 @@ def test_adapters_are_used_without_this_package(para_dataset, tokenizer, make_co
         )
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_qlora(para_dataset, tokenizer, make_config, tmp_path, reentrant):
-    """Adapters over NF4 weights, through the trainer's `quantization_config`."""
-    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_qlora(para_dataset, tokenizer, make_config, tmp_path, monkeypatch, reentrant):
+    """Adapters over NF4 weights, through the trainer's `quantization_config`: as over the same weights written out."""
+    bnb = pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    # On CPUs with AVX512-BF16 bitsandbytes packs the weights in the first evaluation, after which they have no gradient.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     tiny_model("llama").save_pretrained(tmp_path / "base")
-    options = {} if reentrant is None else _checkpointing(reentrant)
-    trainer = MISOSFTTrainer(
-        str(tmp_path / "base"),
-        make_config(max_steps=6, learning_rate=1e-2, **options),
-        train_dataset=para_dataset,
-        processing_class=tokenizer,
-        quantization_config=nf4,
-        peft_config=_adapter("lora"),
-    )
+    loaded = {"pretrained_model_name_or_path": tmp_path / "base", "quantization_config": nf4}
+    plain, quantized = tiny_model("llama"), AutoModelForCausalLM.from_pretrained(**loaded)
+    for name, module in quantized.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(weight)
+    arguments = {
+        "args": make_config(max_steps=6, learning_rate=1e-2, **_checkpointing(reentrant)),
+        "train_dataset": para_dataset,
+        "processing_class": tokenizer,
+        "peft_config": _adapter("lora"),
+    }
+    expected = _losses(MISOSFTTrainer(plain, **arguments))
+    trainer = MISOSFTTrainer(str(tmp_path / "base"), quantization_config=nf4, **arguments)
     assert trainer.model.get_base_model().is_loaded_in_4bit
-    losses = _losses(trainer)
-    assert losses[-1] < losses[0]
+    torch.testing.assert_close(_losses(trainer), expected, rtol=0, atol=1e-3)
+    assert expected[-1] < expected[0]
     trainer.save_model(str(tmp_path / "adapter"))
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4)
-    reloaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    reloaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**loaded), str(tmp_path / "adapter"))
     with torch.no_grad():
-        expected = trainer.model.eval()(IDS).logits
-        torch.testing.assert_close(reloaded(IDS).logits, expected, rtol=0, atol=1e-4)
+        logits = trainer.model.eval()(IDS).logits
+        # The trainer computes such adapters in bfloat16, as the QLoRA paper does.
+        torch.testing.assert_close(reloaded.eval()(IDS).logits, logits, rtol=0, atol=1e-2)
