@@ -111,16 +111,6 @@ def test_sharing_and_kernels_do_not_change_training(para_dataset, tokenizer, mak
         torch.testing.assert_close(trajectory, trajectories[0], rtol=0, atol=1e-4)
 
 
-def test_accumulation_is_per_labelled_token(para_dataset, tokenizer, make_config):
-    """4 x 1 equals 1 x 4, however uneven the examples."""
-    losses = []
-    for batch, accumulation in ((4, 1), (1, 4)):
-        config = make_config(max_steps=3, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-        trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=para_dataset, processing_class=tokenizer)
-        losses.append(torch.tensor(_losses(trainer)))
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
-
-
 def test_evaluation_is_standard_inference_by_default(para_dataset, tokenizer, make_config):
     """eval_loss equals that of the plain model, with its own attention, on the full prompt alone."""
     results = {}
@@ -237,39 +227,6 @@ def test_settings_of_sft_trainer_work(para_dataset, tokenizer, make_config, opti
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_lora(para_dataset, tokenizer, make_config, tmp_path, checkpointing, dora):
-    """LoRA and DoRA, with reentrant, non-reentrant and no checkpointing; the reloaded adapter gives the same logits."""
-    peft = pytest.importorskip("peft")
-    options = (
-        {}
-        if checkpointing is None
-        else {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
-    )
-    model = tiny_model("llama")
-    frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = MISOSFTTrainer(
-        model,
-        make_config(max_steps=6, learning_rate=1e-2, **options),
-        train_dataset=para_dataset,
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=dora),
-    )
-    losses = _losses(trainer)
-    assert losses[-1] < losses[0]
-    assert all(
-        torch.equal(p, frozen[name.replace(".base_layer", "")])
-        for name, p in model.named_parameters()
-        if "lora" not in name
-    )
-    trainer.save_model(str(tmp_path))
-    ids = torch.arange(5, 25)[None]
-    reloaded = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
-    trainer.model.eval()
-    torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits, rtol=0, atol=1e-5)
-
-
 def test_resume_equals_an_uninterrupted_run(para_dataset, tokenizer, make_config, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "para_prob": 0.5}
     runs = []
@@ -350,34 +307,3 @@ def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "multi_context_share" in done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_two_ranks_equal_the_doubled_batch(para_dataset, tokenizer, tmp_path):
-    """Gloo DDP over two processes equals one process with twice the batch: loss and weights."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    para_dataset.save_to_disk(tmp_path / "data")
-    script = tmp_path / "train.py"
-    script.write_text(
-        """
-import sys, torch
-from datasets import load_from_disk
-from trl_miso import MISOSFTConfig, MISOSFTTrainer
-root, batch = sys.argv[1], int(sys.argv[2])
-config = MISOSFTConfig(f"{root}/out{batch}", max_steps=4, per_device_train_batch_size=batch, learning_rate=0.05, optim="sgd", bf16=False,
-    use_cpu=True, report_to=[], save_strategy="no", gradient_checkpointing=False, train_sampling_strategy="sequential")
-trainer = MISOSFTTrainer(f"{root}/model", config, train_dataset=load_from_disk(f"{root}/data"))
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save(trainer.model.state_dict(), f"{root}/weights{batch}.pt")
-"""
-    )
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    launchers = {2: ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 4: []}
-    for batch, launcher in launchers.items():
-        command = [sys.executable, *launcher, str(script), str(tmp_path), str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (torch.load(tmp_path / f"weights{batch}.pt") for batch in (4, 2))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
