@@ -21,8 +21,8 @@ from trl_miso.tokenization import Layout, Tokenizer
 from trl_miso.trl_rows import TRLRows, rows_for_trl
 
 REAL = Path(__file__).parents[2] / "shared/data/multi_constraint/rows.jsonl"
-COLUMNS = ["input_ids", "labels", "miso_layout"]
-PREPARED = [*COLUMNS, "miso_row", "miso_cut"]
+COLUMNS = ["input_ids", "labels", "miso_layout", "miso_row"]
+PREPARED = [*COLUMNS, "miso_cut"]
 
 
 def user(text):
