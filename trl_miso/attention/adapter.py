@@ -245,7 +245,9 @@ class ModelRotation:
         x = x_NHD.to(wide).transpose(0, 1)[None]
         arguments = (self.layer_type,) if self.layer_type is not None else ()
         positions = torch.arange(limit, device=x.device)  # fewer than rows: contexts repeat them
-        cos, sin = self.rotary(x, positions[None], *arguments)
+        # Not called as a module: its hooks would tell ZeRO-3 of an order of modules that differs from batch to batch, in which
+        # ranks wait for each other forever.
+        cos, sin = self.rotary.forward(x, positions[None], *arguments)
         norm = torch.hypot(cos, sin)  # long-context variants scale both
         cos, sin = (cos / norm)[:, offset_N], (sin / norm * (-1 if inverse else 1))[:, offset_N]
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
