@@ -197,7 +197,7 @@ def test_every_batch_calls_the_same_modules(folder):
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
     orders = {}
-    for row in load_from_disk(folder / "rows"):
+    for row in load_from_disk(folder / "rows").select(range(24)):
         calls.clear()
         batch = MISODataCollator(0)([row])
         model(**batch, use_cache=False).logits.sum().backward()
