@@ -133,17 +133,26 @@ _SMALL = _SIZES | {
 }
 
 
+_SPECIAL: dict[str, dict] = {
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
 def shrunk(model_type: str, **overrides) -> t.PreTrainedConfig:
     """A tiny config of any architecture that transformers knows, with a layer of each kind that its default config has."""
     kind = CONFIG_MAPPING[model_type]
     own = {field.name for field in dataclasses.fields(kind)}
     known = own | {name for name, target in kind.attribute_map.items() if target in own}
     sizes = {name: size for name, size in _SMALL.items() if name in known}
-    sizes |= {name: 0.0 for name in own if name.endswith(("dropout", "pdrop", "layerdrop", "dropout_prob"))}
+    noise = ("dropout", "pdrop", "layerdrop", "dropout_prob", "jitter_noise")
+    sizes |= {name: 0.0 for name in own if name.endswith(noise)}
     kinds = list(dict.fromkeys(getattr(kind(), "layer_types", None) or ()))
     if kinds and "layer_types" in own:
         sizes |= {"layer_types": (kinds * 3)[: max(3, len(kinds))], "num_hidden_layers": max(3, len(kinds))}
-    return kind(**sizes | overrides)
+    return kind(**sizes | _SPECIAL.get(model_type, {}) | overrides)
 
 
 def architectures() -> list[str]:

@@ -105,7 +105,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     rows = []
     for i, span in enumerate(spans):
         rows.append(torch.cat([attended[i, :, : span.start], mixed, attended[i, :, span.stop :]], dim=1))
-    return torch.stack(rows).to(query.dtype).transpose(1, 2), None
+    return torch.stack(rows).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
