@@ -1,9 +1,11 @@
 """A transformers model under MISO attention equals one-row-per-context execution: loss and every parameter's gradient."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.models import tiny_model
+from tests.models import architectures, tiny_model
 from tests.rows_oracle import rows_loss
 from trl_miso.attention import register_miso_attention
 from trl_miso.attention.support import prepare_model
@@ -33,6 +35,17 @@ OTHERS = [
     "gemma4",
     "granite",
     "starcoder2",
+    "arcee",
+    "cohere",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gpt_neox",
+    "granitemoe",
+    "olmo",
+    "qwen2_moe",
+    "qwen3_moe",
+    "seed_oss",
 ]
 
 
@@ -213,3 +226,10 @@ def test_every_listed_model_shares_prefixes(name):
     """The models of these tests take the shared path, not the fallback of a copy for every context."""
     support = prepare_model(tiny_model(name), register_miso_attention("sdpa", "auto"), 512)
     assert support.shares and support.relative and not support.reason
+
+
+def test_the_table_of_models_has_every_architecture():
+    table = (Path(__file__).parents[1] / "benchmarks" / "MODELS.md").read_text()
+    listed = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    assert "`python -m benchmarks.supported_models`" in table
+    assert sorted(name for name in listed if name != "---") == architectures()
