@@ -72,10 +72,11 @@ def main(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) 
     ask = trainer.model, trainer.processing_class, held_out["full_prompt"]
     before = answer(*ask)
     train(trainer, recipe)
+    after = answer(*ask)  # by every process, which may hold a part of the model each
     if trainer.is_world_process_zero():
         print(f"\nA held-out instruction: {held_out['full_prompt'][-1]['content']}")
         show("Before", before, held_out["constraints"])
-        show("After", answer(*ask), held_out["constraints"])
+        show("After", after, held_out["constraints"])
 
 
 if __name__ == "__main__":

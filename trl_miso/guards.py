@@ -50,7 +50,8 @@ def check_request(
             f"Got truncation_mode={args.truncation_mode!r}, expected 'keep_start': the end of an output can be cut, a context cannot. "
             "Fix: set truncation_mode='keep_start'."
         )
-    if args.world_size > 1 and not args.accelerator_config.even_batches:
+    uneven = not (args.accelerator_config.even_batches or args.dataloader_drop_last)
+    if args.world_size > 1 and uneven:
         raise ValueError(
             f"Got accelerator_config even_batches=False with {args.world_size} processes, expected True: a process with fewer batches would "
             "leave the others waiting. Fix: leave it out; the last batches are filled up with rows from the beginning."

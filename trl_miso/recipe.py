@@ -123,7 +123,8 @@ def set_global_batch_size(args: MISOSFTConfig, global_batch_size: int) -> None:
     Raises:
         ValueError: If the processes and their batches do not divide it, or other steps were asked for.
     """
-    at_once = args.per_device_train_batch_size * args.world_size
+    processes = 1 if args.accelerator_config.split_batches else args.world_size
+    at_once = args.per_device_train_batch_size * processes
     steps, rest = divmod(global_batch_size, at_once)
     if rest or not steps:
         raise ValueError(
