@@ -61,9 +61,8 @@ Made by `{command}`
 
 Every language model for text in transformers is made tiny and random and given to `MISOSFTTrainer`. **equal**: the trainer's
 loss and the gradient of every parameter are those of one-row-per-context execution, for para (prefixes shared and not), succ
-and rows of one context; *worst error* is the largest of all their relative errors. **refused**: before training, for the
-reason given. **WRONG LOSS**: equal, but the LM head that SFTTrainer computes its loss with is not the model's, in plain SFT
-as well. Tiny models have the layer kinds of the architecture's default config; what a checkpoint's own config changes
+and rows of one context; *worst error* is the largest of all their relative errors. **refused**: when the trainer is
+made or by the checks before its first step, for the reason given. Tiny models have the layer kinds of the architecture's default config; what a checkpoint's own config changes
 is checked when it is trained.
 
 {table}
@@ -190,13 +189,21 @@ def examine(model_type: str, tokenizer: Any, folder: str) -> Finding:
     error, head = (max(kind) for kind in zip(*errors, strict=True))
     verdict = "equal" if error < TOLERANCE[dtype] else "NOT EQUAL"
     if head > TOLERANCE[torch.float32]:
-        verdict, told = (
-            "WRONG LOSS",
-            f"TRL's fused LM head does not compute the model's loss (off by {head:.0e}); {told}",
-        )
+        return wrong_head(model_type, trainer, head)
     if refused:
         verdict += f" with `output_positions={positions!r}`"
     return Finding(model_type, verdict, error, told)
+
+
+def wrong_head(model_type: str, trainer: MISOSFTTrainer, off_by: float) -> Finding:
+    """The loss that SFTTrainer computes from hidden states is not the model's: the checks before training have to say so."""
+    told = f"before the first step: TRL's fused LM head does not compute the model's loss (off by {off_by:.0e})"
+    try:
+        trainer.run_checks(2, gradients=False)
+    except (ValueError, RuntimeError) as error:
+        seen = isinstance(error, RuntimeError) or re.search("the loss is the model's own +failed", str(error))
+        return Finding(model_type, "refused" if seen else "WRONG LOSS", None, told if seen else shortened(error))
+    return Finding(model_type, "WRONG LOSS", None, told)
 
 
 def notes(name: str, dtype: torch.dtype, trainer: MISOSFTTrainer, tokenizer: Any, folder: str) -> Iterator[str]:
@@ -208,7 +215,8 @@ def notes(name: str, dtype: torch.dtype, trainer: MISOSFTTrainer, tokenizer: Any
         check_config(default)
     except ValueError as error:
         yield "default config: " + str(error).split("Fix: ")[1].rstrip(".")
-    windowed = {"sliding_window": 4} if hasattr(trainer.model.config, "sliding_window") else {}
+    follows = trainer.args.output_positions == "successive"
+    windowed = {"sliding_window": 4} if follows and hasattr(trainer.model.config, "sliding_window") else {}
     short = make_trainer(make_model(name, dtype, **windowed), tokenizer, folder) if windowed else trainer
     if short._support.window:
         error, _ = worst_error(short, "para", "successive", short.data_collator.share_prefixes)

@@ -13,6 +13,7 @@ from trl_miso.cli import main
 from trl_miso.verification import checks
 
 NAMES = [
+    "the loss is the model's own",
     "one context is plain attention",
     "packed is separate",
     "shared is unshared",

@@ -69,12 +69,6 @@ class WholeCheckpoints(_Trainer):
         if self._aside is None:  # else it is not whole yet
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:  # resumed from the last step's checkpoint: transformers would make one step more
-            self.control.should_training_stop = True
-
 
 def _complete(written: Path, checkpoint: Path) -> None:
     """Give a checkpoint that was written aside its name, in one step: every file is on disk before the name is."""

@@ -105,7 +105,8 @@ def check_first_row(dataset: AnyDataset | None, args: MISOSFTConfig) -> None:
     if dataset is None:
         return
     row = _first_row(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset, "train")
-    empty = [name for name in ("messages", "prompt", "completion") if name in row and row[name] in (None, [])]
+    values = {name: row[name] for name in ("messages", "prompt", "completion") if name in row}
+    empty = [name for name, value in values.items() if value is None or (isinstance(value, list) and not value)]
     if empty and args.assistant_only_loss:
         raise ValueError(
             f"Row 0: Got {row[empty[0]]} in column {empty[0]!r} with assistant_only_loss=True, expected messages: the first row shows "

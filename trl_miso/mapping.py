@@ -32,6 +32,21 @@ def naming(index: int) -> Iterator[None]:
         raise ValueError(f"Row {index}: {error}") from error
 
 
+def same_columns(dataset: IterableDataset) -> IterableDataset:
+    """A stream whose rows all have the columns of the first, null where they lack one: later maps remove columns by name."""
+    if dataset.column_names is not None or not (names := get_dataset_column_names(dataset)):
+        return dataset
+    return dataset.map(_Filled(tuple(names))).select_columns(names)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    names: tuple[str, ...]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {name: row.get(name) for name in self.names}
+
+
 def map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
     """Replace rows and all their columns by what `function` makes of a batch of rows and their indices."""
     names = get_dataset_column_names(dataset)

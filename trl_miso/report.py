@@ -47,7 +47,8 @@ def count_statuses(dataset: AnyDataset) -> Counter[str]:
     """How often each status was given by the source that made the rows; of a stream, by its first `SAMPLE` rows."""
     rows = dataset.select_columns(STATUS)
     rows = rows.take(SAMPLE) if isinstance(rows, IterableDataset) else rows
-    return Counter(chain.from_iterable(batch[STATUS] for batch in rows.iter(1000)))
+    statuses = chain.from_iterable(batch[STATUS] for batch in rows.iter(1000))
+    return Counter(status for status in statuses if isinstance(status, str))
 
 
 def report_statuses(statuses: Mapping[str, int], name: str, streamed: bool = False) -> None:

@@ -221,7 +221,7 @@ class Tokenizer:
         )["assistant_masks"]
         if 1 not in mask:
             raise ValueError(
-                "Got assistant_only_loss=True and a conversation in which the chat template marks no token as the assistant's. "
+                "Got assistant_only_loss=True and a conversation in which the chat template marks no token as the assistant's, expected some. "
                 "Fix: use a chat template with {% generation %} markers, or set assistant_only_loss=False."
             )
         return mask

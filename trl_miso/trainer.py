@@ -32,7 +32,7 @@ from trl_miso.collator import ROWS, MISODataCollator
 from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
 from trl_miso.hub import HubPushes
-from trl_miso.mapping import WholeStream
+from trl_miso.mapping import WholeStream, same_columns
 from trl_miso.preparation import RowPreparation
 from trl_miso.report import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.tokenization import Layout, Tokenizer
@@ -193,8 +193,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         guards.check_dataset(dataset, args, packing, dataset_name)
-        if isinstance(dataset, Dataset):
-            dataset = dataset.with_format(None)
+        dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
         names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
         training = self.training_mode is None  # TRL prepares the training set first
         if "miso_layout" in names:  # prepared before
@@ -333,6 +332,23 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
             return f"After {step} steps some weights are not finite: nothing was saved."
         self._save_checkpoint(self.model, trial=None)
         return f"Saved checkpoint-{step}, the weights as they were before."
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        before = self.state.global_step
+        if (
+            before >= self.state.max_steps
+        ):  # resumed from the last step's checkpoint: transformers would make one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self.state.global_step > before or self.control.should_training_stop:
+            return
+        if not kwargs["resume_from_checkpoint"] or kwargs["epoch"] > kwargs["epochs_trained"]:
+            raise ValueError(
+                f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
+                "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
+            )
+        logger.warning(f"The checkpoint of step {before} is from beyond the stream's end: its rows begin anew.")
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

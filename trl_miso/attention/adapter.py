@@ -101,11 +101,13 @@ class Probe:
 
     def __init__(self, skip_attention: bool = False):
         self.skip_attention = skip_attention
-        self.heads: dict[nn.Module, torch.Tensor | None] = {}
+        self.heads: dict[nn.Module, torch.Tensor | None] = {}  # queries, then keys
+        self.queries: dict[nn.Module, int] = {}  # how many of them are queries
         self.arguments: dict[str, Any] = {}
 
     def record(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
         self.heads[module] = torch.cat([query, key], dim=1).detach() if self.skip_attention else None
+        self.queries[module] = query.shape[1]
         self.arguments |= {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -1,6 +1,8 @@
 """Can this model be trained with MISO, and how do its layers rotate queries and keys? Asked before training, never guessed."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation, set_rotation
 
+_TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _OTHER_DROPOUTS = (
     *("resid_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout"),
     *("hidden_dropout", "hidden_dropout_prob", "dropout", "activation_dropout"),
+    *("router_jitter_noise", "input_jitter_noise"),
 )
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Families in which every layer rotates its queries, known from their sources. Only asked where no forward can run.
@@ -138,10 +142,11 @@ def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_
 
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
     """Compare each layer's queries and keys at two positions: turned by the model's rotation, the same, or neither."""
-    distance = 5
-    (first, logits), (second, _) = _run(model, 0), _run(model, distance)
-    check_probe(first, config.num_hidden_layers, model)
-    _check_isolation(model, first, logits)
+    distance = _far_apart(config, max_length)
+    with _uneven_norms(model):
+        (first, logits), (second, _) = _run(model, 0), _run(model, distance)
+        check_probe(first, config.num_hidden_layers, model)
+        _check_isolation(model, first, logits)
     relative, shares = True, True
     for module, heads in first.heads.items():
         moved = second.heads[module]
@@ -156,10 +161,45 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
         fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset, distance + 1), y) < tolerance]
         set_rotation(module, fits[0] if fits else None)
         shares = shares and bool(fits)
-        relative = relative and bool(rotations)
-    reason = "its keys cannot be rotated after the fact" if relative else "its positions are not rotary"
+        relative = relative and (bool(fits) or _same_scores(x, y, first.queries[module], tolerance))
+    reason = "its keys cannot be rotated after the fact" if relative else "its attention depends on more than position differences"
     reason = "" if shares else reason
     return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
+
+
+def _far_apart(config: PreTrainedConfig, max_length: int | None) -> int:
+    """How far apart two positions are at which what changes with the position shows, and rotations are still the same."""
+    lengths = [rope.get("original_max_position_embeddings") for rope in _rope_parameters(config)]
+    lengths += [max_length, getattr(config, "max_position_embeddings", None), 2048]
+    return max(5, min(length for length in lengths if length) - 8)
+
+
+@contextmanager
+def _uneven_norms(model: nn.Module) -> Iterator[None]:
+    """Vectors of equal weights (norms that are not trained yet) made uneven: a norm after the rotation commutes with it else."""
+    vectors = (p for p in model.parameters() if p.dim() == 1 and p.dtype in _TRAINED)
+    even = [(p, p.data) for p in vectors if bool((p == p[0]).all())]
+    for p, data in even:
+        p.data = data * torch.linspace(0.5, 1.5, len(data), device=data.device).to(data.dtype)
+    try:
+        yield
+    finally:
+        for p, data in even:
+            p.data = data
+
+
+def _same_scores(x_NHD: torch.Tensor, y_NHD: torch.Tensor, queries: int, tolerance: float) -> bool:
+    """Whether queries (the first heads) and keys give the same scores at both positions: attention is relative."""
+
+    def scores(heads_NHD: torch.Tensor) -> torch.Tensor:
+        heads_NHD = heads_NHD.float()
+        heads_HND = (heads_NHD / heads_NHD.norm(dim=-1, keepdim=True).clamp(min=1e-9)).transpose(0, 1)
+        q, k = heads_HND[:queries], heads_HND[queries:]
+        return q @ k.repeat_interleave(len(q) // len(k), dim=0).transpose(1, 2)
+
+    ratio = (x_NHD.norm(dim=-1) / y_NHD.norm(dim=-1).clamp(min=1e-9)).float()
+    scaled = float((ratio - 1).abs().max())  # queries may be scaled by their position
+    return scaled < tolerance and float((scores(x_NHD) - scores(y_NHD)).abs().max()) < tolerance
 
 
 def _check_isolation(model: PreTrainedModel, probe: Probe, logits: torch.Tensor) -> None:
@@ -244,8 +284,9 @@ def _window(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | 
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Size of a query head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Size of the largest query head: layers may differ."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
 
 
 def _refuse(config: PreTrainedConfig, got: str, expected: str, fix: str) -> None:

@@ -82,6 +82,7 @@ class Verifier:
         def equal(name: str, other: torch.Tensor, to: torch.Tensor = packed) -> Check:
             return _check(name, _distance(other, to), budget, _NATS)
 
+        yield _check("the loss is the model's own", self._of_fused_head(min(alone, key=_length)), budget, _NATS)
         yield equal(
             "one context is plain attention",
             torch.cat([self.log_probs([row]) for row in alone]),
@@ -143,6 +144,15 @@ class Verifier:
     def _forward(self, batch: dict[str, Any]) -> torch.Tensor:
         outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
         return outputs.log_probs[outputs.label_mask.bool()]
+
+    def _of_fused_head(self, row: Row) -> float:
+        """How far the log-probabilities that TRL computes from hidden states are from those of the model's logits."""
+        batch = self._batch([row])
+        labels = batch.pop("labels")[0, 1:]
+        with torch.no_grad():
+            logits = self.model(**batch, use_cache=False).logits[0, :-1][labels != -100]
+        own = logits.float().log_softmax(-1).gather(-1, labels[labels != -100, None])[:, 0]
+        return _distance(own.cpu().double(), self.log_probs([row]))
 
     def _budget(self, packed: torch.Tensor) -> float:
         """See the module's docstring. Angles of long positions are rounded more coarsely than anything in float32."""
@@ -215,6 +225,10 @@ def _row(ids: Sequence[int], labels: Sequence[int], example: Example) -> Row:
 
 def _example(row: Row) -> Example:
     return next(decode(row["miso_layout"]))
+
+
+def _length(row: Row) -> int:
+    return len(row["input_ids"])
 
 
 def _alone(row: Row) -> Row:
