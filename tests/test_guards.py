@@ -131,11 +131,22 @@ def test_absolute_positions_need_after_longest(train, tokenizer):
     def gpt2():
         return _small(t.GPT2Config, vocab_size=512, n_positions=1024, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
 
-    with _refused("gpt2.*positions are not rotary.*output_positions='after_longest'"):
+    with _refused("gpt2.*more than position differences.*output_positions='after_longest'"):
         train(gpt2())
     trainer = train(gpt2(), output_positions="after_longest")
     trainer.train()
     train(gpt2(), context_mode="single").train()
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_dense", "beam"])
+def test_attention_that_is_not_relative(train, name):
+    """Norms after the rotation, though not trained yet, and queries scaled by their position: seen by their scores."""
+    model = tiny_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with _refused("more than position differences.*output_positions='after_longest'"):
+        train(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    train(model, output_positions="after_longest", max_length=128).verify(3)
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_3"])

@@ -307,3 +307,12 @@ def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "multi_context_share" in done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_fewer_batches_than_accumulation_steps(para_dataset, tokenizer, make_config):
+    """A stream that never fills a step would be read forever."""
+    config = make_config(gradient_accumulation_steps=8, per_device_train_batch_size=1, max_steps=1)
+    stream = para_dataset.select(range(3)).to_iterable_dataset()
+    trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=stream, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="Got fewer batches .* than gradient_accumulation_steps=8"):
+        trainer.train()

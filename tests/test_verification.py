@@ -164,6 +164,14 @@ def test_what_is_wrong_fails(make_trainer, monkeypatch, spoil, options, failed):
     assert statuses(trainer)[failed] == "failed"
 
 
+def test_a_head_that_is_not_the_model_s(make_trainer):
+    """SFTTrainer computes its loss from hidden states and the output embeddings alone; this model's head has more."""
+    trainer = make_trainer("modernbert-decoder")
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.verify(2)
+    assert {name for name, status in statuses(trainer).items() if status == "failed"} == {NAMES[0]}
+
+
 def test_training_is_refused(make_trainer, monkeypatch):
     trainer = make_trainer(verify=True)
     before = [p.clone() for p in trainer.model.parameters()]
