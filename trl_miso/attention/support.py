@@ -162,8 +162,8 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
         set_rotation(module, fits[0] if fits else None)
         shares = shares and bool(fits)
         relative = relative and (bool(fits) or _same_scores(x, y, first.queries[module], tolerance))
-    reason = "its keys cannot be rotated after the fact" if relative else "its attention depends on more than position differences"
-    reason = "" if shares else reason
+    reasons = "its attention depends on more than position differences", "its keys cannot be rotated after the fact"
+    reason = "" if shares else reasons[relative]
     return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
 
 
