@@ -213,8 +213,8 @@ def test_any_rows_and_settings(tmp_path, quick):
         "window",
         "gradients",
     ]:
-        assert counts[name] > 15, counts
-    assert sum(counts[name] for name in trained) > 1000 and counts["mixed"] > 400, counts
+        assert counts[name], counts  # how often depends on hypothesis' version
+    assert sum(counts[name] for name in trained) > 800 and counts["mixed"] > 300, counts
 
 
 def test_any_rows_in_a_step_of_the_trainer(tmp_path, quick):
@@ -257,4 +257,4 @@ def test_any_rows_in_a_step_of_the_trainer(tmp_path, quick):
         counts["trained"] += 1
 
     check()
-    assert counts["trained"] > 15, counts
+    assert counts["trained"] > 3, counts
