@@ -1,0 +1,68 @@
+"""
+One answer from several input contexts at once: the case of the paper's Appendix A (Table 4).
+
+A multiple-choice question, each choice in a context of its own, and one answer that attends to all of them, by each weighting:
+
+    python examples/generate_multi_context.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct
+
+The paper shows "vanilla" (set-prompt's single softmax, eq. 4) failing to write a sentence where "fid" (eq. 7) does. With no arguments a
+tiny random model writes gibberish, offline, in a few seconds: a check that everything runs.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_miso.generation import miso_generate
+from trl_miso.packing import WEIGHTINGS
+from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
+
+TEMPLATE = "A lesion causing compression of the facial nerve at the stylomastoid foramen will cause ipsilateral {choice} Answer:"
+CHOICES = [
+    "1. paralysis of the facial muscles.",
+    "2. paralysis of the facial muscles and loss of taste.",
+    "3. paralysis of the facial muscles, loss of taste and lacrimation.",
+    "4. paralysis of the facial muscles, loss of taste, lacrimation and decreased salivation.",
+]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="any causal language model; a tiny random one by default")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--do_sample", action="store_true", help="sample instead of taking the likeliest token")
+    return parser.parse_args()
+
+
+def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name is None:
+        tokenizer = build_tokenizer(synthetic_rows(64, seed=0))
+        return build_model(tokenizer), tokenizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device), AutoTokenizer.from_pretrained(name)
+
+
+def main() -> None:
+    args = parse_arguments()
+    model, tokenizer = load(args.model_name_or_path)
+    questions = [TEMPLATE.format(choice=choice) for choice in CHOICES]
+    chat = tokenizer.chat_template is not None
+    contexts = [[{"role": "user", "content": question}] if chat else question for question in questions]
+    print("Contexts:", *questions, sep="\n  ")
+    for weighting in WEIGHTINGS:
+        torch.manual_seed(0)
+        out = miso_generate(
+            model,
+            tokenizer,
+            contexts,
+            weighting=weighting,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.do_sample,
+        )
+        print(f"\n{weighting}: {tokenizer.decode(out[0], skip_special_tokens=True).strip()!r}")
+
+
+if __name__ == "__main__":
+    main()
