@@ -1,0 +1,371 @@
+"""Scores of responses: what is joined, counted and written, lm-eval's verdicts, and the responses of standard inference."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from trl_miso.evaluation import ifeval, inference
+from trl_miso.evaluation.command import main
+from trl_miso.evaluation.ifeval import Counts, Verdict, load_prompts, load_scorer, without
+from trl_miso.evaluation.inference import respond
+from trl_miso.evaluation.responses import load_responses
+from trl_miso.evaluation.table import PAPER
+from trl_miso.sources.synthetic import build_model
+
+REAL = Path(__file__).parents[2] / "shared/data/ifeval"
+GPT4 = REAL / "input_response_data_gpt4_20231107_145030.jsonl"
+
+COMMA, SENTENCES, CAPITALS = (
+    "punctuation:no_comma",
+    "length_constraints:number_sentences",
+    "change_case:capital_word_frequency",
+)
+
+
+def prompt(key, *instructions):
+    names, options = zip(*instructions, strict=True)
+    return {"key": key, "prompt": f"Question {key}.", "instruction_id_list": list(names), "kwargs": list(options)}
+
+
+def three(n):
+    return SENTENCES, {"relation": "at least", "num_sentences": n}
+
+
+PROMPTS = [
+    prompt(10, (COMMA, {})),
+    prompt(11, (COMMA, {}), three(2)),
+    prompt(12, ("detectable_format:title", {}), (COMMA, {})),
+    prompt(13, (CAPITALS, {"capital_relation": "at least", "capital_frequency": 2})),
+]
+# Followed as they are: yes; no and yes (the comma is in the first line, which the loose reading drops); title only; no.
+RESPONSES = ["No commas here.", "Well, then:\nOne. Two.", "<<Title>> a, b, c", "only ONE"]
+VERDICTS = [
+    Verdict((True,), (True,)),
+    Verdict((False, True), (True, True)),
+    Verdict((True, False), (True, False)),
+    Verdict((False,), (False,)),
+]
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The data, and responses to them."""
+    rows = [{"prompt": asked["prompt"], "response": text} for asked, text in zip(PROMPTS, RESPONSES, strict=True)]
+    return write(tmp_path / "data.jsonl", PROMPTS), write(tmp_path / "responses.jsonl", rows)
+
+
+@pytest.fixture
+def punkt(tmp_path, monkeypatch):
+    """A Punkt tokenizer that has seen no text, in place of NLTK's: enough for sentences without abbreviations."""
+    pytest.importorskip("lm_eval", reason="needs pip install 'trl-miso[eval]'")
+    nltk = pytest.importorskip("nltk")
+    english = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
+    english.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (english / name).touch()
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+    return tmp_path / "nltk_data"
+
+
+# The scorer
+
+
+def test_verdicts_are_known_ones(punkt):
+    score = load_scorer()
+    assert [score(*pair) for pair in zip(PROMPTS, RESPONSES, strict=True)] == VERDICTS
+    assert score(PROMPTS[1], " \n") == Verdict((False, False), (False, False))
+
+
+def test_the_hubs_form_of_the_data_is_scored_alike(punkt, files, tmp_path, monkeypatch):
+    """Read as a data set every instruction has all options of all others, as null."""
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub/train.jsonl", PROMPTS)
+    monkeypatch.setattr(ifeval, "DATASET", str(tmp_path / "hub"))
+    prompts = load_prompts(None)
+    assert [asked["prompt"] for asked in prompts] == [asked["prompt"] for asked in PROMPTS]
+    score = load_scorer()
+    assert [score(*pair) for pair in zip(prompts, RESPONSES, strict=True)] == VERDICTS
+
+
+def test_a_letter_that_is_drawn_is_drawn_alike(punkt):
+    """The published checker replaces '#' by a letter of its own choice: the same in every order and from any state."""
+    score = load_scorer()
+    text = "".join(letter * count for count, letter in enumerate("abcdefghijklmnopqrstuvwxyz"))
+    options = {"let_relation": "at least", "letter": "#", "let_frequency": 13}
+    asked = [prompt(key, ("keywords:letter_frequency", options)) for key in range(30)]
+    verdicts = [score(each, text) for each in asked]
+    assert {verdict.strict for verdict in verdicts} == {(True,), (False,)}
+    random.seed(5)
+    before = random.getstate()
+    assert [score(each, text) for each in reversed(asked)] == verdicts[::-1]
+    assert random.getstate() == before
+
+
+def test_an_instruction_that_is_unknown_is_refused(punkt):
+    with pytest.raises(ValueError, match=r"Got instructions \['punctuation:no_dash'\] \(key 7\).*Fix: "):
+        load_scorer()(prompt(7, ("punctuation:no_dash", {})), "-")
+
+
+def test_without_punkt_nothing_is_scored_or_downloaded(punkt, monkeypatch):
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("a download was tried"))
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match="'punkt_tab'.*Fix: run `python -m nltk.downloader punkt_tab`.*NLTK_DATA"):
+        load_scorer()
+
+
+@pytest.mark.parametrize("package", ["langdetect", "lm_eval", "nltk"])
+def test_a_package_that_is_missing_is_named(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=r"Got no package '\w+'.*Fix: pip install 'trl-miso\[eval\]'"):
+        load_scorer()
+
+
+# Counts
+
+
+def test_counts_are_of_what_was_asked():
+    assert Counts.of(VERDICTS) == Counts(1, 3, 2, 4, 4, 6)
+    assert Counts.of(VERDICTS).percentages() == (25, 50, 50, pytest.approx(400 / 6))
+
+
+def test_the_papers_rows_have_its_averages():
+    """Four figures and their mean, each printed with one decimal: off by 0.1 at most. The paper's Mistral SFT is off by more."""
+    off = [(method, base) for method, base, accuracies, average in PAPER if abs(fmean(accuracies) - average) > 0.1]
+    assert off == [("SFT", "Mistral-7B")]
+    assert [average for *_, average in PAPER[6:]] == [48.1, 52.1, 51.4, 45.5, 50.2, 50.4]
+
+
+# The command
+
+
+def test_what_the_command_prints_and_writes(punkt, files, tmp_path, capsys, wide_terminal):
+    data, responses = files
+    line = ["ifeval", "--responses", responses, "--data", data]
+    main([*line, "--json", str(tmp_path / "counts.json"), "--samples", str(tmp_path / "samples.jsonl")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "responses.jsonl 25.0 50.0 50.0 66.7 47.9" in said
+    assert "MISO-para Llama3-8B 44.5 54.7 49.5 59.5 52.1" in said
+    assert "4 of 4 prompts, 6 instructions" in said and "chance" not in said
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert list(counts.values()) == [1, 3, 2, 4, 4, 6]
+    samples = [json.loads(sample) for sample in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["response"] for sample in samples] == RESPONSES
+    assert [(*sample["strict_instruction"], *sample["loose_instruction"]) for sample in samples] == [
+        verdict.strict + verdict.loose for verdict in VERDICTS
+    ]
+    assert (
+        sum(sample["strict_prompt"] for sample in samples) == 1
+        and sum(sample["loose_prompt"] for sample in samples) == 2
+    )
+
+    main([*line, "--exclude_keys", "13", "11", "--json", str(tmp_path / "counts.json")])
+    assert list(json.loads((tmp_path / "counts.json").read_text()).values()) == [1, 2, 1, 2, 2, 3]
+    assert "2 of 4 prompts, 3 instructions" in " ".join(capsys.readouterr().out.split())
+
+
+def test_keys_that_are_scored_by_chance_are_said(punkt, tmp_path, capsys, wide_terminal):
+    data = write(tmp_path / "data.jsonl", [PROMPTS[0] | {"key": 1129}, PROMPTS[0]])
+    responses = write(tmp_path / "responses.jsonl", [{"response": "a"}] * 2)
+    main(["ifeval", "--responses", responses, "--data", data])
+    assert "Keys 1129 are scored by chance" in " ".join(capsys.readouterr().out.split())
+
+
+def test_responses_to_other_prompts_are_warned_of(files, tmp_path, caplog):
+    prompts = [asked["prompt"] for asked in PROMPTS]
+    assert load_responses(files[1], prompts) == RESPONSES
+    assert not caplog.records
+    assert load_responses(files[1], [prompts[0], "other", *prompts[2:]]) == RESPONSES
+    (record,) = caplog.records
+    assert "1 of 4 responses" in record.getMessage() and "rows 2 (from 1)" in record.getMessage()
+
+
+BAD = {
+    "too few": ([{"response": "a"}] * 3, "Got 3 responses in .* to 4 prompts"),
+    "too many": ([{"response": "a"}] * 5, "Got 5 responses in .* to 4 prompts"),
+    "no response": ([{"response": "a"}, {"output": "b"}], "Got line 2 of .* with response=None"),
+    "no text": ([{"response": ["a"]}], r"Got line 1 of .* with response=\['a'\]"),
+    "no object": ([{"response": "a"}, ["b"]], "Got line 2 of .* with a list"),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD.values(), ids=BAD)
+def test_responses_that_cannot_be_joined_are_refused(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=f"(?s){message}.*xpected .*Fix: "):
+        load_responses(write(tmp_path / "responses.jsonl", rows), ["a"] * 4)
+
+
+def test_data_that_are_not_ifevals_are_refused(tmp_path):
+    file = tmp_path / "data.jsonl"
+    for text, message in (
+        (b'{"key": 1', "line 1 of .* is no JSON"),
+        (b"\xff\n", "line 1 of .* is no JSON"),
+        (b'{"key": "1", "prompt": "", "instruction_id_list": [], "kwargs": []}', "line 1 of .* with key='1'"),
+        (
+            b'{"key": 1, "prompt": "", "instruction_id_list": ["a"], "kwargs": []}',
+            "row 1 .*key 1. with 1 instr.* and 0",
+        ),
+        (b'{"key": 1, "prompt": "", "instruction_id_list": [], "kwargs": []}', "row 1 .*key 1. with 0 instructions"),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=f"Got {message}.*[Ee]xpected .*Fix: "):
+            load_prompts(file)
+
+
+def test_no_hub_is_said(monkeypatch):
+    monkeypatch.setattr(ifeval, "DATASET", "nobody/nothing")
+    with pytest.raises(ValueError, match="Got no data set nobody/nothing from the Hub: .*Fix: .*--data"):
+        load_prompts(None)
+
+
+def test_keys_are_left_out_or_refused():
+    assert without(PROMPTS, [11, 11]) == [0, 2, 3]
+    for keys, message in (([9, 10, 8], r"keys \[8, 9\]"), ([10, 11, 12, 13], "all keys")):
+        with pytest.raises(ValueError, match=f"Got {message}.*Fix: "):
+            without(PROMPTS, keys)
+
+
+def gpt4_counts(folder, environment=None, order=1):
+    """The counts that the command writes for GPT-4's responses, in a process of its own."""
+    if not GPT4.exists():
+        pytest.skip("needs IFEval's data and GPT-4's responses to it")
+    files = [folder / "input_data.jsonl", folder / GPT4.name]
+    for file in files:
+        file.write_text("\n".join((REAL / file.name).read_text().splitlines()[::order]) + "\n")
+    line = ["ifeval", "--data", str(files[0]), "--responses", str(files[1]), "--json", str(folder / "counts.json")]
+    code = "import sys; from trl_miso.evaluation.command import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *line, "--exclude_keys", "1122", "1129"]
+    subprocess.run(command, check=True, env=os.environ | (environment or {}))
+    return list(json.loads((folder / "counts.json").read_text()).values())
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
+def test_gpt4s_responses_have_the_published_checkers_counts(order, tmp_path):
+    """415/539 and 694/830 strictly, 429/539 and 710/830 loosely: in any order, in a new process."""
+    nltk = pytest.importorskip("nltk", reason="needs pip install 'trl-miso[eval]'")
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        pytest.skip("needs NLTK's punkt_tab: python -m nltk.downloader punkt_tab")
+    assert gpt4_counts(tmp_path, order=order) == [415, 694, 429, 710, 539, 830]
+
+
+def test_gpt4s_responses_without_knowledge_of_abbreviations(punkt, tmp_path):
+    """As above, but for one response, in whose loose reading a sentence more is counted."""
+    assert gpt4_counts(tmp_path, {"NLTK_DATA": str(punkt)}) == [415, 694, 429, 711, 539, 830]
+
+
+# Standard inference
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    """A small random Llama and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    build_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+QUESTIONS = [
+    "Write about the river.",
+    "Hello",
+    "Tell me, at length, about the quiet garden and the market.",
+    "Why?",
+    "é\n…",
+]
+
+
+def test_responses_are_those_of_plain_greedy_decoding(model, tokenizer, tmp_path):
+    """Each alone, token by token from the model's own logits, without padding, cache or `generate`."""
+    respond(model, QUESTIONS, tmp_path / "r.jsonl", batch_size=3, max_new_tokens=8)
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == QUESTIONS
+    plain = build_model(tokenizer)
+    for row in rows:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        said = []
+        while len(said) < 8 and tokenizer.eos_token_id not in said:
+            with torch.no_grad():
+                said.append(plain(torch.tensor([ids + said])).logits[0, -1].argmax().item())
+        assert row["response"] == tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_a_run_that_was_killed_goes_on(model, tmp_path):
+    """Cut anywhere, also amid a row, the file becomes what it would have been."""
+    file = tmp_path / "r.jsonl"
+    respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
+    whole = file.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (0, 5, ends[0], ends[1] - 1, ends[2] + 40, ends[4] - 3):
+        file.write_bytes(whole[:cut])
+        respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
+        assert file.read_bytes() == whole
+
+
+def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, tmp_path, monkeypatch):
+    file, asked = tmp_path / "r.jsonl", []
+
+    def generate(_tokenizer, _model, prompts, _max):
+        assert file.read_bytes().count(b"\n") == len(asked)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.extend(prompts)
+        return [f"answer to {text}" for text in prompts]
+
+    monkeypatch.setattr(inference, "_generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
+    monkeypatch.setattr(inference, "_generate", lambda _t, _m, prompts, _max: ["late"] * len(prompts))
+    respond(model, QUESTIONS, file, batch_size=3, max_new_tokens=4)
+    assert load_responses(file, QUESTIONS) == [f"answer to {text}" for text in QUESTIONS[:4]] + ["late"]
+    monkeypatch.setattr(inference, "_load", lambda _: pytest.fail("a model was loaded for nothing"))
+    respond(model, QUESTIONS, file, batch_size=3, max_new_tokens=4)
+
+
+def test_a_file_of_something_else_is_refused_and_kept(model, tmp_path):
+    file = tmp_path / "r.jsonl"
+    respond(model, QUESTIONS[:2], file, batch_size=2, max_new_tokens=2)
+    own = file.read_bytes()
+    for text, prompts, tokens in (
+        (own, QUESTIONS[::-1], 2),
+        (own, QUESTIONS, 3),
+        (own, QUESTIONS[:1], 2),
+        (b'{"response": "mine"}\n', QUESTIONS, 2),
+        (b"not ours", QUESTIONS, 2),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=r"Got line [12] of .* is no response of this model.*Fix: "):
+            respond(model, prompts, file, batch_size=2, max_new_tokens=tokens)
+        assert file.read_bytes() == text
+
+
+def test_a_model_without_a_chat_template_is_refused(model, tokenizer, tmp_path):
+    bare = tokenizer.__class__.from_pretrained(model)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no chat template.*Fix: "):
+        respond(str(tmp_path / "bare"), QUESTIONS, tmp_path / "r.jsonl", batch_size=2, max_new_tokens=2)
+
+
+def test_the_command_asks_a_model_and_scores_it(punkt, model, files, tmp_path, capsys, wide_terminal):
+    file = tmp_path / "new.jsonl"
+    main(["ifeval", "--model", model, "--responses", str(file), "--data", files[0], "--max_new_tokens", "4"])
+    assert len(file.read_text().splitlines()) == len(PROMPTS)
+    assert Path(model).name in capsys.readouterr().out

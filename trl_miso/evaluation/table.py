@@ -1,0 +1,48 @@
+"""Scores as a table, above the paper's."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = ("[S]P", "[S]I", "[L]P", "[L]I")
+
+# Table 1 of arXiv 2505.11922, as printed: method, base model, COLUMNS, Avg.
+PAPER: tuple[tuple[str, str, tuple[float, float, float, float], float], ...] = (
+    ("Vicuna-v1.5*", "Llama2-13B", (43.1, 53.6, 46.6, 58.0), 50.3),
+    ("WizardLM-v1.2*", "Llama2-13B", (43.6, 54.4, 48.4, 59.1), 51.4),
+    ("Conifer-SFT*", "Llama2-13B", (42.9, 53.0, 47.5, 57.4), 50.2),
+    ("Llama3-8B*", "Llama3-8B", (25.7, 36.8, 28.1, 35.1), 31.4),
+    ("Mistral-7B*", "Mistral-7B", (18.5, 30.8, 19.6, 31.9), 25.2),
+    ("Zephyr-beta*", "Mistral-7B", (32.0, 46.8, 44.9, 58.0), 45.4),
+    ("SFT", "Llama3-8B", (40.1, 51.9, 44.7, 55.6), 48.1),
+    ("MISO-para", "Llama3-8B", (44.5, 54.7, 49.5, 59.5), 52.1),
+    ("MISO-succ", "Llama3-8B", (44.7, 54.9, 47.9, 57.9), 51.4),
+    ("SFT", "Mistral-7B", (38.8, 49.4, 41.8, 52.5), 45.5),
+    ("MISO-para", "Mistral-7B", (42.9, 54.1, 46.0, 57.7), 50.2),
+    ("MISO-succ", "Mistral-7B", (42.9, 53.5, 47.0, 58.2), 50.4),
+)
+_CITED = (
+    "Below the first line: the paper's own, Table 1 of arXiv 2505.11922 (all 541 prompts; * quoted there from Qi et al. 2024); "
+    "SFT and MISO are fine-tuned on Crab."
+)
+
+
+def ifeval_table(name: str, percentages: Sequence[float], note: str) -> Table:
+    """One line of `percentages` (in the order of `COLUMNS`), then the paper's; `note` says what the line is of."""
+    # Text, since rich takes "[S]" in a string for a style.
+    made = Table(title="IFEval (%)", box=SIMPLE, caption=Text(f"{note} {_CITED}"))
+    made.add_column("model")
+    made.add_column("base model")
+    for column in (*COLUMNS, "Avg."):
+        made.add_column(Text(column), justify="right", no_wrap=True)
+    made.add_row(Text(name), "", *_cells((*percentages, fmean(percentages))), style="bold", end_section=True)
+    for method, base, accuracies, average in PAPER:
+        made.add_row(method, base, *_cells((*accuracies, average)))
+    return made
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    return [f"{value:.1f}" for value in values]
