@@ -211,6 +211,21 @@ def test_several_requests_are_each_alone(window, words):
     assert together.tolist() == torch.cat(alone).tolist()
 
 
+def test_processors_see_no_tokens_of_others(llama, words):
+    requests, seen = [CONTEXTS, [[30, 31]]], []
+    prompts = [[text(context + HEAD) for context in contexts] for contexts in requests]
+    look = LogitsProcessorList([lambda ids, scores: seen.append(ids) or scores])
+    miso_generate(llama, words, prompts, response_template=text(HEAD), max_new_tokens=1, logits_processor=look)
+    for ids, contexts in zip(seen[0].tolist(), requests, strict=True):
+        assert set(ids) == {*sum(contexts, []), *HEAD}
+
+
+def test_dropout_is_for_training(words):
+    model = tiny("phi", resid_pdrop=0.5)
+    expected = generate(model, words, max_new_tokens=6)
+    assert generate(model.train(), words, max_new_tokens=6).tolist() == expected.tolist()
+
+
 def test_messages_are_rendered_with_their_generation_prompt(tokenizer):
     model = tiny("llama")
     said = ["the quiet boat", "the muddy bridge crosses", "the quiet heron"]
