@@ -332,8 +332,12 @@ def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, tmp_p
     monkeypatch.setattr(inference, "_generate", generate)
     with pytest.raises(KeyboardInterrupt):
         respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
-    monkeypatch.setattr(inference, "_generate", lambda _t, _m, prompts, _max: ["late"] * len(prompts))
+    batches = []
+    monkeypatch.setattr(
+        inference, "_generate", lambda _t, _m, prompts, _max: batches.append(prompts) or ["late"] * len(prompts)
+    )
     respond(model, QUESTIONS, file, batch_size=3, max_new_tokens=4)
+    assert batches == [QUESTIONS[3:]]  # the batch that an unbroken run has, of which the first row is kept as it was
     assert load_responses(file, QUESTIONS) == [f"answer to {text}" for text in QUESTIONS[:4]] + ["late"]
     monkeypatch.setattr(inference, "_load", lambda _: pytest.fail("a model was loaded for nothing"))
     respond(model, QUESTIONS, file, batch_size=3, max_new_tokens=4)
