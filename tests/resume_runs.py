@@ -78,7 +78,7 @@ def kill_in_write(number: int):
 
 def train(folder: Path, resume, at: int | None = None, act=kill, in_write: int | None = None, **options):
     """Train to the end, or to where `act` ends it; `final` then has a digest of the weights, `error` what was raised."""
-    lora, stream = options.pop("lora", False), options.pop("stream", False)
+    lora, stream, evaluate = (options.pop(name, None) for name in ("lora", "stream", "evaluate"))
     multiprocessing.set_start_method("fork", force=True)  # for data workers, quicker than a server of their own
     rows = synthetic_rows(14, seed=1)  # 4 steps an epoch, the last of one batch
     dataset = Dataset.from_list(rows).map(crab_row, remove_columns=list(rows[0]))
@@ -104,14 +104,19 @@ def train(folder: Path, resume, at: int | None = None, act=kill, in_write: int |
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
+    if evaluate:
+        defaults |= {"eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
     trainer = MISOSFTTrainer(
         model,
         MISOSFTConfig(**defaults | options),
         train_dataset=dataset.to_iterable_dataset() if stream else dataset,
+        eval_dataset=dataset if evaluate else None,
         processing_class=build_tokenizer(rows, vocab_size=512),
         callbacks=[Course(folder, at, act)],
         peft_config=peft_config,
     )
+    if evaluate:  # a metric that is best at the first checkpoint
+        trainer.evaluate = lambda *_, **__: {f"eval_{evaluate}": -trainer.state.global_step}
     if in_write:
         kill_in_write(in_write)
     try:

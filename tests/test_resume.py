@@ -93,6 +93,22 @@ def test_sigterm_saves_and_ends(tmp_path, uninterrupted):
     assert course(tmp_path) == uninterrupted()
 
 
+def test_sigterm_keeps_its_checkpoint(tmp_path):
+    """Not the best one, and save_total_limit=1: it stays; no evaluation comes before it."""
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "rising", "save_total_limit": 1}
+    assert run(tmp_path, at=4, act=resume_runs.terminate, evaluate="rising", **options) == 128 + signal.SIGTERM
+    assert whole(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    assert run(tmp_path, resume=True, evaluate="rising", **options) == 0
+
+
+def test_moved_output_dir_keeps_its_best(tmp_path):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "rising", "save_total_limit": 1}
+    assert run(tmp_path / "here", at=5, evaluate="rising", **options) == -signal.SIGKILL
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(tmp_path / "there", resume=True, evaluate="rising", **options) == 0
+    assert whole(tmp_path / "there") == ["checkpoint-2"]  # transformers removes the last one at the end
+
+
 def test_disk_full(tmp_path, uninterrupted):
     """The write fails with what is missing and how to go on; the last checkpoint stays, and training resumes from it."""
     assert run(tmp_path, at=3, act=resume_runs.fill_disk) == 1
@@ -111,7 +127,10 @@ def test_half_copied_checkpoints_are_not_resumed_from(tmp_path, uninterrupted):
     weights = out / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-6", ignore=lambda *_: ["trainer_state.json"])
-    for name, why in ((4, "model.safetensors"), (6, "no trainer_state.json"), (9, "no folder")):
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-7")
+    (out / "checkpoint-7" / "miso_files.json").write_text('{"optim')
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-9000-old")  # a user's copy
+    for name, why in ((4, "model.safetensors"), (6, "no trainer_state.json"), (7, "cannot be read"), (9, "no folder")):
         assert run(tmp_path, resume=str(out / f"checkpoint-{name}")) == 1
         assert "ValueError" in (error := (tmp_path / "error").read_text()) and why in error
     assert run(tmp_path, resume="True") == 0  # as a command line has it

@@ -2,6 +2,8 @@
 
 import ast
 import multiprocessing
+import os
+import signal
 import socket
 
 import pytest
@@ -134,3 +136,27 @@ def test_checks_on_a_sharded_model(tmp_path):
     first, second = two_ranks("sharded", tmp_path)
     assert first == second and first[1].startswith("FSDP")
     assert {status for _, status in first[0]} == {"passed"}
+
+
+def test_rows_without_labels_or_numbers(tokenizer, make_config):
+    """Tokenized by the user: the rows without labels are not what the model is checked on; nothing has a number."""
+    rows = [{"input_ids": list(range(5, 15)), "labels": [-100] * 10}] * 2 + [{"input_ids": list(range(5, 15))}] * 4
+    dataset = Dataset.from_list([{"labels": row["input_ids"]} | row for row in rows])
+    config = make_config(
+        dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="steps", save_steps=1, verify=True
+    )
+    trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    assert {check.status for check in trainer.verification} == {"passed", "skipped"}
+
+
+def test_a_handler_of_the_script_stays(rows, tokenizer, make_config):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        trainer = MISOSFTTrainer(tiny_model("llama"), make_config(), train_dataset=rows, processing_class=tokenizer)
+        trainer.add_callback(rank_runs.AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [1] and trainer.state.global_step == 2

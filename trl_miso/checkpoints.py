@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -21,6 +22,7 @@ else:
     _Trainer = object
 
 _ASIDE = "_incomplete"  # the Hub's upload leaves out what begins with an underscore
+_UNWRITTEN = (OSError, SafetensorError, RuntimeError)  # the last is torch.save's
 _FILES = "miso_files.json"  # sizes of a checkpoint's files, by name
 
 logger = get_logger(__name__)
@@ -45,8 +47,9 @@ class WholeCheckpoints(_Trainer):
         self._aside = aside
         try:
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = checkpoint
+            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == checkpoint or os.path.isdir(best):  # transformers has looked for it aside
+                self.state.best_model_checkpoint = best
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
@@ -54,7 +57,9 @@ class WholeCheckpoints(_Trainer):
                 _complete(Path(written), Path(checkpoint))
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise RuntimeError(_unwritten(error, step, run_dir)) from error
+            if isinstance(error, _UNWRITTEN):
+                raise RuntimeError(_unwritten(error, step, run_dir)) from error
+            raise
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
@@ -90,7 +95,10 @@ def _obstacle(checkpoint: Path) -> str | None:
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}: it was not written to its end, or is no checkpoint of a trainer"
     if (checkpoint / _FILES).is_file():
-        sizes = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+        try:
+            sizes = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+        except ValueError:
+            return f"its {_FILES} cannot be read: it was not copied to its end"
         for name, size in sizes.items():
             file = checkpoint / name
             if not file.is_file() or file.stat().st_size != size:
@@ -109,7 +117,7 @@ def _newest(output_dir: Path) -> Path:
         ValueError: If there is none.
     """
     reasons: list[str] = []
-    for checkpoint in map(Path, sort_checkpoints(str(output_dir))[::-1]):
+    for checkpoint in map(Path, _checkpoints(str(output_dir))[::-1]):
         reason = _obstacle(checkpoint)
         if reason is None:
             for passed_over in reasons:
@@ -131,7 +139,7 @@ def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_di
         ValueError: If training cannot resume from it.
     """
     if not resume_from_checkpoint:
-        if left := sort_checkpoints(output_dir):
+        if left := _checkpoints(output_dir):
             logger.warning(
                 f"Training begins anew although {output_dir} has checkpoints, up to {Path(left[-1]).name}: a later "
                 "resume_from_checkpoint=True takes the one of the highest step, whichever run wrote it."
@@ -148,9 +156,15 @@ def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_di
     return str(resume_from_checkpoint)
 
 
+def _checkpoints(output_dir: str) -> list[str]:
+    """Folders named as the trainer names them, by step; not copies that a user has put beside them."""
+    numbers = PREFIX_CHECKPOINT_DIR + "-"
+    return [path for path in sort_checkpoints(output_dir) if Path(path).name.removeprefix(numbers).isdecimal()]
+
+
 def _unwritten(error: Exception, step: int, output_dir: str) -> str:
     """What to tell the user whose checkpoint could not be written."""
-    left = [folder for folder in sort_checkpoints(output_dir) if _obstacle(Path(folder)) is None]
+    left = [folder for folder in _checkpoints(output_dir) if _obstacle(Path(folder)) is None]
     last = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
     return (
         f"Got {type(error).__name__} ({error}) while {PREFIX_CHECKPOINT_DIR}-{step} was written; what was written of it is removed, "

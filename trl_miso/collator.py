@@ -57,7 +57,7 @@ class MISODataCollator:
         }
         # A label is predicted from the row before it, which for the first token of a segment is another segment's.
         batch["labels"][0, packed.cu_seqlens_q[:-1].long()] = -100
-        if all("miso_row" in row for row in rows):
+        if all(row.get("miso_row") for row in rows):
             batch[ROWS] = torch.tensor([number for row in rows for number in row["miso_row"]])
         return batch | packed.to_batch()
 

@@ -61,7 +61,7 @@ class MISOSFTConfig(SFTConfig):
             `"reference"` (dense, slow), or `"auto"`, the first of these that can run.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to check, before the first step, on the model and the first rows that MISO is exact, and refuse to
-            train if not. Costs about a dozen forward passes of two rows.
+            train if not. Costs some 15 forward passes of two rows.
     """
 
     context_mode: str = field(
@@ -149,7 +149,7 @@ class MISOSFTConfig(SFTConfig):
         default=True,
         metadata={
             "help": "Whether to check, before the first step, on the model and the first rows that MISO is exact, and refuse to "
-            "train if not. Costs about a dozen forward passes of two rows."
+            "train if not. Costs some 15 forward passes of two rows."
         },
     )
 

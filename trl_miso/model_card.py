@@ -117,6 +117,8 @@ def count_contexts(dataset: Any) -> str:
     """How many contexts the examples of a prepared data set have, by at most some thousand rows from all over it."""
     if not isinstance(dataset, Dataset):
         return "not counted (streamed data)"
+    if "miso_layout" not in dataset.column_names:
+        return "1"
     rows = range(0, len(dataset), ceil(len(dataset) / _COUNTED) or 1)
     counts: list[int] = []
     for batch in dataset.select_columns("miso_layout").select(rows).iter(_COUNTED):

@@ -305,7 +305,8 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
         """As SFTTrainer's, except:
 
         - It resumes from whole checkpoints only; `True` is the newest whole one in `output_dir`.
-        - After SIGTERM the step under way is finished, a checkpoint saved, and SystemExit(143) raised.
+        - After SIGTERM the step under way is finished, a checkpoint saved, and SystemExit(143) raised; unless the script has
+          a handler of its own, or trains in another thread than the main one.
 
         Raises:
             ValueError: If there is no whole checkpoint to resume from.
@@ -313,6 +314,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
                 weights change. They are saved as a checkpoint first (not under FSDP and DeepSpeed).
         """
         checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
+        self._saved_step = 0
         with nullcontext() if self.args.enable_jit_checkpoint else self._watch.signals():
             try:
                 output = super().train(checkpoint, *args, **kwargs)
@@ -323,11 +325,19 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
             raise SystemExit(128 + signal.SIGTERM)
         return output
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if (
+            self._watch.terminated
+        ):  # save_total_limit=1 would remove the checkpoint just saved where another is the best
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_before_failing(self) -> str:
         """Save the weights as they are between two steps; says what was saved."""
         step, plain = self.state.global_step, (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self._saved_step == step or self.accelerator.distributed_type not in plain:
-            return f"Training had done {step} steps; the last checkpoint is that of step {self._saved_step}."
+            last = f"the last checkpoint is that of step {self._saved_step}" if self._saved_step else "none were saved"
+            return f"Training had done {step} steps; {last}."
         if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
             return f"After {step} steps some weights are not finite: nothing was saved."
         self._save_checkpoint(self.model, trial=None)
@@ -341,7 +351,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-        if self.state.global_step > before or self.control.should_training_stop:
+        if self.state.global_step > before or self.control.should_training_stop or self.control.should_epoch_stop:
             return
         if not kwargs["resume_from_checkpoint"] or kwargs["epoch"] > kwargs["epochs_trained"]:
             raise ValueError(
@@ -352,7 +362,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # which skips the steps of float16 that overflow
+        if self.accelerator.mixed_precision != "fp16":  # whose loss scaling skips the steps that overflow
             self._watch.check_gradients(norm)
         return norm
 
@@ -369,7 +379,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
             check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
         if mode == "train":
-            self._watch.see(loss, rows)
+            self._watch.see(loss[0] if isinstance(loss, tuple) else loss, rows)
         return loss
 
 

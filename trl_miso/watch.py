@@ -34,9 +34,10 @@ class Watch(TrainerCallback):
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Take note of SIGTERM instead of dying of it; Python allows that in the main thread only."""
+        """Take note of SIGTERM instead of dying of it, unless the script has a handler; Python allows one in the main thread only."""
         self._signalled = self.terminated = False
-        if threading.current_thread() is not threading.main_thread():
+        taken = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        if taken or threading.current_thread() is not threading.main_thread():
             yield
             return
         process = os.getpid()
@@ -47,11 +48,13 @@ class Watch(TrainerCallback):
                 os.kill(os.getpid(), number)
             self._signalled = True
 
-        before = signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._signalled and not self.terminated:  # after the last batch, when nothing asks any more
+            os.kill(process, signal.SIGTERM)
 
     def see(self, loss: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Take note of a batch, before its backward.
@@ -90,3 +93,8 @@ class Watch(TrainerCallback):
         if self.terminated:
             logger.warning(f"SIGTERM: saving checkpoint-{state.global_step}, then ending.")
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be no time
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self.terminated:
+            control.should_save = control.should_evaluate = False

@@ -89,20 +89,20 @@ class Verifier:
             torch.cat([self.log_probs([row], metadata=False) for row in alone]),
         )
         yield equal("packed is separate", torch.cat([self.log_probs([row]) for row in self.rows]))
-        if not mixed:
-            why = "no row has several contexts"
-        elif not self.collator.share_prefixes:
-            why = "share_prefixes is off"
+        written_out = max(_example(row).num_unshared_tokens for row in self.rows)
+        why = "" if mixed else "no row has several contexts"
+        if written_out > LONGEST:
+            why = why or f"a row of {written_out:,} tokens without sharing"
+        unsharing = why or ("" if self.collator.share_prefixes else "share_prefixes is off")
+        if unsharing:
+            yield Check("shared is unshared", "skipped", note=unsharing)
         else:
-            why = ""
             yield equal("shared is unshared", self.log_probs(self.rows, replace(self.collator, share_prefixes=False)))
-        if why:
-            yield Check("shared is unshared", "skipped", note=why)
         yield self._is_definition(budget)
-        if mixed:
-            yield equal("contexts in any order", self.log_probs([_reordered(row) for row in self.rows]))
+        if why:
+            yield Check("contexts in any order", "skipped", note=why)
         else:
-            yield Check("contexts in any order", "skipped", note="no row has several contexts")
+            yield equal("contexts in any order", self.log_probs([_reordered(row) for row in self.rows]))
         yield self._isolated(packed, budget)
         yield self._labels_within_outputs()
         if self.gradients:
@@ -204,8 +204,10 @@ class Verifier:
 
 
 def choose(rows: Iterable[dict[str, Any]], count: int) -> list[Row]:
-    """Up to `count` examples of prepared rows or bins: of several contexts first, of over `LONGEST` tokens last."""
-    examples = list(chain.from_iterable(map(_split, rows)))
+    """Up to `count` examples, with labels, of prepared rows or bins: of several contexts first, of over `LONGEST` tokens last."""
+    examples = [
+        row for row in chain.from_iterable(map(_split, rows)) if any(label != -100 for label in row["labels"][1:])
+    ]
     examples.sort(key=lambda row: (_example(row).num_unshared_tokens > LONGEST, not _example(row).branches))
     return sorted(examples[:count], key=lambda row: not _example(row).branches)  # as they are laid out in a batch
 

@@ -52,13 +52,18 @@ class Verifiable(_Trainer):
         return self.verification
 
     def run_checks(self, count: int, gradients: bool) -> None:
+        rows = choose(islice(self.train_dataset, 20 * count), count)
+        self.verification = []
+        if not rows:
+            logger.warning(f"Nothing was verified: none of the first {20 * count} rows has a label.")
+            return
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base_model.dtype
         verifier = Verifier(
             model=self.model,
             embeddings=base_model.get_input_embeddings(),
             collator=self.data_collator,
-            rows=choose(islice(self.train_dataset, 20 * count), count),
+            rows=rows,
             dtype=dtype,
             definition=partial(_attending_by_definition, base_model),
             device=self.accelerator.device,
