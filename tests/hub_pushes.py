@@ -143,17 +143,17 @@ def dropped():
 
 
 def refused():
-    trainer = trainer_of("refused")
-    faults(("POST .*/commit/", 1, 403))
-    result = fails(trainer.push_to_hub)
-    trainer.push_to_hub()
-    return result
+    return fails_then_pushes("refused", ("POST .*/commit/", 1, 403))
 
 
 def unreachable():
     """Without a repository: what was trained is on disk all the same."""
-    trainer = trainer_of("unreachable")
-    faults(("POST /api/repos/create", 1, 0))
+    return fails_then_pushes("unreachable", ("POST /api/repos/create", 1, 0))
+
+
+def fails_then_pushes(name, fault):
+    trainer = trainer_of(name)
+    faults(fault)
     result = fails(trainer.push_to_hub)
     trainer.push_to_hub()
     return result

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.attention.adapter import base_implementation, rotation_of, set_rotation
 from trl_miso.attention.decoding import ContextCache, register_decoding
-from trl_miso.attention.support import ModelSupport, prepare_model
+from trl_miso.attention.support import ModelSupport, check_adapters, check_relative, prepare_model, within_adapters
 from trl_miso.contexts import Prompt, RowDropped, parallel_row, template_kwargs
 from trl_miso.packing import WEIGHTINGS, pack
 from trl_miso.rendering import ChatRenderer
@@ -71,7 +71,8 @@ def miso_generate(
         >>> out = miso_generate(model, tokenizer, ["Paris is in France. Answer:", "Rome is in Italy. Answer:"], max_new_tokens=8)
         >>> tokenizer.decode(out[0], skip_special_tokens=True)
     """
-    model = _plain(model)
+    check_adapters(model)
+    model = within_adapters(model)
     _check(weighting, weights, output_positions, generate_kwargs)
     several = bool(contexts) and isinstance(contexts[0], list) and not isinstance((contexts[0] or [""])[0], dict)
     requests = _tokenize(
@@ -85,8 +86,8 @@ def miso_generate(
         generate_kwargs.setdefault("tokenizer", tokenizer)
     longest = max(len(context) for request in requests for context in request.contexts) + len(requests[0].head)
     with _generating(model, _longest_row(model, longest, generate_kwargs)) as support:
-        if output_positions == "successive":
-            _check_relative(model, requests, support)
+        if output_positions == "successive" and any(len(set(map(len, r.contexts))) > 1 for r in requests):
+            check_relative(model.config.model_type, support)
         layouts = [_layout(request, output_positions, support) for request in requests]
         _check_window(model, [example for _, example in layouts], weighting, support)
         return _continue(model, requests, layouts, weighting, generate_kwargs)
@@ -230,16 +231,6 @@ def _implementations(config: Any) -> dict[str, Any]:
     return {"": config._attn_implementation} | {name: _implementations(part) for name, part in parts.items()}
 
 
-def _plain(model: Any) -> PreTrainedModel:
-    """The model within adapters, which they are part of."""
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-        raise ValueError(
-            "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
-            "weights. Fix: use LoRA or another adapter."
-        )
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str, Any]) -> int | None:
     """Tokens of the longest context and its output, if `max_new_tokens` says so."""
     config = generate_kwargs.get("generation_config") or model.generation_config
@@ -264,16 +255,6 @@ def _check(weighting: str, weights: Any, output_positions: str, generate_kwargs:
             f"Got {own} for generate, expected arguments other than these: miso_generate makes them of the contexts. Fix: leave "
             f"{'it' if len(own) == 1 else 'them'} out."
         )
-
-
-def _check_relative(model: PreTrainedModel, requests: list[_Request], support: ModelSupport) -> None:
-    if support.relative or all(len(set(map(len, request.contexts))) == 1 for request in requests):
-        return
-    raise ValueError(
-        f"Got a {model.config.model_type} model with output_positions='successive', whose output cannot follow contexts of different "
-        f"lengths: {support.reason}. Expected attention that depends on position differences only. Fix: set "
-        "output_positions='after_longest'."
-    )
 
 
 def _check_window(model: PreTrainedModel, examples: list[Example], weighting: str, support: ModelSupport) -> None:

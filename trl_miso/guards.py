@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions
-from trl_miso.attention.support import ModelSupport, check_config, head_dim
+from trl_miso.attention.support import ModelSupport, check_adapters, check_config, check_relative, head_dim
 from trl_miso.config import MISOSFTConfig
 from trl_miso.report import AnyDataset
 
@@ -37,14 +37,7 @@ def check_request(
             "Got a tokenizer with neither a pad nor an eos token, expected one of them to pad with. Fix: set pad_token or eos_token, "
             "of the tokenizer or in the config."
         )
-    prompt_learning = getattr(peft_config, "is_prompt_learning", False) or any(
-        getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
-    )
-    if prompt_learning:
-        raise ValueError(
-            "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
-            "weights. Fix: use LoRA or another adapter."
-        )
+    check_adapters(model, peft_config)
     if args.truncation_mode != "keep_start" and args.context_mode != "single":
         raise ValueError(
             f"Got truncation_mode={args.truncation_mode!r}, expected 'keep_start': the end of an output can be cut, a context cannot. "
@@ -163,12 +156,8 @@ def check_kernel(args: MISOSFTConfig, model: PreTrainedModel, base: str, device:
 def check_positions(args: MISOSFTConfig, mode: str, model_type: str, support: ModelSupport) -> None:
     """Refuse contexts whose positions or windows the model cannot honour; `mode` is what rows are trained in."""
     mixes, para = mode in ("para", "succ"), mode == "para"
-    if para and args.output_positions == "successive" and not support.relative:
-        raise ValueError(
-            f"Got a {model_type} model with output_positions='successive', whose output cannot follow contexts of different "
-            f"lengths: {support.reason}. Expected attention that depends on position differences only. Fix: set "
-            "output_positions='after_longest'."
-        )
+    if para and args.output_positions == "successive":
+        check_relative(model_type, support)
     if support.window and mixes and args.context_weighting == "vanilla":
         raise ValueError(
             f"Got context_weighting='vanilla' with a {model_type} model, whose sliding window of {support.window} tokens is shorter "

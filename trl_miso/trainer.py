@@ -26,7 +26,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_miso import guards, preparation
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
-from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle
+from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle, within_adapters
 from trl_miso.checkpoints import WholeCheckpoints, resumable
 from trl_miso.collator import ROWS, MISODataCollator
 from trl_miso.config import MISOSFTConfig
@@ -153,7 +153,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
 
     def _install(self, args: MISOSFTConfig) -> None:
         """Switch the model's attention and the collator over, now that TRL has made the model and wrapped it."""
-        base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base_model = within_adapters(self.model)
         guards.check_parallelism(self.accelerator.parallelism_config)
         base = base_implementation(base_model.config.get_text_config()._attn_implementation)
         self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)

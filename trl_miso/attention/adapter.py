@@ -145,12 +145,9 @@ def _attention_forward(
             f"Got attention dropout {dropout} with MISO, expected 0: the mixture cannot represent it. Fix: set "
             "model.config.attention_dropout = 0."
         )
-    dtype = value.dtype  # the projection's own; rotation and norms may have widened query and key
-    if torch.is_autocast_enabled(query.device.type) and dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = compute_dtype(value)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = KernelOptions(scale, window=sliding_window or 0, softcap=softcap or 0.0)
+    options = KernelOptions(score_scale(query, scaling), window=sliding_window or 0, softcap=softcap or 0.0)
     flash_only = base == "flash_attention_2"
     kernel = resolve_kernel(requested, flash_only, q_THD.device, dtype, q_THD.shape[-1], options)
     _log_kernel_once(kernel, requested, dtype)
@@ -158,6 +155,17 @@ def _attention_forward(
     with torch.autocast(query.device.type, enabled=False):
         out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
     return out[None], None
+
+
+def compute_dtype(value: torch.Tensor) -> torch.dtype:
+    """What attention is computed in: the projection's own dtype, since rotation and norms may have widened query and key."""
+    autocast = torch.is_autocast_enabled(value.device.type) and value.dtype == torch.float32
+    return torch.get_autocast_dtype(value.device.type) if autocast else value.dtype
+
+
+def score_scale(query: torch.Tensor, scaling: float | None) -> float:
+    """The factor of the scores: the model's, else 1 / sqrt(D)."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def register_definition() -> str:
@@ -189,7 +197,7 @@ def _definition_forward(
 ) -> tuple[torch.Tensor, None]:
     wide = torch.promote_types(value.dtype, torch.float32)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(wide) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = score_scale(query, scaling)
     example, weighting = next(decode(miso_definition)), WEIGHTINGS[miso_weighting]
     turned_and_limited = rotation_of(module), sliding_window or 0, softcap or 0.0
     with torch.autocast(query.device.type, enabled=False):

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl_miso.attention.adapter import register_miso_attention, rotation_of
+from trl_miso.attention.adapter import compute_dtype, register_miso_attention, rotation_of, score_scale
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import Kernel, KernelOptions, _branch_weights, _keys, _shares, _to_outputs
 from trl_miso.packing import PackedSegments, Varlen, _cu_seqlens, _ranges, pack
@@ -110,10 +110,8 @@ class ContextCache(DynamicCache):
             return torch.arange(0, (count + 1) * each, each, dtype=torch.int32, device=device)
 
         assert self._mixed.branch_weight is not None
-        branches, span = (
-            len(self._lengths),
-            batch // self._requests * new,
-        )  # a branch has rows of each copy of its request
+        branches = len(self._lengths)
+        span = batch // self._requests * new  # a branch has rows of each copy of its request
         first = self._mixed.branch_rows.to(device)[:, None] * span
         packed = PackedSegments(
             cu_seqlens_q=ends(batch, new),
@@ -180,17 +178,14 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention: query (B, H, new, D), key and value (B, G, seen, D) -> (B, new, H, D), None."""
-    dtype = value.dtype  # as in training
-    if torch.is_autocast_enabled(query.device.type) and dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = compute_dtype(value)
     window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
     reads = PackedSegments.from_batch(kwargs) is not None
     if miso_cache is not None and reads:
         miso_cache.keep(module, key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype), window)
     if miso_cache is None or reads:
         return trained(module, query, key, value, attention_mask, **kwargs)
-    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    options = KernelOptions(scale, window=window, softcap=softcap)
+    options = KernelOptions(score_scale(query, kwargs.get("scaling")), window=window, softcap=softcap)
     kernel = resolve_kernel("auto", flash_only, query.device, dtype, query.shape[-1], options)
     with torch.autocast(query.device.type, enabled=False):
         out = miso_cache.attend(module, query.to(dtype), key.to(dtype), value.to(dtype), kernel, options)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,6 +60,31 @@ class ModelSupport:
     window: int
     layers: int
     reason: str = ""
+
+
+def within_adapters(model: Any) -> Any:
+    """The transformers model itself, which adapters in its weights are part of."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_adapters(model: Any, peft_config: Any = None) -> None:
+    """Refuse adapters, of the model or to be added, that put tokens of their own before the contexts'. Raises ValueError."""
+    configs = [peft_config, *getattr(model, "peft_config", {}).values()]
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
+        raise ValueError(
+            "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
+            "weights. Fix: use LoRA or another adapter."
+        )
+
+
+def check_relative(model_type: str, support: ModelSupport) -> None:
+    """Refuse an output that is to follow contexts of different lengths where it cannot. Raises ValueError."""
+    if not support.relative:
+        raise ValueError(
+            f"Got a {model_type} model with output_positions='successive', whose output cannot follow contexts of different "
+            f"lengths: {support.reason}. Expected attention that depends on position differences only. Fix: set "
+            "output_positions='after_longest'."
+        )
 
 
 def check_config(config: PreTrainedConfig) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
 from trl_miso.attention.adapter import register_definition
+from trl_miso.attention.support import within_adapters
 from trl_miso.verification.checks import Check, Verifier, choose
 from trl_miso.verification.table import as_text, table
 
@@ -57,7 +58,7 @@ class Verifiable(_Trainer):
         if not rows:
             logger.warning(f"Nothing was verified: none of the first {20 * count} rows has a label.")
             return
-        base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base_model = within_adapters(self.model)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base_model.dtype
         verifier = Verifier(
             model=self.model,
