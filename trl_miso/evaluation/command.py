@@ -1,88 +1,20 @@
 """`trl-miso eval`."""
 
-import argparse
-import json
-from dataclasses import asdict
-from pathlib import Path
+from importlib import import_module
 
-from rich.console import Console
-from rich.progress import track
-
-from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Verdict, load_prompts, load_scorer, without
-from trl_miso.evaluation.inference import respond
-from trl_miso.evaluation.responses import load_responses
-from trl_miso.evaluation.table import ifeval_table
-from trl_miso.recipe import count_from
-
-_USAGE = "trl-miso eval ifeval --responses FILE [--model MODEL] [--data FILE] [--exclude_keys KEY ...] [--json FILE] [--samples FILE]"
-_ABOUT = """\
-Score responses to IFEval's prompts with lm-eval's checkers, and print the accuracies above the paper's: [S] strict, [L] loose,
-P prompts of which every instruction is followed, I instructions. Needs pip install 'trl-miso[eval]' and NLTK's punkt_tab.
-
-Without --model the responses are read from FILE. With it the responses that FILE lacks are asked of the model first, by standard
-inference (one user turn in its chat template, greedy), and appended; a run that was killed goes on where it was.
-
-Keys 1122 and 1129 ask for a "letter" that is none, and the published checker draws one: leave them out
-(--exclude_keys 1122 1129) for a figure without chance."""
+_BENCHMARKS = {
+    "ifeval": ("trl_miso.evaluation.ifeval_command", "541 prompts with instructions that a program checks"),
+}
+_HELP = "usage: trl-miso eval BENCHMARK ...\n\n" + "\n".join(
+    f"  {name:14} {about}" for name, (_, about) in _BENCHMARKS.items()
+)
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command with its arguments."""
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("benchmark", choices=["ifeval"])
-    parser.add_argument(
-        "--responses",
-        metavar="FILE",
-        required=True,
-        help='JSONL with "response" (and "prompt"), a row a prompt, in order',
-    )
-    parser.add_argument("--model", metavar="MODEL", help="a folder or an id on the Hub: ask it for the responses")
-    parser.add_argument("--batch_size", type=count_from(1), default=8, metavar="N", help="prompts at once (default: 8)")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=count_from(1),
-        default=1280,
-        metavar="N",
-        help="of a response (default: 1280, lm-eval's)",
-    )
-    parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
-    parser.add_argument("--exclude_keys", metavar="KEY", type=int, nargs="+", default=[], help="prompts to leave out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
-    parser.add_argument("--samples", type=Path, metavar="FILE", help="write the verdicts, a line a prompt")
-    options = parser.parse_args(arguments)
-    score = load_scorer()
-    prompts = load_prompts(options.data)
-    kept = without(prompts, options.exclude_keys)
-    questions = [prompt["prompt"] for prompt in prompts]
-    if options.model:
-        respond(options.model, questions, options.responses, options.batch_size, options.max_new_tokens)
-    responses = load_responses(options.responses, questions)
-    progress = track(kept, "Scoring", console=Console(stderr=True))
-    verdicts = {number: score(prompts[number], responses[number]) for number in progress}
-    counts = Counts.of(list(verdicts.values()))
-    if options.samples:
-        samples = (_sample(prompts[number], responses[number], verdict) for number, verdict in verdicts.items())
-        options.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    if options.json:
-        options.json.write_text(json.dumps(asdict(counts), indent=2) + "\n", encoding="utf-8")
-    note = f"First line: {counts.prompts} of {len(prompts)} prompts, {counts.instructions} instructions."
-    drawn = [prompts[number]["key"] for number in kept if prompts[number]["key"] in RANDOM_KEYS]
-    if drawn:
-        note += f" Keys {', '.join(map(str, drawn))} are scored by chance (--exclude_keys leaves them out)."
-    Console().print(ifeval_table(Path(options.model or options.responses).name, counts.percentages(), note))
-
-
-def _sample(prompt: Prompt, response: str, verdict: Verdict) -> dict[str, object]:
-    """A line of --samples."""
-    return {
-        "key": prompt["key"],
-        "prompt": prompt["prompt"],
-        "response": response,
-        "instruction_id_list": prompt["instruction_id_list"],
-        "strict_prompt": all(verdict.strict),
-        "strict_instruction": verdict.strict,
-        "loose_prompt": all(verdict.loose),
-        "loose_instruction": verdict.loose,
-    }
+    """Run the command with its arguments, the first of which is a benchmark."""
+    name = (arguments or [""])[0]
+    if name not in _BENCHMARKS:
+        wanted = name in ("", "-h", "--help")
+        print(_HELP if wanted else f"Got benchmark {name!r}, expected one of {list(_BENCHMARKS)}.\n\n{_HELP}")
+        raise SystemExit(0 if wanted else 2)
+    import_module(_BENCHMARKS[name][0]).main(arguments[1:])
