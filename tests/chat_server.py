@@ -1,0 +1,112 @@
+"""An OpenAI-compatible server on loopback, which misbehaves on command.
+
+It answers `chat/completions` with `reply(request)`, by default "answer to " and the last message. `server.faults[text]` is a list of
+faults for requests whose last message contains `text`: each such request meets the first that is left, and takes it off the list.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Lock, Thread
+from time import monotonic
+from typing import Any
+
+
+@dataclass
+class Fault:
+    """An answer with `status` and `body` (bytes as they are, else as JSON; None: the right one), after `delay` seconds."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0
+
+
+@dataclass
+class Request:
+    """What was asked: when, with which body, key and path."""
+
+    at: float
+    body: dict[str, Any]
+    key: str | None
+    path: str
+
+    @property
+    def text(self) -> str:
+        return self.body["messages"][-1]["content"]
+
+
+@dataclass
+class ChatServer:
+    url: str = ""
+    reply: Callable[[dict[str, Any]], str] = lambda body: f"answer to {body['messages'][-1]['content']}"
+    faults: dict[str, list[Fault]] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    most_at_once: int = 0
+    closed: Event = field(default_factory=Event)
+    _at_once: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def meet(self, request: Request) -> Fault:
+        """Count a request that begins, and say what becomes of it."""
+        with self._lock:
+            self.requests.append(request)
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            due = [faults for text, faults in self.faults.items() if text in request.text and faults]
+            return due[0].pop(0) if due else Fault()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._at_once -= 1
+
+
+def completion(text: str | None, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
+    """The body of a right answer."""
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+
+@contextmanager
+def chat_server(reply: Callable[[dict[str, Any]], str] | None = None) -> Iterator[ChatServer]:
+    """A server of its own on a free port; its `url` is a client's `base_url`."""
+    server = ChatServer(**({"reply": reply} if reply else {}))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fault = server.meet(Request(monotonic(), body, self.headers["Authorization"], self.path))
+            try:
+                server.closed.wait(fault.delay)
+                said = completion(server.reply(body)) if fault.body is None else fault.body
+                data = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(fault.status)
+                headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | fault.headers
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:
+                pass  # the client waited no longer
+            finally:
+                server.leave()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    server.url = f"http://127.0.0.1:{http.server_port}/v1"
+    thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closed.set()
+        http.shutdown()
+        thread.join()
+        http.server_close()
