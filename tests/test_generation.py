@@ -243,16 +243,37 @@ def test_messages_are_rendered_with_their_generation_prompt(tokenizer):
     assert twice[1].tolist() == miso_generate(model, tokenizer, conversations[:2], **options)[0].tolist()
 
 
-def test_contexts_are_read_once(llama, words):
-    lengths = []
-    hook = llama.model.register_forward_pre_hook(
+def test_contexts_are_read_once_and_models_looked_at_once(words):
+    model, lengths = tiny("llama"), []
+    model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    generate(llama, words, max_new_tokens=4)
-    hook.remove()
     shared = len(parallel(CONTEXTS, 1, [0.25] * 4, "successive")[0])
+    first = generate(model, words, max_new_tokens=4)
     probes, run = lengths[:-5], lengths[-5:]
-    assert run == [shared, len(HEAD), 1, 1, 1] and max(probes) <= 8
+    assert run == [shared, len(HEAD), 1, 1, 1] and probes and max(probes) <= 8
+    lengths.clear()
+    assert torch.equal(generate(model, words, max_new_tokens=4), first) and lengths == run
+
+
+class Shifted(torch.nn.Module):
+    """Tokens see the one before, as a convolution's do."""
+
+    def forward(self, x):
+        return x.roll(1, dims=1)
+
+
+def test_a_changed_model_is_looked_at_again(words):
+    model = tiny("llama")
+    generate(model, words, max_new_tokens=2)
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention_dropout=0.1"):
+        generate(model, words, max_new_tokens=2)
+    model.config.attention_dropout = 0.0
+    generate(model, words, max_new_tokens=2)
+    model.model.layers[1].mlp = Shifted()
+    with pytest.raises(ValueError, match="outside of attention"):
+        generate(model, words, max_new_tokens=2)
 
 
 class Heard(BaseStreamer):

@@ -7,16 +7,26 @@ tokens, a weighted mix of their attention to each context followed by the output
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_miso.attention.adapter import base_implementation, rotation_of, set_rotation
+from trl_miso.attention.adapter import base_implementation, rotation_of, set_implementation, set_rotation
 from trl_miso.attention.decoding import ContextCache, register_decoding
-from trl_miso.attention.support import ModelSupport, check_adapters, check_relative, prepare_model, within_adapters
+from trl_miso.attention.mixture import Rotation
+from trl_miso.attention.support import (
+    ModelSupport,
+    check_adapters,
+    check_relative,
+    for_length,
+    survey,
+    within_adapters,
+)
 from trl_miso.contexts import Prompt, RowDropped, parallel_row, template_kwargs
 from trl_miso.packing import WEIGHTINGS, pack
 from trl_miso.rendering import ChatRenderer
@@ -100,6 +110,19 @@ class _Request:
     contexts: list[list[int]]
     head: list[int]
     weights: list[float]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What `survey` found, and of what: a config, modules, and the rotation that each of these was given."""
+
+    config: PreTrainedConfig
+    modules: list[ref[nn.Module]]
+    rotations: list[Rotation | None]
+    support: ModelSupport
+
+
+_SURVEYS: WeakKeyDictionary[PreTrainedModel, _Survey] = WeakKeyDictionary()
 
 
 def _tokenize(
@@ -207,7 +230,7 @@ def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[Mode
     name = register_decoding(base_implementation(model.config.get_text_config()._attn_implementation))
     hook = model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
-        support = prepare_model(model, name, max_length)
+        support = for_length(model, _surveyed(model, name), max_length)
         model.eval()
         yield support
     finally:
@@ -217,6 +240,21 @@ def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[Mode
             module.training = training
             if rotation_of(module) is not rotation:
                 set_rotation(module, rotation)
+
+
+def _surveyed(model: PreTrainedModel, name: str) -> ModelSupport:
+    """`survey`, once for a model as it is: its forwards would take as long as several tokens of an answer."""
+    set_implementation(model, name)
+    modules = list(model.modules())
+    known = _SURVEYS.get(model)
+    if known is None or known.config != model.config or [module() for module in known.modules] != modules:
+        support = survey(model, name, None)
+        rotations = [rotation_of(module) for module in modules]
+        known = _Survey(deepcopy(model.config), [ref(module) for module in modules], rotations, support)
+        _SURVEYS[model] = known
+    for module, rotation in zip(modules, known.rotations, strict=True):
+        set_rotation(module, rotation)
+    return known.support
 
 
 def _with_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -115,12 +115,16 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     Raises:
         ValueError: With the model's name and the reason, if it cannot be trained with MISO.
     """
+    return for_length(model, survey(model, name, max_length), max_length)
+
+
+def survey(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSupport:
+    """`prepare_model` up to what a row's length decides: the window is left 0, see `for_length`."""
     check_config(model.config)
     set_implementation(model, name)
     config = model.config.get_text_config()
-    window = _window(model, config, max_length)
     if all(not p.is_meta and not hasattr(p, "ds_id") for p in model.parameters()):
-        return _probe(model, config, window, max_length)
+        return _probe(model, config, max_length)
     if any(isinstance(m, nn.Conv1d | nn.RNNBase) or "Mamba" in type(m).__name__ for m in model.modules()):
         _refuse(config, "recurrent or convolutional layers", "a pure attention model", "use one")
     modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
@@ -131,7 +135,28 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
         set_rotation(module, rotation)
         known = known and rotation is not None
     reason = "" if known else f"how {config.model_type} rotates queries and keys cannot be checked without its weights"
-    return _with_length(ModelSupport(known, True, window, config.num_hidden_layers, reason), config, max_length)
+    return ModelSupport(known, True, 0, config.num_hidden_layers, reason)
+
+
+def for_length(model: PreTrainedModel, support: ModelSupport, max_length: int | None) -> ModelSupport:
+    """What `survey` found, for rows of at most `max_length` tokens (None: any): windows, and what a short forward cannot show.
+
+    Where the rotation depends on the length of the batch, an offset alone would be turned differently: no sharing. Where
+    queries are scaled by their position, attention is not relative.
+    """
+    config = model.config.get_text_config()
+    support = replace(support, window=_window(model, config, max_length))
+    for rope in _rope_parameters(config):
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if (max_length or math.inf) <= original:
+            continue
+        if rope.get("llama_4_scaling_beta") or getattr(config, "attn_temperature_tuning", None):
+            reason = f"queries are scaled by their position beyond {original} tokens (max_length={max_length})"
+            return replace(support, shares=False, relative=False, reason=reason)
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            reason = f"{rope['rope_type']} positions change beyond {original} tokens (max_length={max_length})"
+            return replace(support, shares=False, reason=reason)
+    return support
 
 
 def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
@@ -166,7 +191,7 @@ def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_
     return f"dropout (p={max(rates)}) makes equal tokens unequal" if max(rates, default=0) > 0 else ""
 
 
-def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_length: int | None) -> ModelSupport:
+def _probe(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | None) -> ModelSupport:
     """Compare each layer's queries and keys at two positions: turned by the model's rotation, the same, or neither."""
     distance = _far_apart(config, max_length)
     with _uneven_norms(model):
@@ -190,7 +215,7 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig, window: int, max_le
         relative = relative and (bool(fits) or _same_scores(x, y, first.queries[module], tolerance))
     reasons = "its attention depends on more than position differences", "its keys cannot be rotated after the fact"
     reason = "" if shares else reasons[relative]
-    return _with_length(ModelSupport(shares, relative, window, config.num_hidden_layers, reason), config, max_length)
+    return ModelSupport(shares, relative, 0, config.num_hidden_layers, reason)
 
 
 def _far_apart(config: PreTrainedConfig, max_length: int | None) -> int:
@@ -272,25 +297,6 @@ def _identity(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: 
 def _far(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest relative distance of rows."""
     return float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-9)).max())
-
-
-def _with_length(support: ModelSupport, config: PreTrainedConfig, max_length: int | None) -> ModelSupport:
-    """What changes beyond a length that a short forward cannot show.
-
-    Where the rotation depends on the length of the batch, an offset alone would be turned differently: no sharing. Where
-    queries are scaled by their position, attention is not relative.
-    """
-    for rope in _rope_parameters(config):
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if (max_length or math.inf) <= original:
-            continue
-        if rope.get("llama_4_scaling_beta") or getattr(config, "attn_temperature_tuning", None):
-            reason = f"queries are scaled by their position beyond {original} tokens (max_length={max_length})"
-            return replace(support, shares=False, relative=False, reason=reason)
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            reason = f"{rope['rope_type']} positions change beyond {original} tokens (max_length={max_length})"
-            return replace(support, shares=False, reason=reason)
-    return support
 
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict]:
