@@ -1,4 +1,4 @@
-"""Scores of responses: what is joined, counted and written, lm-eval's verdicts, and the responses of standard inference."""
+"""Scores of responses: what is joined, counted and written, and lm-eval's verdicts."""
 
 import json
 import os
@@ -9,15 +9,13 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
 
-from trl_miso.evaluation import ifeval, inference
+from tests.chat_server import chat_server
+from trl_miso.evaluation import ifeval
 from trl_miso.evaluation.command import main
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_prompts, load_scorer, without
-from trl_miso.evaluation.inference import respond
 from trl_miso.evaluation.responses import load_responses
 from trl_miso.evaluation.table import PAPER
-from trl_miso.sources.synthetic import build_model
 
 REAL = Path(__file__).parents[2] / "shared/data/ifeval"
 GPT4 = REAL / "input_response_data_gpt4_20231107_145030.jsonl"
@@ -269,107 +267,11 @@ def test_gpt4s_responses_without_knowledge_of_abbreviations(punkt, tmp_path):
     assert gpt4_counts(tmp_path, {"NLTK_DATA": str(punkt)}) == [415, 694, 429, 711, 539, 830]
 
 
-# Standard inference
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer, tmp_path_factory):
-    """A small random Llama and its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("model")
-    build_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-QUESTIONS = [
-    "Write about the river.",
-    "Hello",
-    "Tell me, at length, about the quiet garden and the market.",
-    "Why?",
-    "é\n…",
-]
-
-
-def test_responses_are_those_of_plain_greedy_decoding(model, tokenizer, tmp_path):
-    """Each alone, token by token from the model's own logits, without padding, cache or `generate`."""
-    respond(model, QUESTIONS, tmp_path / "r.jsonl", batch_size=3, max_new_tokens=8)
-    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == QUESTIONS
-    plain = build_model(tokenizer)
-    for row in rows:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        said = []
-        while len(said) < 8 and tokenizer.eos_token_id not in said:
-            with torch.no_grad():
-                said.append(plain(torch.tensor([ids + said])).logits[0, -1].argmax().item())
-        assert row["response"] == tokenizer.decode(said, skip_special_tokens=True)
-
-
-def test_a_run_that_was_killed_goes_on(model, tmp_path):
-    """Cut anywhere, also amid a row, the file becomes what it would have been."""
-    file = tmp_path / "r.jsonl"
-    respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
-    whole = file.read_bytes()
-    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in (0, 5, ends[0], ends[1] - 1, ends[2] + 40, ends[4] - 3):
-        file.write_bytes(whole[:cut])
-        respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
-        assert file.read_bytes() == whole
-
-
-def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, tmp_path, monkeypatch):
-    file, asked = tmp_path / "r.jsonl", []
-
-    def generate(_tokenizer, _model, prompts, _max):
-        assert file.read_bytes().count(b"\n") == len(asked)
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        asked.extend(prompts)
-        return [f"answer to {text}" for text in prompts]
-
-    monkeypatch.setattr(inference, "_generate", generate)
-    with pytest.raises(KeyboardInterrupt):
-        respond(model, QUESTIONS, file, batch_size=2, max_new_tokens=4)
-    batches = []
-    monkeypatch.setattr(
-        inference, "_generate", lambda _t, _m, prompts, _max: batches.append(prompts) or ["late"] * len(prompts)
-    )
-    respond(model, QUESTIONS, file, batch_size=3, max_new_tokens=4)
-    assert batches == [QUESTIONS[3:]]  # the batch that an unbroken run has, of which the first row is kept as it was
-    assert load_responses(file, QUESTIONS) == [f"answer to {text}" for text in QUESTIONS[:4]] + ["late"]
-    monkeypatch.setattr(inference, "_load", lambda _: pytest.fail("a model was loaded for nothing"))
-    respond(model, QUESTIONS, file, batch_size=3, max_new_tokens=4)
-
-
-def test_a_file_of_something_else_is_refused_and_kept(model, tmp_path):
-    file = tmp_path / "r.jsonl"
-    respond(model, QUESTIONS[:2], file, batch_size=2, max_new_tokens=2)
-    own = file.read_bytes()
-    for text, prompts, tokens in (
-        (own, QUESTIONS[::-1], 2),
-        (own, QUESTIONS, 3),
-        (own, QUESTIONS[:1], 2),
-        (b'{"response": "mine"}\n', QUESTIONS, 2),
-        (b"not ours", QUESTIONS, 2),
-    ):
-        file.write_bytes(text)
-        with pytest.raises(ValueError, match=r"Got line [12] of .* is no response of this model.*Fix: "):
-            respond(model, prompts, file, batch_size=2, max_new_tokens=tokens)
-        assert file.read_bytes() == text
-
-
-def test_a_model_without_a_chat_template_is_refused(model, tokenizer, tmp_path):
-    bare = tokenizer.__class__.from_pretrained(model)
-    bare.chat_template = None
-    bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="no chat template.*Fix: "):
-        respond(str(tmp_path / "bare"), QUESTIONS, tmp_path / "r.jsonl", batch_size=2, max_new_tokens=2)
-
-
-def test_the_command_asks_a_model_and_scores_it(punkt, model, files, tmp_path, capsys, wide_terminal):
-    file = tmp_path / "new.jsonl"
-    main(["ifeval", "--model", model, "--responses", str(file), "--data", files[0], "--max_new_tokens", "4"])
-    assert len(file.read_text().splitlines()) == len(PROMPTS)
-    assert Path(model).name in capsys.readouterr().out
+def test_the_command_asks_a_model_and_scores_it(punkt, files, tmp_path, capsys, wide_terminal, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    right = {asked["prompt"]: response for asked, response in zip(PROMPTS, RESPONSES, strict=True)}
+    with chat_server(lambda body: right[body["messages"][-1]["content"]]) as server:
+        line = ["--model", "some/llama", "--backend", "openai", "--base_url", server.url]
+        main(["ifeval", "--responses", str(tmp_path / "new.jsonl"), "--data", files[0], *line])
+    assert "llama 25.0 50.0 50.0 66.7 47.9" in " ".join(capsys.readouterr().out.split())

@@ -9,18 +9,21 @@ from rich.console import Console
 from rich.progress import track
 
 from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Verdict, load_prompts, load_scorer, without
-from trl_miso.evaluation.inference import respond
+from trl_miso.evaluation.inference import add_arguments, respond
 from trl_miso.evaluation.responses import load_responses
 from trl_miso.evaluation.table import ifeval_table
-from trl_miso.recipe import count_from
 
-_USAGE = "trl-miso eval ifeval --responses FILE [--model MODEL] [--data FILE] [--exclude_keys KEY ...] [--json FILE] [--samples FILE]"
+_USAGE = (
+    "trl-miso eval ifeval --responses FILE [--model MODEL [--backend hf|vllm|openai] ...] [--data FILE] "
+    "[--exclude_keys KEY ...] [--json FILE] [--samples FILE]"
+)
 _ABOUT = """\
 Score responses to IFEval's prompts with lm-eval's checkers, and print the accuracies above the paper's: [S] strict, [L] loose,
 P prompts of which every instruction is followed, I instructions. Needs pip install 'trl-miso[eval]' and NLTK's punkt_tab.
 
 Without --model the responses are read from FILE. With it the responses that FILE lacks are asked of the model first, by standard
 inference (one user turn in its chat template, greedy), and appended; a run that was killed goes on where it was.
+--backend openai asks a server, also one of your own (`vllm serve MODEL`, then --base_url http://localhost:8000/v1).
 
 Keys 1122 and 1129 ask for a "letter" that is none, and the published checker draws one: leave them out
 (--exclude_keys 1122 1129) for a figure without chance."""
@@ -37,26 +40,17 @@ def main(arguments: list[str]) -> None:
         required=True,
         help='JSONL with "response" (and "prompt"), a row a prompt, in order',
     )
-    parser.add_argument("--model", metavar="MODEL", help="a folder or an id on the Hub: ask it for the responses")
-    parser.add_argument("--batch_size", type=count_from(1), default=8, metavar="N", help="prompts at once (default: 8)")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=count_from(1),
-        default=1280,
-        metavar="N",
-        help="of a response (default: 1280, lm-eval's)",
-    )
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--exclude_keys", metavar="KEY", type=int, nargs="+", default=[], help="prompts to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="write the verdicts, a line a prompt")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     score = load_scorer()
     prompts = load_prompts(options.data)
     kept = without(prompts, options.exclude_keys)
     questions = [prompt["prompt"] for prompt in prompts]
-    if options.model:
-        respond(options.model, questions, options.responses, options.batch_size, options.max_new_tokens)
+    respond(questions, options.responses, options)
     responses = load_responses(options.responses, questions)
     progress = track(kept, "Scoring", console=Console(stderr=True))
     verdicts = {number: score(prompts[number], responses[number]) for number in progress}

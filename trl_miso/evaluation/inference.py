@@ -1,93 +1,149 @@
-"""Standard inference: a model's responses to prompts, one user turn each, written as they come."""
+"""Standard inference: a model's responses to prompts, one user turn each, kept in a file as they come."""
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_miso.evaluation.backends import BACKENDS
+from trl_miso.recipe import count_from
+
+# What each backend can be told, and what it does when it is not.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "hf": {"batch_size": 8},
+    "vllm": {"batch_size": 256},
+    "openai": {"base_url": None, "concurrency": 16},
+}
 
 
-def respond(model: str, prompts: Sequence[str], file: str | Path, batch_size: int, max_new_tokens: int) -> None:
-    """Append to `file` the responses it lacks, greedily decoded, a row a prompt in the prompts' order.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `respond` reads, the same for every benchmark."""
+    group = parser.add_argument_group("asking a model for the responses that the file lacks")
+    group.add_argument(
+        "--model", metavar="MODEL", help="a folder or an id on the Hub; with openai the server's name for it"
+    )
+    group.add_argument(
+        "--backend",
+        choices=list(BACKENDS),
+        help="hf (transformers, the default), vllm (installed by you), or openai (any OpenAI-compatible server; OPENAI_API_KEY)",
+    )
+    group.add_argument(
+        "--max_new_tokens",
+        type=count_from(1),
+        default=1280,
+        metavar="N",
+        help="of a response (default: 1280, lm-eval's)",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=count_from(1),
+        metavar="N",
+        help="prompts at once (default: hf 8, vllm 256, which it batches itself)",
+    )
+    group.add_argument("--base_url", metavar="URL", help="openai: the server's (default: OPENAI_BASE_URL, or OpenAI)")
+    group.add_argument("--concurrency", type=count_from(1), metavar="N", help="openai: prompts at once (default: 16)")
 
-    A row is written whole and flushed before the next. A run that was killed goes on with the first row that is missing, and with the
-    same batches, so that the file becomes what it would have been.
+
+def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespace) -> None:
+    """Put the responses that `file` lacks into it, greedily decoded; afterwards it has a row a prompt, in the prompts' order.
+
+    Without `options.model` nothing is asked. A row is on disk before the next one is waited for, and says which prompt it
+    answers, since a server's come in any order. A run that was killed, or stopped by an error, goes on with the rows that are
+    missing, in the batches of an unbroken run, so that the file becomes what it would have been.
+
+    Args:
+        options: What `add_arguments` parsed.
 
     Raises:
         OSError: If the model or the file cannot be read.
-        ValueError: If the file holds anything but this model's responses to these prompts, or the model has no chat template.
+        ValueError: If the file holds anything but responses of this model, backend and limit to these prompts; if an option is
+            not the backend's, the backend is not installed, or the model does not answer.
     """
-    beginnings = [_beginning(model, max_new_tokens, prompt) for prompt in prompts]
-    done = _kept_rows(Path(file), beginnings)
-    if done == len(prompts):
+    settings = _settings(options)
+    if options.model is None:
         return
-    tokenizer, loaded = _load(model)
-    with Path(file).open("ab") as written, Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("Responding", total=len(prompts), completed=done)
-        for first in range(done - done % batch_size, len(prompts), batch_size):
-            responses = _generate(tokenizer, loaded, prompts[first : first + batch_size], max_new_tokens)
-            for number, response in enumerate(responses, start=first):
-                if number >= done:
-                    written.write(beginnings[number] + json.dumps(response).encode() + b"}\n")
-                    written.flush()
-                    progress.advance(task)
+    backend = options.backend or "hf"
+    beginnings = [_beginning(options, backend, row, prompt) for row, prompt in enumerate(prompts, start=1)]
+    kept = _kept_rows(Path(file), beginnings)
+    missing = [number for number in range(len(prompts)) if number not in kept]
+    if missing:
+        with Path(file).open("ab") as written, Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("Responding", total=len(prompts), completed=len(kept))
+            answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
+            for number, response in answers:
+                if number in kept:
+                    continue  # of a batch that was under way when the last run was killed
+                kept[number] = beginnings[number] + json.dumps(response).encode() + b"}\n"
+                written.write(kept[number])
+                written.flush()
+                progress.advance(task)
+    if list(kept) != sorted(kept):
+        ordered = Path(f"{file}.ordered")
+        ordered.write_bytes(b"".join(kept[number] for number in sorted(kept)))
+        os.replace(ordered, file)
 
 
-def _beginning(model: str, max_new_tokens: int, prompt: str) -> bytes:
-    """A row up to its response: what it is a response of and to."""
-    row = {"model": model, "max_new_tokens": max_new_tokens, "prompt": prompt}
-    return json.dumps(row).encode()[:-1] + b', "response": '
-
-
-def _kept_rows(file: Path, beginnings: Sequence[bytes]) -> int:
-    """How many rows the file has, each checked to begin as it must; what a killed run wrote of another one is cut off."""
-    if not file.exists():
-        return 0
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        wanted = beginnings[number - 1] if number <= len(beginnings) else b""
-        if line[: len(wanted)] != wanted[: len(line)] or (number > len(beginnings) and line):
-            raise ValueError(
-                f"Got line {number} of {file}, which is no response of this model, with this max_new_tokens, to this prompt. Expected "
-                "a new file, or the one that a run to be continued wrote. Fix: give --responses another file, or score these "
-                "responses without --model."
-            )
-    if lines[-1]:
-        os.truncate(file, file.stat().st_size - len(lines[-1]))
-    return len(lines) - 1
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    """The tokenizer and the model, on the accelerator if there is one, in the dtype it is stored in."""
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    if not tokenizer.chat_template:
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The backend's settings, given or by default."""
+    given = {
+        name: getattr(options, name)
+        for name in ("backend", "batch_size", "base_url", "concurrency")
+        if getattr(options, name) is not None
+    }
+    if options.model is None and given:
+        raise ValueError(f"Got --{next(iter(given))} without --model, expected both or neither. Fix: give --model.")
+    backend = given.pop("backend", "hf")
+    known = _SETTINGS[backend]
+    if foreign := given.keys() - known.keys():
+        name = min(foreign)
+        owners = [owner for owner, names in _SETTINGS.items() if name in names]
         raise ValueError(
-            f"Got {model}, whose tokenizer has no chat template. Expected a model for chats. Fix: save it with the template that it "
-            "was trained with, or score responses of your own without --model."
+            f"Got --{name} with --backend {backend}, expected one of --{', --'.join(known)}. Fix: leave it away, or use "
+            f"--backend {' or '.join(owners)}."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return tokenizer, AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    return known | given
 
 
-def _generate(tokenizer: Any, model: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy responses to one user turn each, padded on the left so that all begin at the same place."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    inputs = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    with torch.inference_mode():
-        tokens = model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _beginning(options: argparse.Namespace, backend: str, row: int, prompt: str) -> bytes:
+    """A row up to its response: what it is a response of and to."""
+    said = {
+        "row": row,
+        "model": options.model,
+        "backend": backend,
+        "max_new_tokens": options.max_new_tokens,
+        "prompt": prompt,
+    }
+    return json.dumps(said).encode()[:-1] + b', "response": '
+
+
+def _kept_rows(file: Path, beginnings: Sequence[bytes]) -> dict[int, bytes]:
+    """The file's rows by their prompts' numbers, in its order; what a killed run wrote of another row is cut off."""
+    if not file.exists():
+        return {}
+    *lines, rest = file.read_bytes().split(b"\n")
+    numbers = {beginning: number for number, beginning in enumerate(beginnings)}
+    kept: dict[int, bytes] = {}
+    for at, line in enumerate(lines, start=1):
+        beginning = line[: line.rfind(b', "response": ') + len(b', "response": ')]
+        number = numbers.get(beginning)
+        if number is None or number in kept:
+            raise _foreign(file, at)
+        kept[number] = line + b"\n"
+    if not any(rest[: len(beginning)] == beginning[: len(rest)] for beginning in beginnings):
+        raise _foreign(file, len(lines) + 1)
+    if rest:
+        os.truncate(file, file.stat().st_size - len(rest))
+    return kept
+
+
+def _foreign(file: Path, line: int) -> ValueError:
+    return ValueError(
+        f"Got line {line} of {file}, which is no response of this model and backend, with this max_new_tokens, to one of these "
+        "prompts. Expected a new file, or the one that a run to be continued wrote. Fix: give --responses another file, or score "
+        "these responses without --model."
+    )
