@@ -42,3 +42,12 @@ def test_the_operator_alone(device, tmp_path):
     assert {record["length"] for record in found["lengths"]} == {1024, 2048, 4096}
     chunks = [record["pairs"] for record in found["chunks"]]
     assert chunks == sorted(chunks, reverse=True)
+
+
+def test_decoding(tmp_path):
+    file = tmp_path / "figures.json"
+    run("decoding.py", "--quick", "--repeats", 1, "--new", 4, "--size", "tiny", "--json", file)
+    one, four = json.loads(file.read_text())["cases"]
+    assert all(len(case[f"new_{name}"]) == 4 for case in (one, four) for name in ("plain", "miso"))
+    assert one["new_miso"] == one["new_plain"]
+    assert [case["tokens"] for case in (one, four)] == [case["plain_tokens"] for case in (one, four)] == [256, 1024]

@@ -59,6 +59,9 @@ class MISOSFTConfig(SFTConfig):
         attention_kernel (`str`, *optional*, defaults to `"auto"`):
             Attention kernel: `"flash_attn"` (the package), `"torch_flash"` (FlashAttention-2 built into torch), `"cpu"`,
             `"reference"` (dense, slow), or `"auto"`, the first of these that can run.
+        log_shares (`bool`, *optional*, defaults to `True`):
+            Whether to log how much of the outputs' attention goes to the output itself (`output_share`), to a context
+            (`context_share`, the mean) and to the context with the least (`min_context_share`). Taken from the forward pass as it is.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to check, before the first step, on the model and the first rows that MISO is exact, and refuse to
             train if not. Costs some 15 forward passes of two rows.
@@ -143,6 +146,13 @@ class MISOSFTConfig(SFTConfig):
             "help": "Attention kernel: 'flash_attn' (the package), 'torch_flash' (FlashAttention-2 built into torch), 'cpu', "
             "'reference' (dense, slow), or 'auto', the first of these that can run.",
             "choices": ["auto", *KERNELS],
+        },
+    )
+    log_shares: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to log how much of the outputs' attention goes to the output itself (`output_share`), to a context "
+            "(`context_share`, the mean) and to the context with the least (`min_context_share`). Taken from the forward pass as it is."
         },
     )
     verify: bool = field(

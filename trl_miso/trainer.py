@@ -26,6 +26,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_miso import guards, preparation
 from trl_miso.attention.adapter import Probe, base_implementation, register_miso_attention
+from trl_miso.attention.shares import Shares
 from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle, within_adapters
 from trl_miso.checkpoints import WholeCheckpoints, resumable
 from trl_miso.collator import ROWS, MISODataCollator
@@ -33,6 +34,7 @@ from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
 from trl_miso.hub import HubPushes
 from trl_miso.mapping import WholeStream, same_columns
+from trl_miso.packing import PackedSegments
 from trl_miso.preparation import RowPreparation
 from trl_miso.report import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.tokenization import Layout, Tokenizer
@@ -374,7 +376,12 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
         probe = None if mode in self._probed else Probe()
         # The first batch shows, with the model as it was wrapped for training, that every layer receives the metadata.
         probed = inputs if probe is None else inputs | {"miso_probe": probe}
+        shares, packed = Shares(), PackedSegments.from_batch(inputs)
+        if self.args.log_shares and packed is not None and packed.num_mixed:
+            probed = probed | {"miso_shares": shares}
         loss = super().compute_loss(model, probed, *args, **kwargs)
+        for name, value in shares.means(packed).items():
+            self._metrics[mode][name].append(value)
         if probe is not None:
             check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)

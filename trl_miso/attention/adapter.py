@@ -23,6 +23,7 @@ from transformers.utils import logging
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions, Rotation, miso_attention
 from trl_miso.attention.reference import reference_attention
+from trl_miso.attention.shares import Shares
 from trl_miso.packing import WEIGHTINGS, PackedSegments
 from trl_miso.segments import decode
 
@@ -125,6 +126,7 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     miso_probe: Probe | None = None,
+    miso_shares: Shares | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), None."""
@@ -153,7 +155,7 @@ def _attention_forward(
     _log_kernel_once(kernel, requested, dtype)
     rotation = rotation_of(module)
     with torch.autocast(query.device.type, enabled=False):
-        out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
+        out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, miso_shares)
     return out[None], None
 
 

@@ -8,6 +8,7 @@ without it (probes, other inputs) the attention is the one that trains. Nothing 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,7 +55,7 @@ class ContextCache(DynamicCache):
         self._mixed = pack(examples, weighting)[2]
         self._lengths = self._mixed.cross_call.cu_seqlens_k.diff().numpy()  # of the contexts
         self._kept: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._steps: dict[tuple[int, torch.device], tuple[tuple[int, ...], PackedSegments]] = {}
+        self._steps: dict[tuple[int, torch.device], tuple[tuple[int, int], PackedSegments]] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._before + super().get_seq_length(layer_idx)
@@ -102,41 +103,45 @@ class ContextCache(DynamicCache):
 
     def _step(self, batch: int, new: int, seen: int, window: int, device: torch.device) -> PackedSegments:
         """Metadata of a forward, which its layers share: as `pack` makes it for outputs, with kept keys in place of contexts."""
-        shape = batch, new, seen
-        if self._steps.get((window, device), (None,))[0] == shape:
-            return self._steps[window, device][1]
+        shape, packed = self._steps.get((window, device), (None, None))
+        if packed is None or shape != (batch, new):
+            packed = self._rows(batch, new, device)
+        elif packed.max_seqlen_k == seen:
+            return packed
+        packed = replace(packed, cu_seqlens_k=_ends(batch, seen, device), max_seqlen_k=seen)
+        if window:
+            self._pair(packed, batch // self._requests, np.minimum(self._lengths, window), device)
+        self._steps[window, device] = (batch, new), packed
+        return packed
 
-        def ends(count: int, each: int) -> torch.Tensor:
-            return torch.arange(0, (count + 1) * each, each, dtype=torch.int32, device=device)
-
+    def _rows(self, batch: int, new: int, device: torch.device) -> PackedSegments:
+        """What does not depend on how much of the output there is."""
         assert self._mixed.branch_weight is not None
         branches = len(self._lengths)
         span = batch // self._requests * new  # a branch has rows of each copy of its request
         first = self._mixed.branch_rows.to(device)[:, None] * span
-        packed = PackedSegments(
-            cu_seqlens_q=ends(batch, new),
-            cu_seqlens_k=ends(batch, seen),
+        return PackedSegments(
+            cu_seqlens_q=_ends(batch, new, device),
+            cu_seqlens_k=_ends(batch, 0, device),
             max_seqlen_q=new,
-            max_seqlen_k=seen,
+            max_seqlen_k=0,
             num_examples=self._requests,
             num_mixed=self._requests,
             weighting=self._mixed.weighting,
             output_end=batch * new,
-            branch_cu_seqlens_q=ends(branches, span),
+            branch_cu_seqlens_q=_ends(branches, span, device),
             branch_cu_seqlens_k=_cu_seqlens(self._lengths).to(device),
             branch_max_seqlen_q=span,
             branch_max_seqlen_k=int(self._lengths.max()),
             branch_q_index=(first + torch.arange(span, device=device)).flatten(),
             branch_weight=self._mixed.branch_weight.to(device).repeat_interleave(span),
         )
-        if window:
-            packed.branch_cu_seqlens_q, packed.branch_max_seqlen_q = ends(branches * span // new, new), new
-            self._pair(packed, seen, span // new, np.minimum(self._lengths, window), device)
-        self._steps[window, device] = shape, packed
-        return packed
 
-    def _pair(self, packed: PackedSegments, seen: int, copies: int, lengths: np.ndarray, device: torch.device) -> None:
+    def _pair(self, packed: PackedSegments, copies: int, lengths: np.ndarray, device: torch.device) -> None:
         """Fill in how each copy of a branch reads its kept keys, then the output's, which follow all of those."""
+        seen = packed.max_seqlen_k
+        packed.branch_cu_seqlens_q = _ends(len(lengths) * copies, packed.max_seqlen_q, device)
+        packed.branch_max_seqlen_q = packed.max_seqlen_q
         outputs = self._mixed.branch_rows.numpy()[:, None] * copies + np.arange(copies)
         starts = np.stack(
             [np.repeat(lengths.cumsum() - lengths, copies), lengths.sum() + outputs.ravel() * seen], axis=1
@@ -145,6 +150,11 @@ class ContextCache(DynamicCache):
         packed.pair_kv_index = torch.from_numpy(_ranges(starts.ravel(), sizes.ravel())).to(device)
         packed.pair_cu_seqlens_k = _cu_seqlens(sizes.sum(1)).to(device)
         packed.pair_max_seqlen_k = int(sizes.sum(1).max())
+
+
+def _ends(count: int, each: int, device: torch.device) -> torch.Tensor:
+    """Cumulative lengths of `count` sequences of `each` rows."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device) * each
 
 
 def _split(q, k, v, contexts, packed: PackedSegments, kernel: Kernel, options: KernelOptions) -> torch.Tensor:

@@ -119,7 +119,8 @@ class TorchFlash:
 
 
 class Cpu:
-    """torch's CPU flash operator, one call a sequence (two where the keys are longer than the causal queries).
+    """torch's CPU flash operator, one call a sequence (two where the keys are longer than the causal queries); forward, sequences
+    that are all of one length share theirs.
 
     The operator's causality is top-left aligned and it needs equal lengths; queries that also see a prefix are merged
     from a full call on the prefix and a causal one on themselves. A binding window uses the operator's mask.
@@ -137,16 +138,19 @@ class Cpu:
     def forward(self, q, k, v, call, options):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
-        q_, k_, v_, out_ = (_heads_first(x) for x in (q, k, v, out))
+        sequences = _sequences(call)
+        count = len(sequences) if _alike(sequences) else 1  # of equal lengths: one call for all of them
+        q_, k_, v_, out_ = (
+            _batched(x, count) for x in (q, k[: sequences[-1][1].stop], v[: sequences[-1][1].stop], out)
+        )
+        lse_ = lse.unflatten(1, (count, -1)).transpose(0, 1)
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        for rows, keys in _sequences(call):
+        for rows, keys in sequences[: len(sequences) // count]:
             parts = [
                 attend(q_[:, :, rows], k_[:, :, part], v_[:, :, part], 0.0, causal, attn_mask=mask, scale=options.scale)
                 for part, causal, mask in _cpu_parts(rows, keys, options, q)
             ]
-            o, part_lse = parts[0] if len(parts) == 1 else _merge_two(*parts)
-            out_[:, :, rows] = o
-            lse[:, rows] = part_lse[0]
+            out_[:, :, rows], lse_[:, :, rows] = parts[0] if len(parts) == 1 else _merge_two(*parts)
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, call, options):
@@ -284,6 +288,16 @@ def _pad_heads(x: torch.Tensor) -> torch.Tensor:
 def _sequences(call: Varlen) -> list[tuple[slice, slice]]:
     q, k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False)]
+
+
+def _alike(sequences: list[tuple[slice, slice]]) -> bool:
+    """Whether all sequences have as many queries, and as many keys, as the first."""
+    return len({(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in sequences}) == 1
+
+
+def _batched(x: torch.Tensor, count: int) -> torch.Tensor:
+    """(T, heads, D) as a (count, heads, T / count, D) view."""
+    return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

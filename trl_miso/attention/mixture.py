@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
+from trl_miso.attention.shares import Shares
 from trl_miso.packing import WEIGHTINGS, PackedSegments, Varlen
 
 
@@ -85,6 +86,7 @@ def miso_attention(
     kernel: Kernel,
     options: KernelOptions,
     rotation: Rotation | None = None,
+    shares: Shares | None = None,
 ) -> torch.Tensor:
     """Attention of one packed batch: contexts and single runs causally, outputs mixed over their branches.
 
@@ -96,6 +98,7 @@ def miso_attention(
         k_TGD: (T, G, D). v_TGD: (T, G, D). H is a multiple of G.
         packed: Segment metadata on the same device.
         rotation: Applied to the keys of contexts that end elsewhere than the output begins, in the output's view of them.
+        shares: Is given how much of the outputs' attention each context has.
 
     Returns:
         (T, H, D), in the dtype of q.
@@ -111,7 +114,7 @@ def miso_attention(
         _check_window(packed, options)
     else:
         options = KernelOptions(options.scale, options.causal, 0, options.softcap)
-    return form.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
+    return form.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, shares)
 
 
 def _check_window(packed: PackedSegments, options: KernelOptions) -> None:
@@ -156,7 +159,7 @@ class _Split(torch.autograd.Function):
     """Self call and cross call, merged."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation):
+    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation, shares=None):
         rows = slice(packed.output_start, packed.output_end)
         own, cross = packed.self_call, packed.cross_call
         out, lse_HT = kernel.forward(q, *_keys(k, v, own), own, options)
@@ -165,6 +168,8 @@ class _Split(torch.autograd.Function):
         o_branch, l_branch_HQ = kernel.forward(q_branch, *contexts, cross, options.without_causality())
         o_out = out[rows].clone()
         share_out, share_branch = _shares(lse_HT[:, rows].T, l_branch_HQ.T, packed)
+        if shares is not None:
+            shares.add(share_branch)
         mixed = _to_outputs(share_branch[..., None] * o_branch, packed)
         out[rows] = mixed.addcmul_(share_out[..., None], _wide(o_out)).to(out.dtype)
         parts = (o_out, o_branch) if WEIGHTINGS[packed.weighting] == "uniform" else (None, None)
@@ -193,20 +198,23 @@ class _Split(torch.autograd.Function):
             options.without_causality(),
         )
         dq[rows] += _to_outputs(_wide(dq_branch), packed).to(dq.dtype)
-        return dq, *_sum_keys(k, [(own, dk, dv), (cross, dk_branch, dv_branch)], rotation), None, None, None, None
+        return dq, *_sum_keys(k, [(own, dk, dv), (cross, dk_branch, dv_branch)], rotation), *[None] * 5
 
 
 class _Pairs(torch.autograd.Function):
     """Each branch as one causal call over [context, output]: right where a window depends on the true distance."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation):
+    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation, shares=None):
         rows = slice(packed.output_start, packed.output_end)
         own, pairs = packed.self_call, packed.pairs_call
         out, lse_HT = kernel.forward(q, *_keys(k, v, own), own, options)
         q_branch = q[rows].index_select(0, packed.branch_rows)
         a_branch, l_branch = kernel.forward(q_branch, *_keys(k, v, pairs, rotation), pairs, options)
         weights = _branch_weights(l_branch.T, packed)
+        if shares is not None:
+            own_mass = torch.exp(lse_HT[:, rows].T[packed.branch_rows] - l_branch.T)
+            shares.add(weights * (1 - own_mass))
         mixed = _to_outputs(weights[..., None] * a_branch, packed)
         out[rows] = mixed.to(out.dtype)
         if WEIGHTINGS[packed.weighting] == "uniform":
@@ -238,7 +246,7 @@ class _Pairs(torch.autograd.Function):
             options,
         )
         dq[rows] += _to_outputs(_wide(dq_branch), packed).to(dq.dtype)
-        return dq, *_sum_keys(k, [(own, dk, dv), (pairs, dk_branch, dv_branch)], rotation), None, None, None, None
+        return dq, *_sum_keys(k, [(own, dk, dv), (pairs, dk_branch, dv_branch)], rotation), *[None] * 5
 
 
 def _shares(l_out: torch.Tensor, l_branch: torch.Tensor, packed: PackedSegments) -> tuple[torch.Tensor, torch.Tensor]:
