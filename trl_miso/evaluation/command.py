@@ -4,6 +4,7 @@ from importlib import import_module
 
 _BENCHMARKS = {
     "ifeval": ("trl_miso.evaluation.ifeval_command", "541 prompts with instructions that a program checks"),
+    "complexbench": ("trl_miso.evaluation.complexbench.command", "1,150 instructions, questions to a judge, rules"),
 }
 _HELP = "usage: trl-miso eval BENCHMARK ...\n\n" + "\n".join(
     f"  {name:14} {about}" for name, (_, about) in _BENCHMARKS.items()
