@@ -96,10 +96,11 @@ class Workload:
 
 
 def measure(workload: Workload, names: list[str], repeats: int, folder: str) -> dict[str, dict[str, float]]:
-    """Figures of each variant: seconds, tokens, score pairs, loss of the first step, share of a step outside the model."""
+    """Figures of each variant: seconds, tokens, score pairs, loss of the first step, parts of a step outside the
+    model and spent on logging shares of attention."""
     trainers = {name: workload.trainer(name, folder) for name in names}
     watches = {name: Watch(trainer, VARIANTS[name], workload.device) for name, trainer in trainers.items()}
-    figures: dict[str, dict[str, Any]] = {name: {"seconds": [], "outside": []} for name in names}
+    figures: dict[str, dict[str, Any]] = {name: {"seconds": [], "outside": [], "shares": []} for name in names}
     for name, trainer in trainers.items():
         tokens, pairs = zip(*map(batch_work, trainer.get_train_dataloader()), strict=True)
         watches[name].step()  # warms up
@@ -114,7 +115,9 @@ def measure(workload: Workload, names: list[str], repeats: int, folder: str) -> 
                 watch.step()
                 watch.apart = False
             figures[name]["outside"].append(watch.outside / watch.seconds)
-    return {name: f | {"seconds": median(f["seconds"]), "outside": median(f["outside"])} for name, f in figures.items()}
+            figures[name]["shares"].append(watch.shares / watch.seconds)
+    medians = ("seconds", "outside", "shares")
+    return {name: f | {key: median(f[key]) for key in medians} for name, f in figures.items()}
 
 
 def memory(kind: str, name: str, options: argparse.Namespace) -> float:
@@ -178,6 +181,7 @@ def ratios(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
         "single_over_fastest_sft": ratio("none", "MISO single", *SFT),
         "peak_memory_para_over_sft": ratio("none", para, packed, key="memory"),
         "outside_model_share": found["none"][para]["outside"] if "none" in found else None,
+        "log_shares_share": found["none"][para]["shares"] if "none" in found else None,
     }
     for kind in (kind for kind in found if kind.isdigit()):
         for k in (1, 2, 4, 8):

@@ -1,6 +1,7 @@
 """The trainers that `step.py` compares, a stopwatch for one of their steps, and the work in a batch."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.attention import mixture
+from trl_miso.attention.shares import Shares
 from trl_miso.packing import PackedSegments
 from trl_miso.segments import decode, unshare
 
@@ -95,7 +97,7 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: SFTTrainer, variant: Variant, device: str):
         self.trainer, self.device, self.apart = trainer, device, device == "cpu"
         self.form = mixture._Pairs if variant.pairs else mixture._Split
-        self.seconds = self.outside = self._started = self._left = 0.0
+        self.seconds = self.outside = self.shares = self._started = self._left = 0.0
         trainer.add_callback(self)
         trainer.model.register_forward_pre_hook(lambda *_: self._enter())
         trainer.model.register_forward_hook(lambda *_: self._leave())
@@ -110,9 +112,28 @@ class Watch(TrainerCallback):
 
     def step(self) -> None:
         """One optimizer step over all rows."""
-        self.outside = 0.0
-        with patch.object(mixture, "_Split", self.form):
+        self.outside = self.shares = 0.0
+        with (
+            patch.object(mixture, "_Split", self.form),
+            patch.object(Shares, "add", self._counted(Shares.add)),
+            patch.object(Shares, "means", self._counted(Shares.means)),
+        ):
             self.trainer.train()
+
+    def _counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, whose seconds are those of logging shares of attention, told apart as `outside` is."""
+
+        def counted(*args: Any) -> Any:
+            if not self.apart:
+                return work(*args)
+            synchronize(self.device)
+            start = time.perf_counter()
+            made = work(*args)
+            synchronize(self.device)
+            self.shares += time.perf_counter() - start
+            return made
+
+        return counted
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         synchronize(self.device)
