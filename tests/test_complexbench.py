@@ -138,6 +138,7 @@ BAD = {
     "no question": ([row(questions=[])], "and 0 questions"),
     "no dep": ([row(questions=[{"question": "?", "rule": None}])], "question 0 of main_id 0 with dep='nothing'"),
     "dep": ([row(questions=[question(dep=[1])])], r"question 0 of main_id 0 with dep=\[1\]"),
+    "dep of no number": ([row(questions=[question(dep=["0"])])], r"dep=\['0'\]"),
     "dep from the end": ([row(questions=[question(dep=[-1])])], r"dep=\[-1\]"),
     "rule": ([row(), row(5, questions=[question(rule="model_rhymes:[1,2]")])], "In question 0 of main_id 5: Got rule"),
 }

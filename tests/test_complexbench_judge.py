@@ -3,12 +3,11 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -249,11 +248,11 @@ def test_a_judge_that_never_says_yes_or_no_is_soon_left_alone(server, make_tasks
 
 
 def test_failures_among_verdicts_stop_nothing(server, make_tasks, tmp_path):
-    tasks, file = make_tasks(60), tmp_path / "v.jsonl"
-    server.faults = {f"No. {number}.": [Fault(200, completion("Hm."))] for number in range(0, 60, 2)}
-    assert judge(tasks, server, file, concurrency=1) == {}
-    assert_judged(file, tasks, expected(60))
-    assert len(server.requests) == 60 + 30 > 60 + GIVE_UP
+    tasks, file = make_tasks(50), tmp_path / "v.jsonl"
+    server.faults = {f"No. {number}.": [Fault(200, completion("Hm."))] for number in range(0, 50, 2)}
+    assert judge(tasks, server, file, concurrency=2) == {}
+    assert_judged(file, tasks, expected(50))
+    assert len(server.requests) == 50 + 25 > 50 + GIVE_UP
 
 
 def test_a_killed_run_goes_on(server, make_tasks, tmp_path, capsys, wide_terminal):
@@ -262,12 +261,13 @@ def test_a_killed_run_goes_on(server, make_tasks, tmp_path, capsys, wide_termina
     responses = write_lines(tmp_path / "r.jsonl", [{"response": f"answer {main_id}"} for main_id in range(8)])
     line = command(tmp_path / "data.json", responses, server, "--judge_concurrency", "3")
     server.faults["No. "] = [Fault(delay=0.05)] * 999
-    code = "import sys; from trl_miso.evaluation.command import main; main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *line], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while process.poll() is None and len(server.requests) < 20:
+    process = get_context("fork").Process(target=main, args=(line,))
+    process.start()
+    while process.is_alive() and len(server.requests) < 20:
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, process.communicate()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     had = file.read_bytes().count(b"\n")
     assert 10 <= had < 40
     before = len(server.requests)
@@ -336,6 +336,7 @@ def test_verdicts_of_something_else_are_refused_and_kept(server, make_tasks, tmp
             None,
             "line 2 of .* of 'judge-2', not of 'judge-1'",
         ),
+        (lines_of({**rows[0], "main_id": [0]}), tasks, JUDGE, "line 1 of .*, which is no verdict"),
         (lines_of({**rows[0], "verdict": "yes"}), tasks, JUDGE, "line 1 of .*, which is no verdict"),
         (b'{"judge": \n' + whole, tasks, JUDGE, "line 1 of .*, which is no verdict"),
         (lines_of({"response": "a"}), tasks, JUDGE, "line 1 of .*, which is no verdict"),

@@ -76,11 +76,12 @@ def load_instances(file: str | Path, language: str) -> list[Instance]:
     others = [
         row["main_id"]
         for row in rows
-        if [each.get("point_id") for each in row["scoring_questions"]] != list(range(len(row["scoring_questions"])))
+        if any(each.get("point_id") != number for number, each in enumerate(row["scoring_questions"]))
     ]
     if others:
         logger.warning(
-            "Questions of %d instances have a point_id that is not their position, main_id %d the first: `dep` is read as positions, as the published scores read it.",
+            "Questions of %d instances have a point_id that is not their position, main_id %d the first: `dep` is read as positions, "
+            "as the published scores read it.",
             len(others),
             others[0],
         )
@@ -100,7 +101,7 @@ def _instance(row: Any, where: str, suffix: str) -> Instance:
         here = f"question {point} of main_id {main_id}"
         rule, text = _field(question, "rule", str | None, here), _field(question, f"question{suffix}", str, here)
         dependencies = _field(question, "dep", list, here)
-        if not all(at in range(len(asked)) for at in dependencies):
+        if not all(isinstance(at, int) and 0 <= at < len(asked) for at in dependencies):
             raise ValueError(f"Got {here} with dep={dependencies}, of which there are {len(asked)}. {_DATA}")
         try:
             parsed = None if rule is None else parse_rule(rule)

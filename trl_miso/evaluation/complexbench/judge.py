@@ -81,7 +81,7 @@ def read_verdicts(file: Path, tasks: Sequence[Task], judge: str | None) -> Verdi
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            of, key, said = row["judge"], (row["main_id"], row["point_id"]), row["fingerprint"]
+            of, key, said = row["judge"], (int(row["main_id"]), int(row["point_id"])), row["fingerprint"]
             verdict = {True: True, False: False}[row["verdict"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(_refusal(file, number, "which is no verdict")) from error
