@@ -4,6 +4,7 @@ from importlib import import_module
 
 _BENCHMARKS = {
     "ifeval": ("trl_miso.evaluation.ifeval_command", "541 prompts with instructions that a program checks"),
+    "ifeval_flatten": ("trl_miso.evaluation.flatten_command", "the same instructions one by one, 834 prompts"),
     "complexbench": ("trl_miso.evaluation.complexbench.command", "1,150 instructions, questions to a judge, rules"),
 }
 _HELP = "usage: trl-miso eval BENCHMARK ...\n\n" + "\n".join(

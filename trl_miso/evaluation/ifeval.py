@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,14 @@ def without(prompts: Sequence[Prompt], keys: Iterable[int]) -> list[int]:
     return kept
 
 
-def load_scorer() -> Scorer:
-    """lm-eval's `process_results`, made the same in every run.
+def load_checkers() -> tuple[dict[str, Any], Callable[[Prompt, list[str]], dict[str, Any]]]:
+    """lm-eval's checkers by the names of their instructions, and its `process_results`; languages are found alike in every run.
 
     Raises:
         ValueError: If lm-eval, or the tokenizer that two kinds of instruction need, is not installed.
     """
     try:
-        langdetect, lm_eval, nltk = map(import_module, ("langdetect", "lm_eval", "nltk"))
+        langdetect, _, nltk = map(import_module, ("langdetect", "lm_eval", "nltk"))
     except ImportError as error:
         raise ValueError(
             f"Got no package {error.name!r}, expected lm-eval with the packages that IFEval needs. Fix: pip install 'trl-miso[eval]'."
@@ -127,14 +128,29 @@ def load_scorer() -> Scorer:
     from lm_eval.tasks.ifeval.utils import process_results
 
     langdetect.DetectorFactory.seed = 0
+    return INSTRUCTION_DICT, process_results
+
+
+def check_known(prompt: Prompt, checkers: dict[str, Any]) -> None:
+    """Refuse an instruction that lm-eval has no checker of."""
+    unknown = sorted(set(prompt["instruction_id_list"]) - checkers.keys())
+    if unknown:
+        raise ValueError(
+            f"Got instructions {unknown} (key {prompt['key']}), which lm-eval {version('lm_eval')} does not know. Expected IFEval's "
+            "own. Fix: take its input_data.jsonl."
+        )
+
+
+def load_scorer() -> Scorer:
+    """lm-eval's `process_results`, made the same in every run.
+
+    Raises:
+        ValueError: As `load_checkers`.
+    """
+    checkers, process_results = load_checkers()
 
     def score(prompt: Prompt, response: str) -> Verdict:
-        unknown = sorted(set(prompt["instruction_id_list"]) - INSTRUCTION_DICT.keys())
-        if unknown:
-            raise ValueError(
-                f"Got instructions {unknown} (key {prompt['key']}), which lm-eval {lm_eval.__version__} does not know. Expected "
-                "IFEval's own. Fix: take its input_data.jsonl."
-            )
+        check_known(prompt, checkers)
         state = random.getstate()
         random.seed(prompt["key"])
         try:

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Verdict, load_prompts, load_scorer, without
+from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Scorer, Verdict, load_prompts, load_scorer, without
 from trl_miso.evaluation.inference import add_arguments, respond
 from trl_miso.evaluation.responses import load_responses
 from trl_miso.evaluation.table import ifeval_table
@@ -34,21 +35,38 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--responses",
-        metavar="FILE",
-        required=True,
-        help='JSONL with "response" (and "prompt"), a row a prompt, in order',
-    )
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--exclude_keys", metavar="KEY", type=int, nargs="+", default=[], help="prompts to leave out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
-    parser.add_argument("--samples", type=Path, metavar="FILE", help="write the verdicts, a line a prompt")
+    add_files(parser, required=True)
     add_arguments(parser)
     options = parser.parse_args(arguments)
     score = load_scorer()
     prompts = load_prompts(options.data)
     kept = without(prompts, options.exclude_keys)
+    counts = answered_counts(prompts, kept, score, options)
+    note = f"First line: {counts.prompts} of {len(prompts)} prompts, {counts.instructions} instructions."
+    drawn = [prompts[number]["key"] for number in kept if prompts[number]["key"] in RANDOM_KEYS]
+    if drawn:
+        note += f" Keys {', '.join(map(str, drawn))} are scored by chance (--exclude_keys leaves them out)."
+    Console().print(ifeval_table(Path(options.model or options.responses).name, counts.percentages(), note))
+
+
+def add_files(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The files that `answered_counts` reads and writes."""
+    parser.add_argument(
+        "--responses",
+        metavar="FILE",
+        required=required,
+        help='JSONL with "response" (and "prompt"), a row a prompt, in order',
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
+    parser.add_argument("--samples", type=Path, metavar="FILE", help="write the verdicts, a line a prompt")
+
+
+def answered_counts(
+    prompts: Sequence[Prompt], kept: Sequence[int], score: Scorer, options: argparse.Namespace
+) -> Counts:
+    """The counts of the responses to the prompts whose numbers are `kept`, after what is missing has been asked for."""
     questions = [prompt["prompt"] for prompt in prompts]
     respond(questions, options.responses, options)
     responses = load_responses(options.responses, questions)
@@ -60,11 +78,7 @@ def main(arguments: list[str]) -> None:
         options.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
     if options.json:
         options.json.write_text(json.dumps(asdict(counts), indent=2) + "\n", encoding="utf-8")
-    note = f"First line: {counts.prompts} of {len(prompts)} prompts, {counts.instructions} instructions."
-    drawn = [prompts[number]["key"] for number in kept if prompts[number]["key"] in RANDOM_KEYS]
-    if drawn:
-        note += f" Keys {', '.join(map(str, drawn))} are scored by chance (--exclude_keys leaves them out)."
-    Console().print(ifeval_table(Path(options.model or options.responses).name, counts.percentages(), note))
+    return counts
 
 
 def _sample(prompt: Prompt, response: str, verdict: Verdict) -> dict[str, object]:

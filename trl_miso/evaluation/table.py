@@ -1,6 +1,6 @@
 """Scores as a table, above the paper's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from rich.box import SIMPLE
@@ -29,17 +29,47 @@ _CITED = (
     "SFT and MISO are fine-tuned on Crab."
 )
 
+# The same table's IFEval-Flatten: [S]I, [L]I, Avg.
+FLATTEN_COLUMNS = ("[S]I", "[L]I")
+FLATTEN_PAPER: tuple[tuple[str, str, tuple[float, float], float], ...] = (
+    ("SFT", "Llama3-8B", (52.5, 56.5), 54.5),
+    ("MISO-para", "Llama3-8B", (58.4, 62.1), 60.3),
+    ("MISO-succ", "Llama3-8B", (55.4, 58.4), 56.9),
+    ("SFT", "Mistral-7B", (54.0, 57.9), 56.0),
+    ("MISO-para", "Mistral-7B", (57.6, 61.1), 59.4),
+    ("MISO-succ", "Mistral-7B", (56.1, 61.1), 58.6),
+)
+_FLATTEN_CITED = (
+    "Below the first line: the paper's own, Table 1 of arXiv 2505.11922, on its authors' rows; fine-tuned on Crab."
+)
+
 
 def ifeval_table(name: str, percentages: Sequence[float], note: str) -> Table:
     """One line of `percentages` (in the order of `COLUMNS`), then the paper's; `note` says what the line is of."""
+    return _table("IFEval (%)", COLUMNS, name, percentages, PAPER, f"{note} {_CITED}")
+
+
+def flatten_table(name: str, percentages: Sequence[float], note: str) -> Table:
+    """As `ifeval_table`, in the order of `FLATTEN_COLUMNS`."""
+    return _table("IFEval-Flatten (%)", FLATTEN_COLUMNS, name, percentages, FLATTEN_PAPER, f"{note} {_FLATTEN_CITED}")
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    name: str,
+    percentages: Sequence[float],
+    paper: Iterable[tuple[str, str, Sequence[float], float]],
+    caption: str,
+) -> Table:
     # Text, since rich takes "[S]" in a string for a style.
-    made = Table(title="IFEval (%)", box=SIMPLE, caption=Text(f"{note} {_CITED}"))
+    made = Table(title=title, box=SIMPLE, caption=Text(caption))
     made.add_column("model")
     made.add_column("base model")
-    for column in (*COLUMNS, "Avg."):
+    for column in (*columns, "Avg."):
         made.add_column(Text(column), justify="right", no_wrap=True)
     made.add_row(Text(name), "", *_cells((*percentages, fmean(percentages))), style="bold", end_section=True)
-    for method, base, accuracies, average in PAPER:
+    for method, base, accuracies, average in paper:
         made.add_row(method, base, *_cells((*accuracies, average)))
     return made
 

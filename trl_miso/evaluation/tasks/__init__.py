@@ -1,0 +1,1 @@
+"""Tasks for lm-eval's `--include_path`, the folder of this file."""
