@@ -24,7 +24,8 @@ class Endpoint:
     """A model behind `chat/completions`, asked at temperature 0 through the `openai` package.
 
     What may pass (429, 408, 409, 5xx, lost connections, time-outs) is tried again by the package, after the time that Retry-After
-    says (a longer one than a minute may end it) or with back-off. The key is OPENAI_API_KEY's; a server given by `base_url` may need none.
+    says (a longer one than a minute may end it) or with back-off. The key is OPENAI_API_KEY's; a server given by `base_url` may
+    need none.
 
     Args:
         base_url: Of the server; None for the package's own (OPENAI_BASE_URL, or api.openai.com).
