@@ -12,10 +12,11 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from trl.trainer.utils import get_config_model_id
 
 import trl_miso
+from trl_miso.evaluation.callback import Scores, callbacks_of
 from trl_miso.segments import decode
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -53,9 +54,11 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     dataset_id, dataset = _named(dataset_name, "datasets/")
     model_name = model_name or Path(trainer.args.hub_model_id or trainer.args.output_dir).absolute().name
     is_adapter = is_peft_model(trainer.model)
+    scores = [callback.scores for callback in callbacks_of(trainer) if callback.scores is not None]
     header = {
         "base_model": base_id,
         "datasets": dataset_id,
+        "eval_results": [result for score in scores for result in _eval_results(score)] or None,
         "library_name": "peft" if is_adapter else "transformers",
         "model_name": model_name,
         "pipeline_tag": "text-generation",
@@ -74,6 +77,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         method=_METHODS[trainer.training_mode or "para"],
         usage=_usage(trainer, trainer.hub_model_id or trainer.args.hub_model_id or model_name, is_adapter),
         badges=re.findall(r"\[<img [^\n]*?\]\([^\n]*?\)", trl_card.text),
+        scores=[_scores(score) for score in scores],
         settings=_settings(trainer, is_adapter),
         checks=[_check(check) for check in trainer.verification],
         versions=_versions(is_adapter),
@@ -88,6 +92,58 @@ def _named(identifier: str | None, kind: str) -> tuple[str | None, str]:
     if os.path.exists(identifier) or not _HUB_ID.fullmatch(identifier):
         return None, f"`{re.split(_SEPARATOR, identifier.rstrip('/'))[-1]}`"
     return identifier, f"[{identifier}](https://huggingface.co/{kind}{identifier})"
+
+
+def _accuracies(scores: Scores) -> list[tuple[str, str, int, int]]:
+    """Level and reading, how many are followed, of how many; a scorer of the user's own has one reading."""
+    counts = scores.counts
+    strict, loose = ("strict", "loose") if scores.benchmark == "ifeval" else ("", None)
+    found = [
+        ("prompt", strict, counts.strict_prompt, counts.prompts),
+        ("instruction", strict, counts.strict_instruction, counts.instructions),
+        ("prompt", loose, counts.loose_prompt, counts.prompts),
+        ("instruction", loose, counts.loose_instruction, counts.instructions),
+    ]
+    return [(level, reading, followed, total) for level, reading, followed, total in found if reading is not None]
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    """What the template shows of held-out prompts."""
+    judge = "lm-eval's checkers of IFEval" if scores.benchmark == "ifeval" else "the trainer's own scorer"
+    return {
+        "about": f"{scores.counts.prompts:,} held-out prompts{' of ' * bool(scores.dataset_name)}"
+        f"{_named(scores.dataset_name, 'datasets/')[1]}, after step {scores.step:,}, judged by {judge}",
+        "rows": [
+            (
+                f"{level}s, {reading}" if reading else f"{level}s",
+                f"{followed / total:.1%}",
+                f"{followed:,} of {total:,}",
+            )
+            for level, reading, followed, total in _accuracies(scores)
+        ],
+        "max_new_tokens": f"{scores.max_new_tokens:,}",
+        "unscored": ", ".join(map(str, scores.unscored)),
+    }
+
+
+def _eval_results(scores: Scores) -> list[EvalResult]:
+    """For the card's header; none where the prompts are from no data set on the Hub."""
+    dataset_id, _ = _named(scores.dataset_name, "datasets/")
+    if dataset_id is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=dataset_id,
+            dataset_name=dataset_id.split("/")[-1],
+            dataset_args={"num_prompts": scores.counts.prompts},
+            metric_type="accuracy",
+            metric_name=f"{level}-level {reading} accuracy".replace("  ", " "),
+            metric_value=round(followed / total, 4),
+        )
+        for level, reading, followed, total in _accuracies(scores)
+    ]
 
 
 def _settings(trainer: Any, is_adapter: bool) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from trl_miso.checkpoints import WholeCheckpoints, resumable
 from trl_miso.collator import ROWS, MISODataCollator
 from trl_miso.config import MISOSFTConfig
 from trl_miso.contexts import resolve_mode, row_format
+from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.hub import HubPushes
 from trl_miso.mapping import WholeStream, same_columns
 from trl_miso.packing import PackedSegments
@@ -57,7 +58,7 @@ _BIBTEX = """\
 }"""
 
 
-class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, SFTTrainer):
+class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations, SFTTrainer):
     """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
 
     The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
