@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.chat_server import Fault, chat_server
 from trl_miso.evaluation import backends
-from trl_miso.evaluation.inference import add_arguments, respond
+from trl_miso.evaluation.command import main
+from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.evaluation.responses import load_responses
 from trl_miso.sources.synthetic import build_model
 
@@ -155,6 +156,21 @@ def test_a_model_without_a_chat_template_is_refused(model, tokenizer, tmp_path):
 
 
 # Options
+
+
+def test_responses_have_a_file_of_their_own_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        ({"model": "hub/Some-8B"}, "ifeval-Some-8B.jsonl"),
+        ({"model": "out/checkpoint-5/"}, "ifeval-checkpoint-5.jsonl"),
+        ({"model": "."}, f"ifeval-{tmp_path.name}.jsonl"),
+    ):
+        assert responses_file(argparse.Namespace(responses=None, **given), "ifeval") == expected
+        assert responses_file(argparse.Namespace(responses="r.jsonl", **given), "ifeval") == "r.jsonl"
+    for command in (["ifeval"], ["ifeval_flatten", "--bases", "b"], ["complexbench", "--data", "d", "--judge", "j"]):
+        verdicts = ["--verdicts", "v"] if command[0] == "complexbench" else []
+        with pytest.raises(ValueError, match="Got neither --responses nor --model.*Fix: "):
+            main([*command, *verdicts])
 
 
 def test_without_a_model_nothing_is_asked(tmp_path):

@@ -9,11 +9,11 @@ from rich.console import Console
 from trl_miso.evaluation.flatten import NOTE, flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import load_prompts, load_scorer
 from trl_miso.evaluation.ifeval_command import add_files, answered_counts
-from trl_miso.evaluation.inference import add_arguments
+from trl_miso.evaluation.inference import add_arguments, responses_file
 from trl_miso.evaluation.table import flatten_table
 
 _USAGE = (
-    "trl-miso eval ifeval_flatten --bases FILE [--responses FILE] [--model MODEL [--backend hf|vllm|openai] ...] [--data FILE] "
+    "trl-miso eval ifeval_flatten --bases FILE [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
     "[--write_rows FILE] [--json FILE] [--samples FILE]"
 )
 _ABOUT = f"""\
@@ -34,15 +34,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--bases", metavar="FILE", required=True, help="ifeval_wo_instructions.jsonl")
     parser.add_argument("--write_rows", type=Path, metavar="FILE", help="write the prompts with their instructions")
-    add_files(parser, required=False)
+    add_files(parser)
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    if not options.responses and (not options.write_rows or options.model or options.json or options.samples):
-        parser.error("expected --responses, or --write_rows alone")
+    only_writes = options.write_rows and not any((options.responses, options.model, options.json, options.samples))
+    if not only_writes:
+        options.responses = responses_file(options, "ifeval_flatten")
     rows = flatten_rows(load_prompts(options.data), load_bases(options.bases))
     if options.write_rows:
         options.write_rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    if not options.responses:
+    if only_writes:
         return
     counts = answered_counts(rows, range(len(rows)), load_scorer(), options)
     _, strict, _, loose = counts.percentages()

@@ -10,20 +10,20 @@ from rich.console import Console
 from rich.progress import track
 
 from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Scorer, Verdict, load_prompts, load_scorer, without
-from trl_miso.evaluation.inference import add_arguments, respond
+from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.evaluation.responses import load_responses
 from trl_miso.evaluation.table import ifeval_table
 
 _USAGE = (
-    "trl-miso eval ifeval --responses FILE [--model MODEL [--backend hf|vllm|openai] ...] [--data FILE] "
+    "trl-miso eval ifeval [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
     "[--exclude_keys KEY ...] [--json FILE] [--samples FILE]"
 )
 _ABOUT = """\
 Score responses to IFEval's prompts with lm-eval's checkers, and print the accuracies above the paper's: [S] strict, [L] loose,
 P prompts of which every instruction is followed, I instructions. Needs pip install 'trl-miso[eval]' and NLTK's punkt_tab.
 
-Without --model the responses are read from FILE. With it the responses that FILE lacks are asked of the model first, by standard
-inference (one user turn in its chat template, greedy), and appended; a run that was killed goes on where it was.
+With --model the responses are asked of it, by standard inference (one user turn in its chat template, greedy), and kept in
+--responses (default: ifeval-MODEL.jsonl); a run that was killed goes on where it was. Without, those in --responses are scored.
 --backend openai asks a server, also one of your own (`vllm serve MODEL`, then --base_url http://localhost:8000/v1).
 
 Keys 1122 and 1129 ask for a "letter" that is none, and the published checker draws one: leave them out
@@ -37,9 +37,10 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--exclude_keys", metavar="KEY", type=int, nargs="+", default=[], help="prompts to leave out")
-    add_files(parser, required=True)
+    add_files(parser)
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    options.responses = responses_file(options, "ifeval")
     score = load_scorer()
     prompts = load_prompts(options.data)
     kept = without(prompts, options.exclude_keys)
@@ -51,12 +52,11 @@ def main(arguments: list[str]) -> None:
     Console().print(ifeval_table(Path(options.model or options.responses).name, counts.percentages(), note))
 
 
-def add_files(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_files(parser: argparse.ArgumentParser) -> None:
     """The files that `answered_counts` reads and writes."""
     parser.add_argument(
         "--responses",
         metavar="FILE",
-        required=required,
         help='JSONL with "response" (and "prompt"), a row a prompt, in order',
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count_from(1),
         default=1280,
         metavar="N",
-        help="of a response (default: 1280, lm-eval's)",
+        help="of a response (default: %(default)s)",
     )
     group.add_argument(
         "--batch_size",
@@ -47,6 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base_url", metavar="URL", help="openai: the server's (default: OPENAI_BASE_URL, or OpenAI)")
     group.add_argument("--concurrency", type=count_from(1), metavar="N", help="openai: prompts at once (default: 16)")
+
+
+def responses_file(options: argparse.Namespace, benchmark: str) -> str:
+    """Where the responses are: `--responses`, else a file in the working folder that is named after the benchmark and the model.
+
+    Raises:
+        ValueError: If there is neither `--responses` nor `--model`.
+    """
+    if options.responses is not None:
+        return options.responses
+    if options.model is None:
+        raise ValueError(
+            "Got neither --responses nor --model, expected responses to score or a model to ask for them. Fix: give one, or both to "
+            "say where the model's are kept."
+        )
+    return f"{benchmark}-{Path(options.model).absolute().name}.jsonl"
 
 
 def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespace) -> None:
@@ -73,7 +89,7 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
     missing = [number for number in range(len(prompts)) if number not in kept]
     if missing:
         with Path(file).open("ab") as written, Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("Responding", total=len(prompts), completed=len(kept))
+            task = progress.add_task(f"Responding, kept in {file}", total=len(prompts), completed=len(kept))
             answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
             for number, response in answers:
                 if number in kept:

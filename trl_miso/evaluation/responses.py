@@ -20,7 +20,7 @@ def load_responses(file: str | Path, prompts: Sequence[str]) -> list[str]:
     if len(rows) != len(prompts):
         raise ValueError(
             f"Got {len(rows)} responses in {file} to {len(prompts)} prompts, expected as many: they are joined by row number. Fix: "
-            "give a row for every prompt of the data, in its order; keys that --exclude_keys leaves out have one too."
+            "give a row for every prompt of the data, in its order, also for one that is left out of the score."
         )
     differ = [
         number

@@ -12,19 +12,19 @@ from trl_miso.evaluation.complexbench.instances import LANGUAGES, Instance, load
 from trl_miso.evaluation.complexbench.judge import Estimate, Key, Task, ask_judge, judge_tasks, read_verdicts
 from trl_miso.evaluation.complexbench.scores import complexbench_table, counts
 from trl_miso.evaluation.endpoint import Endpoint
-from trl_miso.evaluation.inference import add_arguments, respond
+from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.recipe import count_from
 
 _USAGE = (
-    "trl-miso eval complexbench --data data_final.json --responses FILE [--model MODEL [--backend hf|vllm|openai] ...] "
+    "trl-miso eval complexbench --data data_final.json [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] "
     "--verdicts FILE [--judge MODEL [--judge_base_url URL] [--dry_run] ...] [--language zh|en] [--json FILE]"
 )
 _ABOUT = """\
 Score responses to ComplexBench's instructions by its questions and rules, and print DRFR, the share of questions that pass
 with all they depend on, above the paper's Table 3. The data are data/data_final.json of github.com/thu-coai/ComplexBench.
 
-Without --model the responses are read from FILE. With it the responses that FILE lacks are asked of the model first, by standard
-inference (--max_new_tokens is 4096 here), and appended.
+With --model the responses are asked of it, by standard inference (--max_new_tokens is 4096 here), and kept in --responses (default:
+complexbench-MODEL.jsonl). Without, those in --responses are scored.
 
 Without --judge the verdicts in FILE are scored, which costs nothing. With it the verdicts that FILE lacks are asked of that model first,
 at temperature 0, behind any OpenAI-compatible server: OPENAI_API_KEY, and --judge_base_url. What that will take is said before it
@@ -40,6 +40,7 @@ _LISTED = 20
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     options = _parse(arguments)
+    options.responses = responses_file(options, "complexbench")
     instances = load_instances(options.data, options.language)
     judged_now = options.judge and not options.dry_run
     max_tokens = options.judge_max_tokens or 4096
@@ -66,7 +67,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="ComplexBench's data_final.json")
     parser.add_argument(
         "--responses",
-        required=True,
         metavar="FILE",
         help='JSONL with "response", a row an instance, in order; or the benchmark\'s own, with "main_id" and "generated"',
     )
