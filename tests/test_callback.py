@@ -218,9 +218,10 @@ def test_several_sets_are_one_evaluation(make):
     assert not any("constraints" in name for name in trainer.predict(rows).metrics)
 
 
-def test_the_best_checkpoint_and_early_stopping_go_by_the_scores(make, tmp_path):
-    """Followed are 0, 4, 2, 2, 2 of 5: step 2 is the best, step 4 the second without progress. The card is that of step 2."""
-    followed = {1: 0, 2: 4}
+@pytest.mark.parametrize(("saving", "best"), [({"save_strategy": "best"}, 3), ({"save_steps": 2}, 2)])
+def test_the_best_checkpoint_and_early_stopping_go_by_the_scores(make, tmp_path, saving, best):
+    """Followed are 0, 3, 4, 2, 2 of 5: step 5 is the second without progress. The card is of the checkpoint that is loaded."""
+    followed = {1: 0, 2: 3, 3: 4}
 
     def score(row, response):
         step = made[0].state.global_step if made else 0
@@ -230,27 +231,25 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_scores(make, tmp_path)
     trainer, callback = make(
         score,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],  # before the callback
-        callback={"dataset_name": "ana/held-out"},
-        save_strategy="best",
         load_best_model_at_end=True,
         metric_for_best_model="eval_constraints_prompt",
-        max_steps=5,
+        max_steps=6,
         learning_rate=1e-2,
-        **EVERY_STEP,
+        **{"save_strategy": "steps"} | saving | EVERY_STEP,
     )
     made.append(trainer)
     trainer.train()
-    assert trainer.state.global_step == 4 and trainer.state.best_metric == 0.8
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-2")
-    best = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
-    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), best.parameters(), strict=True))
-    assert callback.scores.step == 2
-    assert len([entry for entry in trainer.state.log_history if "eval_constraints_prompt" in entry]) == 4
+    assert trainer.state.global_step == 5 and trainer.state.best_metric == 0.8
+    checkpoint = tmp_path / "out" / f"checkpoint-{best}"
+    assert trainer.state.best_model_checkpoint == str(checkpoint)
+    saved = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), saved.parameters(), strict=True))
+    assert callback.scores.step == best
+    assert len([entry for entry in trainer.state.log_history if "eval_constraints_prompt" in entry]) == 5
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "after step 2," in card and "| prompts | 80.0% | 4 of 5 |" in card
-    metrics = trainer.evaluate()
-    assert callback.scores.step == 2  # of which the weights are
-    assert metrics["eval_constraints_prompt"] == 0.4  # by this scorer, which goes by the trainer's step
+    assert f"after step {best}," in card and f"| prompts | {followed[best] / 5:.1%} | {followed[best]} of 5 |" in card
+    trainer.evaluate()
+    assert callback.scores.step == best  # of which the weights are
 
 
 def test_a_best_checkpoint_from_before_training_was_resumed_is_scored_anew(make, tokenizer, tmp_path):
@@ -278,6 +277,7 @@ def test_a_best_checkpoint_from_before_training_was_resumed_is_scored_anew(make,
     assert scored == [(1, 1.0), (2, 0.0), (3, 0.0)]  # with the history of the first run
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
     assert callback.scores.step == 1 and callback.responses == plain_responses(best.eval(), tokenizer)
+    assert "after step 1," in (tmp_path / "out" / "README.md").read_text()  # not the card of the last checkpoint
 
 
 class StopAt(TrainerCallback):
@@ -399,6 +399,8 @@ def test_what_cannot_be_asked_or_scored_is_refused_at_once(make, tokenizer, para
             MISOEvalCallback(trainer, prompts, score, **{"max_new_tokens": 6} | settings)
 
     refused("0 held-out prompts", [])
+    for name in ("num_prompts", "max_new_tokens", "batch_size"):
+        refused(f"{name}=0", **{name: 0})
     refused("5 held-out prompts with num_prompts=6", num_prompts=6)
     refused("row 2 of the held-out prompts with prompt=None", [PROMPTS[0], {"text": "a"}])
     refused("row 1 of the held-out prompts with prompt=''", [{"prompt": ""}])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,9 @@ class MISOEvalCallback(TrainerCallback):
     With a scorer of your own: `eval_constraints_prompt`, `eval_constraints_inst`, `..._unscored` and `..._runtime`.
 
     Equals, at each evaluation, `trl-miso eval ifeval --model CHECKPOINT` on the same rows, up to rounding where training's precision is
-    not that of the checkpoint. Training is not changed by it: not by a bit, with the same evaluations. It costs what generation costs:
-    ceil(prompts / batch_size / processes) batches of up to `max_new_tokens` forwards each, beside a cache for `batch_size` rows; under
-    FSDP2 and DeepSpeed every forward gathers the weights.
+    not that of the checkpoint. What is trained is the same without it, bit for bit. It costs what generation costs: ceil(prompts /
+    batch_size / processes) batches of up to `max_new_tokens` forwards each, and the memory of a cache for `batch_size` rows; under FSDP2
+    and DeepSpeed ZeRO-3 every forward gathers the weights.
 
     Args:
         trainer ([`MISOSFTTrainer`]): The trainer that the callback is added to.
@@ -123,6 +124,9 @@ class MISOEvalCallback(TrainerCallback):
         dataset_name: str | None = None,
     ):
         _check_trainer(trainer)
+        _check_at_least_1(
+            num_prompts=1 if num_prompts is None else num_prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
         self.benchmark = "ifeval" if score is None else "constraints"
         self.scores: Scores | None = None
         self.responses: list[str] = []
@@ -138,7 +142,7 @@ class MISOEvalCallback(TrainerCallback):
         self._loaded_step: int | None = None  # of the best checkpoint, once training has ended with its weights
 
     def on_train_begin(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
-        self._by_step, self._loaded_step = {}, None
+        self._by_step, self._loaded_step, self.scores = {}, None, None
         if sum(other.benchmark == self.benchmark for other in callbacks_of(self._trainer)) > 1:
             raise ValueError(
                 f"Got several MISOEvalCallbacks that score {self.benchmark}, expected one: their metrics have the same names. Fix: join "
@@ -156,8 +160,9 @@ class MISOEvalCallback(TrainerCallback):
         if self._trainer._watch.terminated:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._loaded_step = state.best_global_step
-            known = self._by_step.get(state.best_global_step)  # unless it is from before training was resumed
+            # Not best_global_step, which may have no checkpoint of its own.
+            self._loaded_step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+            known = self._by_step.get(self._loaded_step)  # unless it is from before training was resumed
             self.scores = known or self.measure()
         if self._trainer._saved_step:  # with a card, which is of before
             self._trainer.create_model_card()
@@ -299,6 +304,12 @@ def _check_trainer(trainer: Any) -> None:
             "Got a tokenizer without a chat template, expected one: a held-out prompt is a user turn. Fix: set chat_template_path, or "
             "leave MISOEvalCallback out."
         )
+
+
+def _check_at_least_1(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"Got {name}={count}, expected at least 1. Fix: raise it, or leave it out.")
 
 
 def _rows(prompts: Iterable[Mapping[str, Any]], num_prompts: int | None) -> list[Row]:
