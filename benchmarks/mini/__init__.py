@@ -1,0 +1,1 @@
+"""The miniature study of `mini_repro.py`."""
