@@ -8,6 +8,7 @@ from yaml import YAMLError
 _COMMANDS = {
     "preview": ("trl_miso.preview.command", "show rows as they will be trained on, and statistics"),
     "eval": ("trl_miso.evaluation.command", "score responses to a benchmark beside the paper's numbers"),
+    "report": ("trl_miso.analysis.command", "show how much attention each constraint gets, before and after training"),
     "verify": ("trl_miso.verification.command", "check that MISO is exact on a model and its rows, without training"),
 }
 _HELP = "usage: trl-miso COMMAND ...\n\n" + "\n".join(f"  {name:10} {about}" for name, (_, about) in _COMMANDS.items())

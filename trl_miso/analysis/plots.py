@@ -1,0 +1,304 @@
+"""The report's figures, drawn with matplotlib (the extra `plots`)."""
+
+import textwrap
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
+_NAMES = {"output": "output", "base": "base\ninstruction", "earlier": "earlier\nturns", "rest": "markup,\nrest"}
+_COLUMNS = 110  # characters a line of the heat map
+_PAGE = 90  # lines of it
+_SIZE, _LINE = 9, 0.19  # of its font in points, whose characters are 0.602 as wide; of a line in inches
+
+
+def require_matplotlib() -> None:
+    """Raises ValueError if there is none."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "Got no package 'matplotlib', expected it for the report's figures. Fix: pip install 'trl-miso[plots]'."
+        )
+
+
+def draw(report: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+    """Write the figures that the report has data for; each as its `file`, `title` and what it is `about`."""
+    models, figures = report["models"], []
+
+    def add(file: str, title: str, about: str, make: Callable[[], "Figure"]) -> None:
+        figure = make()
+        figure.savefig(folder / file, dpi=150)
+        figures.append({"file": file, "title": title, "about": about})
+
+    shown = report["shown"]
+    answers = f"mean over layers, heads and the {'answers' if len(models) > 1 else 'answer'}'s tokens"
+    add("row.png", f"Row {shown['row']}, token by token", f"Attention of the answer; {answers}.", lambda: _heat(report))
+    add(
+        "constraints.png",
+        f"Row {shown['row']}, part by part",
+        f"Attention of the answer; {answers}.",
+        lambda: _row_bars(report),
+    )
+    about = "Mean over rows, layers, heads and the answers' tokens; the bars of a model sum to one."
+    add("kinds.png", "Attention by part, all rows", about, lambda: _kinds(models))
+    about = "Attention on all constraints of a row, in each layer and head; mean over rows and the answers' tokens."
+    add("layers.png", "Constraints by layer and head", about, lambda: _layers(models))
+    if any(model["relation"]["mass"]["constraints"] for model in models):
+        about = "Each dot is a constraint: the attention that it has, by whether the answer follows it; the line is the mean."
+        add("relation.png", "Attention and what is followed", about, lambda: _relation(models))
+    if any(model["dilution"] for model in models):
+        about = (
+            "Attention that output tokens keep on the output, with the first n contexts of each row. Dashed: eq. 6 from the masses in "
+            "the mixture, what one softmax (vanilla) would leave of them. Rows with fewer contexts drop out to the right."
+        )
+        add("dilution.png", "The output's share against the number of contexts", about, lambda: _dilution(models))
+    if len(models) > 1:
+        about = "Each dot is a constraint: the attention that it has in both models, on the same row. On the line nothing changed."
+        add("compare.png", "Constraints, before and after", about, lambda: _before_after(models))
+    return figures
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple["Figure", list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(1, panels, squeeze=True)))
+    for axis in axes:
+        axis.set_prop_cycle(color=_COLOURS)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _kinds(models: list[dict[str, Any]]) -> "Figure":
+    figure, (axis,) = _figure(8, 3.4)
+    kinds = [kind for kind in models[0]["kinds"] if any(model["kinds"][kind] for model in models)]
+    height = 0.8 / len(models)
+    for i, model in enumerate(models):
+        values = [model["kinds"][kind] for kind in kinds]
+        at = np.arange(len(kinds)) + (i - (len(models) - 1) / 2) * height
+        bars = axis.bar(at, values, height * 0.95, label=_short(model["name"]))
+        axis.bar_label(bars, [f"{100 * value:.1f}" for value in values], fontsize=8, padding=1)
+    axis.set_xticks(range(len(kinds)), [_NAMES.get(kind, kind) for kind in kinds])
+    axis.set(ylabel="share of attention", ylim=(0, None))
+    axis.yaxis.set_major_formatter(_percent())
+    if len(models) > 1:
+        axis.legend(frameon=False)
+    return figure
+
+
+def _row_bars(report: dict[str, Any]) -> "Figure":
+    """Bars of the shown row: a part each, its text beside it."""
+    models = report["models"]
+    rows = [next(r for r in model["rows"] if r["row"] == report["shown"]["row"]) for model in models]
+    parts = rows[0]["parts"]
+    figure, (axis,) = _figure(9, 0.9 + 0.46 * len(parts))
+    height = 0.8 / len(models)
+    for i, (model, row) in enumerate(zip(models, rows, strict=True)):
+        at = np.arange(len(parts)) + (i - (len(models) - 1) / 2) * height
+        values = [part["mass"] for part in row["parts"]]
+        bars = axis.barh(at, values, height * 0.95, label=_short(model["name"]))
+        marks = [_mark(part["followed"]) for part in row["parts"]]
+        labels = [f"{100 * v:.1f} %{mark}" for v, mark in zip(values, marks, strict=True)]
+        axis.bar_label(bars, labels, fontsize=8, padding=2)
+    axis.set_yticks(range(len(parts)), _labels(parts), fontsize=8, parse_math=False)
+    axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(_percent())
+    axis.set_xlim(0, 1.2 * max(part["mass"] for row in rows for part in row["parts"]))
+    if len(models) > 1:
+        axis.legend(frameon=False)
+    return figure
+
+
+def _layers(models: list[dict[str, Any]]) -> "Figure":
+    figure, axes = _figure(1.5 + 4.2 * len(models), 3.6, len(models))
+    grids = [np.array(model["layers"]["constraint"], dtype=float) for model in models]
+    most = max(float(np.nanmax(grid)) for grid in grids) or 1.0
+    for axis, model, grid in zip(axes, models, grids, strict=True):
+        image = axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
+        axis.set(title=_short(model["name"]), xlabel="head", ylabel="layer")
+        for set_ticks, size in ((axis.set_xticks, grid.shape[1]), (axis.set_yticks, grid.shape[0])):
+            numbers = range(0, size, max(1, size // 8))
+            set_ticks(numbers, [str(number + 1) for number in numbers])
+    figure.colorbar(image, ax=axes, format=_percent())
+    return figure
+
+
+def _relation(models: list[dict[str, Any]]) -> "Figure":
+    figure, axes = _figure(1 + 3.6 * len(models), 3.6, len(models))
+    for axis, model in zip(axes, models, strict=True):
+        constraints = [p for row in model["rows"] for p in row["parts"] if p["followed"] is not None]
+        generator = np.random.default_rng(0)
+        for at, verdict in enumerate((True, False)):
+            values = np.array([p["mass"] for p in constraints if p["followed"] is verdict])
+            axis.plot(at + generator.uniform(-0.2, 0.2, len(values)), values, ".", alpha=0.5, color=_COLOURS[at])
+            if len(values):
+                axis.hlines(values.mean(), at - 0.3, at + 0.3, color="black")
+        told = model["relation"]["mass"]
+        axis.set_xticks(
+            range(2),
+            [f"followed\nn = {told['followed']}", f"not followed\nn = {told['constraints'] - told['followed']}"],
+        )
+        auc = "too few to relate" if told["auc"] is None else "AUC {:.2f} ({:.2f} to {:.2f})".format(*told["auc"])
+        axis.set_title(f"{_short(model['name'])}\n{auc}", fontsize=10)
+        axis.set(xlim=(-0.6, 1.6), ylim=(0, None))
+        axis.yaxis.set_major_formatter(_percent())
+    axes[0].set_ylabel("share of attention")
+    return figure
+
+
+def _dilution(models: list[dict[str, Any]]) -> "Figure":
+    figure, axes = _figure(1 + 4.2 * len(models), 3.6, len(models))
+    shares = [
+        line[name]
+        for model in models
+        for line in model["dilution"]
+        for name in line
+        if name not in ("contexts", "rows")
+    ]
+    top = 1.08 * max(share for share in shares if share is not None)
+    for axis, model in zip(axes, models, strict=True):
+        lines = model["dilution"]
+        numbers = [line["contexts"] for line in lines]
+        for name, marker in (("uniform", "o"), ("fid", "s"), ("vanilla", "^")):
+            axis.plot(
+                numbers, [np.nan if line[name] is None else line[name] for line in lines], marker=marker, label=name
+            )
+        axis.plot(numbers, [line["equation 6"] for line in lines], "k--", label="eq. 6")
+        ticks = [f"{line['contexts']}\n({line['rows']})" for line in lines]
+        axis.set_xticks(numbers, ticks, fontsize=8)
+        axis.set(title=_short(model["name"]), xlabel="contexts (rows)", ylim=(0, top))
+        axis.yaxis.set_major_formatter(_percent())
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("the output's share")
+    axes[-1].legend(frameon=False)
+    return figure
+
+
+def _before_after(models: list[dict[str, Any]]) -> "Figure":
+    figure, (axis,) = _figure(5, 4.6)
+    first, second = (
+        {
+            (row["row"], i): p["mass"]
+            for row in model["rows"]
+            for i, p in enumerate(row["parts"])
+            if p["kind"] == "constraint"
+        }
+        for model in models
+    )
+    before, after = [first[key] for key in first if key in second], [second[key] for key in first if key in second]
+    most = 1.05 * max([*before, *after, 1e-9])
+    axis.plot([0, most], [0, most], color="grey", linewidth=1)
+    axis.plot(before, after, ".", alpha=0.6)
+    axis.set(xlim=(0, most), ylim=(0, most), aspect="equal")
+    axis.set(xlabel=_short(models[0]["name"]), ylabel=_short(models[1]["name"]))
+    axis.xaxis.set_major_formatter(_percent())
+    axis.yaxis.set_major_formatter(_percent())
+    return figure
+
+
+def _heat(report: dict[str, Any]) -> "Figure":
+    """The prompt as text, each token on the colour of its mass; a panel a model, on one scale."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    shown, models = report["shown"], report["models"]
+    placed, lines = _wrapped(shown["models"][0]["prompt"])
+    cut = lines > _PAGE
+    lines = min(lines, _PAGE)
+    figure = Figure(figsize=(_COLUMNS * _SIZE * 0.602 / 72, 0.5 + len(models) * (0.4 + _LINE * lines)))
+    axes = figure.subplots(
+        len(models), 1, squeeze=False, gridspec_kw={"left": 0, "right": 1, "bottom": 0.4 / figure.get_figheight()}
+    )[:, 0]
+    kinds = [part["kind"] for part in shown["parts"]]
+    tops = [
+        m
+        for own in shown["models"]
+        for m, o in zip(own["layers"][0], own["owners"], strict=True)
+        if kinds[o] in ("constraint", "base")
+    ]
+    most = max(tops, default=0) or 1.0
+    for axis, model, own in zip(axes, models, shown["models"], strict=True):
+        boxes, values = [], []
+        for pieces, mass in zip(placed, own["layers"][0], strict=True):
+            for line, column, text in pieces:
+                if line < lines:
+                    boxes.append(Rectangle((column, line), len(text), 1))
+                    values.append(min(1.0, mass / most) ** 0.5)
+        patches = PatchCollection(boxes, cmap="YlOrRd", linewidth=0)
+        patches.set(array=np.array(values), clim=(0, 1.25))  # the darkest red would hide what is written on it
+        axis.add_collection(patches)
+        for pieces in placed:
+            for line, column, text in pieces:
+                if line < lines and text.strip():
+                    font = {"family": "DejaVu Sans Mono", "size": _SIZE, "va": "center", "parse_math": False}
+                    axis.text(column, line + 0.5, _drawable(text), **font)
+        axis.set(xlim=(0, _COLUMNS), ylim=(lines, 0))
+        axis.set_title(_short(model["name"]), fontsize=10)
+        axis.axis("off")
+    note = f"darkest: {100 * most:.2g} % of the attention or more" + (f"; the first {_PAGE} lines" if cut else "")
+    figure.text(0.5, 0.12 / figure.get_figheight(), note, fontsize=9, ha="center")
+    return figure
+
+
+def _wrapped(texts: list[str]) -> tuple[list[list[tuple[int, int, str]]], int]:
+    """(line, column, text) of each token's pieces, line breaks shown and heeded; and the number of lines."""
+    placed, line, column = [], 0, 0
+    for text in texts:
+        pieces: list[tuple[int, int, str]] = []
+        for i, piece in enumerate(text.split("\n")):
+            if i:
+                pieces.append((line, column, "↵"))
+                line, column = line + 1, 0
+            while piece:
+                if column + min(len(piece), 24) > _COLUMNS:
+                    line, column = line + 1, 0
+                fits, piece = piece[: _COLUMNS - column], piece[_COLUMNS - column :]
+                pieces.append((line, column, fits))
+                column += len(fits)
+        placed.append(pieces)
+    return placed, line + 1
+
+
+def _drawable(text: str) -> str:
+    """Text in the characters that the font has: a box stands for others."""
+    glyphs = _glyphs()
+    return "".join(char if ord(char) in glyphs and char.isprintable() else "□" for char in text)
+
+
+def _glyphs() -> set[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return set(get_font(findfont(FontProperties(family="DejaVu Sans Mono"))).get_charmap())
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda share, _: f"{100 * share:g} %")
+
+
+def _labels(parts: list[dict[str, Any]]) -> list[str]:
+    labels, number = [], 0
+    for part in parts:
+        number += part["kind"] == "constraint"
+        name = (
+            f"{number}." if part["kind"] == "constraint" else _NAMES.get(part["kind"], part["kind"]).replace("\n", " ")
+        )
+        said = _drawable(textwrap.shorten(part["text"], 48, placeholder=" …"))
+        labels.append(f"{name} {said}".strip())
+    return labels
+
+
+def _mark(followed: bool | None) -> str:
+    return {None: "", True: "  ✓", False: "  ✗"}[followed]
+
+
+def _short(name: str) -> str:
+    """The end of a model's name or path."""
+    return _drawable(name.rstrip("/")[-40:])
