@@ -80,15 +80,15 @@ def main(arguments: list[str]) -> None:
     summaries: list[Summary] = []
     details: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
-    for at, name in enumerate(names):
-        summary = Summary(name)
+    for at, (name, label) in enumerate(zip(names, _labels(names), strict=True)):
+        summary = Summary(label)
         model = _load(name, args, model_args)
         samples = _answered(model, tokenizer, sampler, rows, options) if options.generate else rows.samples
         if row not in [sample.index for sample in samples]:
             raise _not_measured(rows, row)
         for measured in measure(
             model,
-            track(samples, f"Measuring {Path(name).name}", console=Console(stderr=True)),
+            track(samples, f"Measuring {label}", console=Console(stderr=True)),
             weighting=args.context_weighting,
             output_positions=args.output_positions,
             max_length=args.max_length,
@@ -121,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=count_from(1), metavar="N", help="of an answer (default: 512)")
     parser.add_argument("--output_dir", default="miso-report", metavar="DIR", help="default: miso-report")
     return parser
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The ends of the models' names, as long as it takes to tell them apart."""
+    parts = [Path(name).parts for name in names]
+    ends = (["/".join(part[-depth:]) for part in parts] for depth in range(1, max(map(len, parts)) + 1))
+    return next((labels for labels in ends if len(set(labels)) == len(names)), names)
 
 
 def _prepare(

@@ -2,7 +2,9 @@
 
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by colour-
 _NAMES = {"output": "output", "base": "base\ninstruction", "earlier": "earlier\nturns", "rest": "markup,\nrest"}
 _COLUMNS = 110  # characters a line of the heat map
 _PAGE = 90  # lines of it
-_SIZE, _LINE = 9, 0.19  # of its font in points, whose characters are 0.602 as wide; of a line in inches
+_LINE = 0.19  # height of one in inches
+_DPI = 150
+_FONT: dict[str, Any] = {"family": "DejaVu Sans Mono", "size": 9, "parse_math": False}
 
 
 def require_matplotlib() -> None:
@@ -32,7 +36,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[dict[str, str]]:
 
     def add(file: str, title: str, about: str, make: Callable[[], "Figure"]) -> None:
         figure = make()
-        figure.savefig(folder / file, dpi=150)
+        figure.savefig(folder / file, dpi=_DPI)
         figures.append({"file": file, "title": title, "about": about})
 
     shown = report["shown"]
@@ -211,10 +215,14 @@ def _heat(report: dict[str, Any]) -> "Figure":
     placed, lines = _wrapped(shown["models"][0]["prompt"])
     cut = lines > _PAGE
     lines = min(lines, _PAGE)
-    figure = Figure(figsize=(_COLUMNS * _SIZE * 0.602 / 72, 0.5 + len(models) * (0.4 + _LINE * lines)))
-    axes = figure.subplots(
-        len(models), 1, squeeze=False, gridspec_kw={"left": 0, "right": 1, "bottom": 0.4 / figure.get_figheight()}
-    )[:, 0]
+    each, title, note = _LINE * lines, 0.4, 0.4  # heights in inches
+    height = note + len(models) * (title + each)
+    margins = {"left": 0, "right": 1, "bottom": note / height, "top": 1 - title / height, "hspace": title / each}
+    figure = Figure(dpi=_DPI)
+    ruler = figure.text(0, 0, "x" * _COLUMNS, **_FONT)  # whose width depends on how the font is fitted to pixels
+    figure.set_size_inches(ruler.get_window_extent().width / _DPI, height)
+    ruler.remove()
+    axes = figure.subplots(len(models), 1, squeeze=False, gridspec_kw=margins)[:, 0]
     kinds = [part["kind"] for part in shown["parts"]]
     tops = [
         m
@@ -233,16 +241,13 @@ def _heat(report: dict[str, Any]) -> "Figure":
         patches = PatchCollection(boxes, cmap="YlOrRd", linewidth=0)
         patches.set(array=np.array(values), clim=(0, 1.25))  # the darkest red would hide what is written on it
         axis.add_collection(patches)
-        for pieces in placed:
-            for line, column, text in pieces:
-                if line < lines and text.strip():
-                    font = {"family": "DejaVu Sans Mono", "size": _SIZE, "va": "center", "parse_math": False}
-                    axis.text(column, line + 0.5, _drawable(text), **font)
+        for line, text in enumerate(_lines(placed)[:lines]):
+            axis.text(0, line + 0.5, _drawable(text), va="center", **_FONT)
         axis.set(xlim=(0, _COLUMNS), ylim=(lines, 0))
         axis.set_title(_short(model["name"]), fontsize=10)
         axis.axis("off")
-    note = f"darkest: {100 * most:.2g} % of the attention or more" + (f"; the first {_PAGE} lines" if cut else "")
-    figure.text(0.5, 0.12 / figure.get_figheight(), note, fontsize=9, ha="center")
+    said = f"darkest: {100 * most:.2g} % of the attention or more" + (f"; the first {_PAGE} lines" if cut else "")
+    figure.text(0.5, 0.12 / height, said, fontsize=9, ha="center")
     return figure
 
 
@@ -265,16 +270,24 @@ def _wrapped(texts: list[str]) -> tuple[list[list[tuple[int, int, str]]], int]:
     return placed, line + 1
 
 
+def _lines(placed: list[list[tuple[int, int, str]]]) -> list[str]:
+    lines: dict[int, str] = {}
+    for line, _, text in chain.from_iterable(placed):
+        lines[line] = lines.get(line, "") + text
+    return [lines.get(line, "") for line in range(max(lines, default=0) + 1)]
+
+
 def _drawable(text: str) -> str:
-    """Text in the characters that the font has: a box stands for others."""
+    """Text in the characters that the font has: a box stands for others, one column each."""
     glyphs = _glyphs()
-    return "".join(char if ord(char) in glyphs and char.isprintable() else "□" for char in text)
+    return "".join(char if ord(char) in glyphs and char.isprintable() else "□" for char in text.replace("\t", "⇥"))
 
 
+@cache
 def _glyphs() -> set[int]:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return set(get_font(findfont(FontProperties(family="DejaVu Sans Mono"))).get_charmap())
+    return set(get_font(findfont(FontProperties(family=_FONT["family"]))).get_charmap())
 
 
 def _percent() -> Any:
@@ -287,11 +300,9 @@ def _labels(parts: list[dict[str, Any]]) -> list[str]:
     labels, number = [], 0
     for part in parts:
         number += part["kind"] == "constraint"
-        name = (
-            f"{number}." if part["kind"] == "constraint" else _NAMES.get(part["kind"], part["kind"]).replace("\n", " ")
-        )
         said = _drawable(textwrap.shorten(part["text"], 48, placeholder=" …"))
-        labels.append(f"{name} {said}".strip())
+        kind = _NAMES.get(part["kind"], part["kind"]).replace("\n", " ")
+        labels.append(f"{number}. {said}" if part["kind"] == "constraint" else f"{kind}: {said}" if said else kind)
     return labels
 
 
@@ -300,5 +311,5 @@ def _mark(followed: bool | None) -> str:
 
 
 def _short(name: str) -> str:
-    """The end of a model's name or path."""
-    return _drawable(name.rstrip("/")[-40:])
+    """A model's name, without formulas."""
+    return _drawable(name[-40:]).replace("$", r"\$")
