@@ -7,7 +7,7 @@ The paper's comparison of methods in miniature: which of them teaches a small mo
 
 A Llama is pretrained on a small language (`mini/language.py`) in which constraints can be checked, fine-tuned by each method
 with `MISOSFTTrainer`, and asked by standard inference: one context, greedy. SFT is `context_mode="single"`, which makes the
-same steps as TRL's SFTTrainer (`tests/test_benchmarks.py`) on the batches that the other methods see. Each method's learning
+same steps as TRL's SFTTrainer (`tests/test_benchmarks.py`) on the rows that the other methods see, in their order. Each method's learning
 rate is chosen on a dev split; the test split is then examined once, with that rate. On a CPU the tables are the same, bit for
 bit, whenever and with however many processes they are made; seconds are not and stand apart.
 """
@@ -15,8 +15,10 @@ bit, whenever and with however many processes they are made; seconds are not and
 import argparse
 import os
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,14 +26,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from measure import machine, print_table, write_json
 from mini.grid import METHODS, SFT, Grid, Ledger, Study, Workshop, alone, start_worker
-from mini.pretraining import Pretraining
+from mini.pretraining import Pretraining, build_model, pretrain
 from mini.report import Report, digest, markdown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ALL = tuple(METHODS)
 FULL = Study(
-    pretraining=Pretraining("1m", steps=8200, batch=64),
+    pretraining=Pretraining("1m", steps=2000, batch=64),
     learning_rates=(7.5e-4, 1.5e-3, 3e-3),
     seeds=5,
     rows=1000,
@@ -43,7 +45,7 @@ FULL = Study(
 )
 QUICK = replace(
     FULL,
-    pretraining=Pretraining("quick", steps=2000, batch=32),
+    pretraining=Pretraining("quick", steps=1200, batch=32),
     learning_rates=(7.5e-4, 2e-3),
     seeds=2,
     rows=300,
@@ -66,6 +68,24 @@ SMOKE = replace(
     methods={"mix": ALL},
     resamples=100,
 )
+
+
+# A step of fine-tuning (the methods' mean), and a prompt's examination, in steps of pretraining: as --quick had them on a CPU.
+TUNING_STEP, PROMPT = 3.5, 0.05
+
+
+def estimate(study: Study, device: str, workers: int) -> float:
+    """Seconds that the whole study may take, from those of four steps of its pretraining, made now."""
+    ends: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        settings = replace(study.pretraining, steps=5)
+        pretrain(settings, Path(folder) / "base", device, lambda: ends.append(time.perf_counter()))
+    groups = study.groups().values()
+    tunings = sum((run.rows + run.plain) * run.epochs / run.batch for runs in groups for run in runs)
+    dev, test = 3 * study.dev[0] + study.dev[1], 3 * study.test[0] + study.test[1]  # an IFE prompt is two Flat ones
+    prompts = sum(len(runs) * dev + study.seeds * test for runs in groups)
+    steps = study.pretraining.steps + (TUNING_STEP * tunings + PROMPT * prompts) / workers
+    return steps * (ends[-1] - ends[0]) / 4
 
 
 def run(study: Study, options: argparse.Namespace) -> Report:
@@ -91,6 +111,18 @@ def run(study: Study, options: argparse.Namespace) -> Report:
     return Report(grid)
 
 
+def describe(study: Study) -> str:
+    base = study.pretraining
+    parameters = build_model(base.size, base.seed).num_parameters() / 1e6
+    return (
+        f"A Llama of {parameters:.2f}M parameters, pretrained on {base.steps} batches of {base.batch} exchanges with 0 to 3 "
+        f"constraints; fine-tuned for {study.epochs} epochs on {study.rows} rows with 3 to 7 (mix: and as many without any), "
+        f"batches of {study.batch}; {study.seeds} seeds of rows and order, one base model; {study.test[0]} IFE and "
+        f"{study.test[1]} Dense prompts. I, P: constraints, prompts; ±: standard error over seeds; intervals: bootstrap of "
+        f"seeds and prompts, {study.resamples} resamples; attention: of the texts' tokens, mean over layers and heads."
+    )
+
+
 def write(report: Report, study: Study, options: argparse.Namespace, seconds: float) -> None:
     tables, costs = report.tables(), report.costs()
     for title, columns, rows in tables + costs:
@@ -99,7 +131,8 @@ def write(report: Report, study: Study, options: argparse.Namespace, seconds: fl
     print(f"{told}; {seconds / 60:.0f} minutes in this process")
     if options.markdown:
         about = machine(options.device).replace("\n", "; ")
-        options.markdown.write_text(f"{markdown(tables)}\n{told}\n\n{markdown(costs)}\n{about}\n")
+        parts = [describe(study) + "\n", markdown(tables), told + "\n", markdown(costs), about + "\n"]
+        options.markdown.write_text("\n".join(parts))
     write_json(options.json, {"tables": digest(tables), "mixes": report.numbers()})
     if options.figure:
         report.draw(options.figure)
@@ -108,7 +141,9 @@ def write(report: Report, study: Study, options: argparse.Namespace, seconds: fl
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scale = parser.add_mutually_exclusive_group()
-    scale.add_argument("--quick", action="store_true", help="a smaller model, fewer rows, two seeds, one learning rate")
+    scale.add_argument(
+        "--quick", action="store_true", help="a smaller model, fewer rows, two seeds, two learning rates"
+    )
     scale.add_argument("--smoke", action="store_true", help="everything once, in seconds; its accuracies mean nothing")
     scale.add_argument("--size", choices=("1m", "30m"), default="1m", help="parameters of the model (default: 1m)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -122,10 +157,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.workers = options.workers or (len(os.sched_getaffinity(0)) if options.device == "cpu" else 1)
     study = SMOKE if options.smoke else QUICK if options.quick else LARGE if options.size == "30m" else FULL
+    if options.figure and find_spec("matplotlib") is None:
+        sys.exit("Got --figure without matplotlib, expected it installed. Fix: pip install 'trl-miso[plots]'.")
     start_worker()
     start = time.perf_counter()
     try:
         with alone(options.folder):
+            seconds = estimate(study, options.device, options.workers)
+            print(
+                f"estimate for all of it: {seconds / 60:.0f} minutes, at the speed of four steps made now", flush=True
+            )
             report = run(study, options)
     except ValueError as error:
         sys.exit(str(error))

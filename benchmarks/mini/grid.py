@@ -161,14 +161,13 @@ class Grid:
         self.workers = workers
 
     def run(self) -> None:
-        workshop = self.workshop
-        if not workshop.weights(None).exists():
-            pretrain(
-                workshop.study.pretraining,
-                workshop.weights(None),
-                workshop.device,
-                partial(self.advance, "pretraining"),
-            )
+        workshop, settings = self.workshop, self.workshop.study.pretraining
+        step = partial(self.advance, "pretraining")
+        if workshop.weights(None).exists():
+            for _ in range(settings.steps):
+                step()
+        else:
+            pretrain(settings, workshop.weights(None), workshop.device, step)
         with _pool(self.workers) as mapped:
             self._add("test", [None], map, partial(workshop.examine, "test"))
             for runs in workshop.study.groups().values():

@@ -1,6 +1,7 @@
 """Accuracies over seeds and prompts, and how far others could have been: a bootstrap of both."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Resamples:
     prompts: np.ndarray
 
     @classmethod
+    @cache
     def draw(cls, count: int, seeds: int, prompts: int, seed: int = 0) -> "Resamples":
         rng = np.random.default_rng(seed)
         return cls(*(rng.multinomial(n, np.full(n, 1 / n), size=count) for n in (seeds, prompts)))
