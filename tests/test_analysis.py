@@ -225,6 +225,27 @@ def test_the_first_layer_is_alike_in_all_weightings(sampler):
     assert found[0].dilution[1]["uniform"] == pytest.approx(found[0].parts[..., 0].mean(), abs=1e-6)
 
 
+def test_windows_that_bind_are_heeded(sampler):
+    """A context out of sight has nothing; one softmax over all contexts has no windows, and is not measured."""
+    sample = sampler()(chat_row(["Use commas.", "Be kind."], ()), 0)
+    narrow, wide = (
+        next(measure(tiny_model("mistral", torch.float64, sliding_window=window, num_hidden_layers=1), [sample]))
+        for window in (4, 500)
+    )
+    assert (narrow.branches < wide.branches).all()
+    assert narrow.parts[..., 0].mean() > wide.parts[..., 0].mean()
+    assert [line["vanilla"] is None for line in narrow.dilution.values()] == [False, True, True]
+    assert narrow.dilution[1]["uniform"] == pytest.approx(narrow.parts[..., 0].mean(), abs=1e-6)
+
+
+def test_given_contexts_are_measured(sampler):
+    given = {"contexts": ["One thing. Say:", "Two. Say:"], "completion": " Yes."}
+    sample = sampler("contexts")(given | {"context_weights": [3, 1]}, 0)
+    (found,) = measure(tiny_model("llama"), [sample])
+    assert [part.kind for part in sample.prompted.parts] == ["output", "rest", "base"]
+    assert found.output == pytest.approx(1 - found.branches @ np.array([0.75, 0.25]), abs=1e-5)
+
+
 def test_a_model_is_left_as_it_was(sampler):
     sample = sampler()(chat_row(), 0)
     model = tiny_model("llama")
@@ -345,10 +366,11 @@ def test_answers_of_its_own_are_those_of_generate(template, tokenizer, sampler):
     assert len(measured.answer) == len(answered.answer) == measured.answer.shape[0]
 
 
-def test_a_token_that_spans_parts_is_of_its_last_character():
-    """`make_tokenizer` merges the end of a sentence with the line breaks after it."""
-    tokenizer = make_tokenizer("merging")
-    row = [{"role": "user", "content": "the sea.\n\na ship"}]
-    prompted = read_prompt(tokenizer, row, "the sea.", ["a ship"], None, {})
-    spanning = prompted.ids.index(tokenizer(".\n\n", add_special_tokens=False)["input_ids"][0])
-    assert prompted.parts[prompted.owners[spanning]].text == "the sea."
+def test_a_token_that_spans_parts_is_of_its_last_character(tokenizer):
+    """One merges the end of a sentence with the line breaks after it, the other a space with the word after it."""
+    for reads, text, base, constraint in (
+        (make_tokenizer("merging"), "the sea.\n\na ship", "the sea.\n\n", "a ship"),
+        (tokenizer, "Write the word", "Write", " the word"),
+    ):
+        prompted = read_prompt(reads, [{"role": "user", "content": text}], base.strip(), [constraint.strip()], None, {})
+        assert said_by(prompted, reads)[2:] == [base, constraint]

@@ -21,6 +21,8 @@ from trl_miso.analysis.shown import shown
 from trl_miso.analysis.summary import Summary, compared
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
+pytest.importorskip("matplotlib", reason="needs pip install 'trl-miso[plots]'")
+
 browser = test_preview_page.browser
 FIGURES = {"row.png", "constraints.png", "kinds.png", "layers.png", "relation.png", "dilution.png", "compare.png"}
 

@@ -60,6 +60,7 @@ class PartMeter:
         k_GTD = key[0].to(wide)
         mass = query.new_zeros(heads, len(self._queries), self._parts, dtype=wide)
         total = query.new_zeros(heads, length, dtype=wide)
+        of_part = torch.nn.functional.one_hot(self._owners, self._parts).to(wide)  # (T, P)
         at_once = max(1, SCORES // (heads * length))
         position = torch.arange(length, device=query.device)
         for start in range(0, len(self._queries), at_once):
@@ -73,7 +74,7 @@ class PartMeter:
             distance = rows[:, None] - position
             scores.masked_fill_((distance < 0) | (distance >= (window or length)), -torch.inf)
             probabilities = scores.softmax(-1)
-            mass[:, start : start + at_once].index_add_(2, self._owners, probabilities)
+            mass[:, start : start + at_once] = probabilities @ of_part
             if self._tokens:
                 total += probabilities.sum(1)
         self.masses.append(mass.cpu())
