@@ -225,6 +225,15 @@ def test_the_first_layer_is_alike_in_all_weightings(sampler):
     assert found[0].dilution[1]["uniform"] == pytest.approx(found[0].parts[..., 0].mean(), abs=1e-6)
 
 
+def test_a_constraint_alone_is_that_of_a_row_with_it_alone(sampler):
+    both, *single = (
+        sampler()(chat_row(constraints, ()), 0) for constraints in (CONSTRAINTS[:2], *map(list, zip(CONSTRAINTS[:2])))
+    )
+    first, *others = measure(tiny_model("llama"), [both, *single])
+    assert first.alone == pytest.approx([found.parts[..., -1].mean() for found in others], abs=1e-6)
+    assert first.alone[0] > first.parts[..., -2].mean()
+
+
 def test_windows_that_bind_are_heeded(sampler):
     """A context out of sight has nothing; one softmax over all contexts has no windows, and is not measured."""
     sample = sampler()(chat_row(["Use commas.", "Be kind."], ()), 0)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.analysis.dilution import WEIGHTINGS, equation_6, masses
 from trl_miso.analysis.meters import LayerShares, PartMeter, measuring
+from trl_miso.analysis.parts import Prompted
 from trl_miso.analysis.samples import Sample
 from trl_miso.attention.support import ModelSupport, check_relative
 from trl_miso.collator import MISODataCollator
@@ -28,7 +29,8 @@ class Measurement:
     A token of the answer is measured where it is predicted, by the query of the token before it. All of `parts[l, h]` sum to 1.
 
     `parts` (L, H, P): standard attention, mean over the answer. `answer` (U, P): the same for each token of the answer, mean over
-    layers and heads. `branches` (L, H, n): sigmoid(l_i - l_out) of each context, mean over the answer; none where there is
+    layers and heads. `alone`: standard attention on each constraint where it is the only one in the prompt, before the same answer; a
+    mean over all. `branches` (L, H, n): sigmoid(l_i - l_out) of each context, mean over the answer; none where there is
     one context. `output` (L, H): the output's share in that mixture. `dilution`: the output's share, mean over layers,
     heads and answer, by number of contexts, for each weighting and for eq. 6 (see `_dilution`).
     `each` (L, H, U, P) and `tokens` (L, H, T) only where they were asked for.
@@ -37,6 +39,7 @@ class Measurement:
     sample: Sample
     parts: np.ndarray
     answer: np.ndarray
+    alone: list[float]
     branches: np.ndarray | None
     output: np.ndarray | None
     dilution: dict[int, dict[str, float | None]]
@@ -70,7 +73,8 @@ def measure(
             check_relative(model.config.model_type, support)
         mixed = _Mixed(model, support, output_positions)
         for sample in samples:
-            meter = _standard(model, sample, sample.index == detailed)
+            meter = _standard(model, sample.prompted, sample.answer, sample.index == detailed)
+            alone = [_stack(_standard(model, one, sample.answer).masses) for one in sample.alone]
             each = _stack(meter.masses)
             branches, output, dilution = None, None, {}
             if len(sample.contexts) > 1:
@@ -82,6 +86,7 @@ def measure(
                 sample=sample,
                 parts=each.mean(2),
                 answer=np.nanmean(each, (0, 1)),
+                alone=[float(np.nanmean(mass[..., -1])) for mass in alone],  # the constraint is the last part
                 branches=branches,
                 output=output,
                 dilution=dilution,
@@ -104,12 +109,11 @@ def answer_by_itself(
     return sample.answered(answer, tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def _standard(model: PreTrainedModel, sample: Sample, tokens: bool) -> PartMeter:
-    """The full prompt and the answer as one causal run."""
-    ids = sample.prompted.ids + sample.answer
-    owners = sample.prompted.owners + [0] * len(sample.answer)
-    first = len(sample.prompted.ids) - 1
-    meter = PartMeter(torch.tensor(owners, device=model.device), len(sample.prompted.parts), first, tokens)
+def _standard(model: PreTrainedModel, prompted: Prompted, answer: list[int], tokens: bool = False) -> PartMeter:
+    """A prompt and the answer as one causal run."""
+    ids, owners = prompted.ids + answer, prompted.owners + [0] * len(answer)
+    owner = torch.tensor(owners, device=model.device)
+    meter = PartMeter(owner, len(prompted.parts), len(prompted.ids) - 1, tokens)
     row = {"input_ids": ids, "labels": ids, "miso_layout": encode(single(len(ids)))}
     _forward(model, MISODataCollator(pad_token_id=0), row, miso_meter=meter)
     return meter

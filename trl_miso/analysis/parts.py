@@ -32,6 +32,11 @@ class Prompted(NamedTuple):
     parts: list[Part]
     owners: list[int]
 
+    def without_last(self, tokens: int) -> "Prompted":
+        """Without as many tokens of its end."""
+        kept = len(self.ids) - tokens
+        return self._replace(ids=self.ids[:kept], owners=self.owners[:kept])
+
 
 def read_prompt(
     tokenizer: PreTrainedTokenizerBase,

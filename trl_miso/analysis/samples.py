@@ -20,12 +20,14 @@ class Sample:
     """A row's full prompt and answer, and its contexts, by name, with what they mix with.
 
     `answer` is the token ids that the model predicts, `text` what they say; `head` what the output begins with before them.
+    `alone` are the prompts with one constraint each, in their order.
     """
 
     index: int
     row: dict[str, Any]
     constraints: list[str]
     prompted: Prompted
+    alone: list[Prompted]
     answer: list[int]
     text: str
     contexts: list[list[int]]
@@ -80,7 +82,12 @@ class Sampler:
         if self.kind == "constraints" and not constraints:
             raise RowDropped("no constraints")
         base = _base(row["prompt"], template) if constraints else None
+        singles = self._singles(row, constraints)
         prompted = read_prompt(self.tokenizer, full.contexts[0], base, constraints, template, kwargs)
+        alone = [
+            read_prompt(self.tokenizer, single, base, [constraint], template, kwargs)
+            for single, constraint in zip(singles, constraints, strict=True)
+        ]
         made = parallel_row(row, self.kind, self.args.include_full, self.args.include_bare, template, full)
         tokenize = Tokenizer(self.tokenizer, response_template=template)
         whole, tokenized = map(_kept, tokenize([full, made], [kwargs] * 2))
@@ -88,8 +95,8 @@ class Sampler:
         if self.own_answers:
             head, answer, text = self._prompt_ids(made.contexts[0], kwargs)[len(tokenized.contexts[0]) :], [], ""
         else:  # the end of the prompt may not be that of a conversation with this answer (thinking, merged tokens)
-            kept = len(whole.contexts[0] + whole.output) - len(answer)
-            prompted = prompted._replace(ids=prompted.ids[:kept], owners=prompted.owners[:kept])
+            cut = len(prompted.ids) + len(answer) - len(whole.contexts[0] + whole.output)
+            prompted, *alone = (one.without_last(cut) for one in (prompted, *alone))
             assert prompted.ids + answer == whole.contexts[0] + whole.output, "offsets are of other tokens"
         return self.fitting(
             Sample(
@@ -97,10 +104,11 @@ class Sampler:
                 row=row,
                 constraints=constraints,
                 prompted=prompted,
+                alone=alone,
                 answer=answer,
                 text=text,
                 contexts=tokenized.contexts,
-                names=self._names(row, constraints, full.contexts[0], made.contexts),
+                names=self._names(singles, full.contexts[0], made.contexts),
                 weights=made.weights or self._weights(len(tokenized.contexts)),
                 head=head,
             )
@@ -118,16 +126,16 @@ class Sampler:
         (text,) = ChatRenderer(self.tokenizer)([prompt], kwargs, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _names(self, row: dict[str, Any], constraints: list[str], full: Prompt, contexts: list[Prompt]) -> list[str]:
+    def _singles(self, row: dict[str, Any], constraints: list[str]) -> list[Prompt]:
+        """The prompts with one constraint each."""
+        alone = [row | {"constraints": [constraint], "full_prompt": None} for constraint in constraints]
+        return [full_row(one, self.kind, self.args.response_template).contexts[0] for one in alone]
+
+    def _names(self, singles: list[Prompt], full: Prompt, contexts: list[Prompt]) -> list[str]:
         if self.kind == "contexts":
             return ["full" if context == full else f"context {i}" for i, context in enumerate(contexts, start=1)]
-        alone = {"constraints": None, "full_prompt": None}
-        singles = [
-            full_row(row | alone | {"constraints": [c]}, self.kind, self.args.response_template).contexts[0]
-            for c in constraints
-        ]
-        named = [*((context, f"constraint {i}") for i, context in enumerate(singles, start=1)), (full, "full")]
-        return [next((name for known, name in reversed(named) if known == context), "bare") for context in contexts]
+        named = [(full, "full"), *((context, f"constraint {i}") for i, context in enumerate(singles, start=1))]
+        return [next((name for known, name in named if known == context), "bare") for context in contexts]
 
     def _weights(self, n: int) -> list[float]:
         share = self.args.full_context_weight

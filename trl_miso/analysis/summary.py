@@ -29,13 +29,14 @@ class Summary:
             heads.append(measured.parts[..., kinds == kind].sum(-1))
         mass = np.nanmean(measured.parts, (0, 1))
         tokens = np.bincount(sample.prompted.owners, minlength=len(parts))
-        verdicts = iter(followed)
+        verdicts, alone = iter(followed), iter(measured.alone)
         described: list[dict[str, Any]] = [
             {
                 "kind": part.kind,
                 "text": part.text,
                 "tokens": int(size),
                 "mass": float(share),
+                "alone": next(alone) if part.kind == "constraint" else None,
                 "followed": next(verdicts) if part.kind == "constraint" else None,
             }
             for part, size, share in zip(parts, tokens, mass, strict=True)
@@ -73,7 +74,8 @@ class Summary:
         return {row["row"]: sum(p["mass"] for p in row["parts"] if p["kind"] == kind) for row in self._rows}
 
     def _by_constraints(self) -> list[dict[str, Any]]:
-        """By the number of constraints: rows, the mass on all of them and on one, on the output, how many were followed."""
+        """By the number of constraints: rows, the mass on all of them, on one, on one that is alone, on the output; how many of
+        those that are known were followed."""
         groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for row in self._rows:
             groups[sum(p["kind"] == "constraint" for p in row["parts"])].append(row)
@@ -82,14 +84,11 @@ class Summary:
             parts = [p for row in rows for p in row["parts"] if p["kind"] == "constraint"]
             known = [p["followed"] for p in parts if p["followed"] is not None]
             total = sum(p["mass"] for p in parts) / len(rows)
-            line = {
-                "constraints": count,
-                "rows": len(rows),
-                "mass": total,
-                "mass_each": total / count if count else None,
-            }
-            output = sum(row["parts"][0]["mass"] for row in rows) / len(rows)
-            lines.append(line | {"output": output, "known": len(known), "followed": sum(known)})
+            line = {"constraints": count, "rows": len(rows), "mass": total}
+            line["mass_each"] = total / count if count else None
+            line["mass_alone"] = sum(p["alone"] for p in parts) / len(parts) if count else None
+            line["output"] = sum(row["parts"][0]["mass"] for row in rows) / len(rows)
+            lines.append(line | {"known": len(known), "followed": sum(known)})
         return lines
 
     def _contexts(self) -> dict[str, Any] | None:

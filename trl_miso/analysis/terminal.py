@@ -54,17 +54,20 @@ def _kinds(report: dict[str, Any], names: list[Text]) -> Table:
 def _constraints(models: list[dict[str, Any]], names: list[Text]) -> Table | None:
     if not any(model["kinds"]["constraint"] for model in models):
         return None
-    made = _table("By number of constraints: attention on each", "constraints", "rows", *names)
+    made = _table(
+        "By number of constraints: attention on each, and on one that is alone", "constraints", "rows", *names
+    )
     by_number = [{line["constraints"]: line for line in model["by_constraints"]} for model in models]
     for number in sorted(set().union(*by_number)):
         lines = [lines.get(number) for lines in by_number]
-        each = ["-" if line is None else _percent(line["mass_each"]) + _share(line) for line in lines]
+        each = ["-" if line is None else _each(line) for line in lines]
         made.add_row(str(number), str(max(line["rows"] for line in lines if line)), *each)
     return made
 
 
-def _share(line: dict[str, Any]) -> str:
-    return f"  followed {line['followed']}/{line['known']}" if line["known"] else ""
+def _each(line: dict[str, Any]) -> str:
+    known = f"  followed {line['followed']}/{line['known']}" if line["known"] else ""
+    return f"{_percent(line['mass_each'])} ({_percent(line['mass_alone'])}){known}"
 
 
 def _followed(models: list[dict[str, Any]]) -> Table | None:
