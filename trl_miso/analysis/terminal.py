@@ -55,7 +55,10 @@ def _constraints(models: list[dict[str, Any]], names: list[Text]) -> Table | Non
     if not any(model["kinds"]["constraint"] for model in models):
         return None
     made = _table(
-        "By number of constraints: attention on each, and on one that is alone", "constraints", "rows", *names
+        "By number of constraints: attention on each (on one alone), how many are followed",
+        "constraints",
+        "rows",
+        *names,
     )
     by_number = [{line["constraints"]: line for line in model["by_constraints"]} for model in models]
     for number in sorted(set().union(*by_number)):
@@ -66,7 +69,7 @@ def _constraints(models: list[dict[str, Any]], names: list[Text]) -> Table | Non
 
 
 def _each(line: dict[str, Any]) -> str:
-    known = f"  followed {line['followed']}/{line['known']}" if line["known"] else ""
+    known = f"  {line['followed']}/{line['known']}" if line["known"] else ""
     return f"{_percent(line['mass_each'])} ({_percent(line['mass_alone'])}){known}"
 
 
