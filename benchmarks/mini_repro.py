@@ -63,6 +63,7 @@ SMOKE = replace(
     seeds=1,
     rows=16,
     epochs=1,
+    batch=8,
     dev=(9, 5),
     test=(9, 5),
     methods={"mix": ALL},

@@ -71,6 +71,8 @@ def test_rows_are_true_and_splits_are_apart():
         for row in members:
             assert all(satisfied(constraint, row["text"]) for constraint in row["constraints"])
             assert belongs(row["text"], split)
+            said = " ".join([row["topic"], *sorted(row["constraints"])])
+            assert len(row["constraints"]) < 2 or belongs(said, split)
         several = {(row["topic"], *sorted(row["constraints"])) for row in members if len(row["constraints"]) > 1}
         seen[split] = {row["text"] for row in members} | several
     assert all(seen[a].isdisjoint(seen[b]) for a, b in itertools.combinations(seen, 2))

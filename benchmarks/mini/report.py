@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mini.evaluate import SETS
-from mini.grid import BASE, SFT, Grid
+from mini.grid import BASE, METHODS, SFT, Grid
 from mini.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
 from mini.training import Run
 
@@ -75,18 +75,17 @@ class Report:
         """What two runs of the same study on the same machine have in common, bit for bit."""
         made = []
         for mix, methods in self.mixes.items():
-            about = f", {mix}" if len(self.mixes) > 1 or mix != "mix" else ""
             rows = {BASE: self.base} | methods
             made += [
-                _accuracies(f"Accuracy, %{about}", rows),
-                _counts(f"Constraints satisfied, %, by their number in the prompt{about}", rows),
-                _behaviour(f"Malformed answers, %, and attention on the constraints, %{about}", rows),
+                _accuracies(f"Accuracy, %, {mix}", rows),
+                _counts(f"Constraints satisfied, %, by their number in the prompt, {mix}", rows),
+                _behaviour(f"Malformed answers, %, and attention on the constraints, %, {mix}", rows),
                 *(
-                    self._differences(f"Difference to {reference}, points, with 95 % intervals{about}", rows, reference)
+                    self._differences(f"Difference to {reference}, points, with 95 % intervals, {mix}", rows, reference)
                     for reference in REFERENCES
                     if reference in methods
                 ),
-                _choices(f"Mean of dev IFE I and Dense I, %, by learning rate{about}", methods),
+                _choices(f"Mean of dev IFE I and Dense I, %, by learning rate, {mix}", methods),
             ]
         return made
 
@@ -173,7 +172,7 @@ class Report:
                 samples = [result.counted(count) for count in COUNTS]
                 means = np.array([sample.accuracy for sample in samples])
                 bounds = np.array([self.interval(sample) for sample in samples]).T
-                color = "black" if method == BASE else pyplot.get_cmap("tab20")((i - 1) % 20)
+                color = "black" if method == BASE else pyplot.get_cmap("tab20")(list(METHODS).index(method))
                 panel.errorbar(
                     np.array(COUNTS) + 0.04 * (i - len(rows) / 2),
                     100 * means,
