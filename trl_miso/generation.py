@@ -16,7 +16,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_miso.attention.adapter import base_implementation, rotation_of, set_implementation, set_rotation
+from trl_miso.attention.adapter import (
+    base_implementation,
+    left_as_it_was,
+    one_logit,
+    rotation_of,
+    set_implementation,
+    set_rotation,
+)
 from trl_miso.attention.decoding import ContextCache, register_decoding
 from trl_miso.attention.mixture import Rotation
 from trl_miso.attention.support import (
@@ -214,32 +221,21 @@ def _read(model: PreTrainedModel, layouts: list[tuple[list[int], Example]], cach
         **packed.to_batch(),
     }
     batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    model(**batch, use_cache=False, miso_cache=cache, **_one_logit(model))
-
-
-def _one_logit(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Nothing of the contexts' logits is used. Not a number: with one, Gemma 4 leaves tokens out of its last layers."""
-    return {"logits_to_keep": torch.zeros(1, dtype=torch.long)} if model._supports_logits_to_keep() else {}
+    model(**batch, use_cache=False, miso_cache=cache, **one_logit(model))
 
 
 @contextmanager
 def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[ModelSupport]:
     """The model with the attention of generation, in evaluation mode; afterwards as it was."""
-    before = _implementations(model.config)
-    state = [(module, module.training, rotation_of(module)) for module in model.modules()]
     name = register_decoding(base_implementation(model.config.get_text_config()._attn_implementation))
     hook = model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
-        support = for_length(model, _surveyed(model, name), max_length)
-        model.eval()
-        yield support
+        with left_as_it_was(model):
+            support = for_length(model, _surveyed(model, name), max_length)
+            model.eval()
+            yield support
     finally:
         hook.remove()
-        model.set_attn_implementation(before)
-        for module, training, rotation in state:
-            module.training = training
-            if rotation_of(module) is not rotation:
-                set_rotation(module, rotation)
 
 
 def _surveyed(model: PreTrainedModel, name: str) -> ModelSupport:
@@ -261,12 +257,6 @@ def _with_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
     """`generate` takes no arguments for attention: attention is handed the cache in which the contexts are."""
     cache = kwargs.get("past_key_values")
     return args, kwargs | {"miso_cache": cache} if isinstance(cache, ContextCache) else kwargs
-
-
-def _implementations(config: Any) -> dict[str, Any]:
-    """Attention implementations of a config and those within it, as `set_attn_implementation` takes them."""
-    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
-    return {"": config._attn_implementation} | {name: _implementations(part) for name, part in parts.items()}
 
 
 def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str, Any]) -> int | None:

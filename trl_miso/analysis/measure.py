@@ -16,9 +16,9 @@ from trl_miso.analysis.dilution import WEIGHTINGS, equation_6, masses
 from trl_miso.analysis.meters import LayerShares, PartMeter, measuring
 from trl_miso.analysis.parts import Prompted
 from trl_miso.analysis.samples import Sample
+from trl_miso.attention.adapter import one_logit
 from trl_miso.attention.support import ModelSupport, check_relative
 from trl_miso.collator import MISODataCollator
-from trl_miso.generation import _one_logit
 from trl_miso.segments import encode, parallel, single
 
 
@@ -166,7 +166,7 @@ def _forward(model: PreTrainedModel, collator: MISODataCollator, row: dict[str, 
     batch = collator([row])
     del batch["labels"]
     batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    model(**batch, use_cache=False, **_one_logit(model), **meters)
+    model(**batch, use_cache=False, **one_logit(model), **meters)
 
 
 def _stack(layers: list[torch.Tensor]) -> np.ndarray:

@@ -17,14 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl_miso.attention.adapter import (
     base_implementation,
     compute_dtype,
+    left_as_it_was,
     register_miso_attention,
-    rotation_of,
     score_scale,
-    set_rotation,
 )
 from trl_miso.attention.shares import Shares
 from trl_miso.attention.support import ModelSupport, prepare_model
-from trl_miso.generation import _implementations
 
 SCORES = (
     8_000_000  # heads x queries x keys that are scored at a time: 32 MB in float32, and as much again for their softmax
@@ -107,19 +105,11 @@ def measuring(model: PreTrainedModel, max_length: int | None) -> Iterator[ModelS
     Raises:
         ValueError: If the model is not one that MISO supports.
     """
-    before = _implementations(model.config)
-    state = [(module, module.training, rotation_of(module)) for module in model.modules()]
     base = base_implementation(model.config.get_text_config()._attn_implementation)
-    try:
+    with left_as_it_was(model):
         support = prepare_model(model, _register(base), max_length)
         model.eval()
         yield support
-    finally:
-        model.set_attn_implementation(before)
-        for module, training, rotation in state:
-            module.training = training
-            if rotation_of(module) is not rotation:
-                set_rotation(module, rotation)
 
 
 def _register(base: str) -> str:

@@ -6,7 +6,8 @@ runs `miso_attention`; without them (evaluation of other batches, generation) ex
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -321,3 +322,29 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
             f"Got {type(model).__name__}, which does not take a registered attention (it keeps {got!r}), expected a model on "
             "transformers' AttentionInterface. Fix: use a supported architecture (see the README)."
         )
+
+
+@contextmanager
+def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever is done to the model's attention, rotations and mode within, is undone after it."""
+    before = _implementations(model.config)
+    state = [(module, module.training, rotation_of(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for module, training, rotation in state:
+            module.training = training
+            if rotation_of(module) is not rotation:
+                set_rotation(module, rotation)
+
+
+def _implementations(config: Any) -> dict[str, Any]:
+    """Attention implementations of a config and those within it, as `set_attn_implementation` takes them."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    return {"": config._attn_implementation} | {name: _implementations(part) for name, part in parts.items()}
+
+
+def one_logit(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Arguments of a forward whose logits are not used. Not a number: with one, Gemma 4 leaves tokens out of its last layers."""
+    return {"logits_to_keep": torch.zeros(1, dtype=torch.long)} if model._supports_logits_to_keep() else {}
