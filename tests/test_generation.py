@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     StoppingCriteria,
@@ -332,6 +333,32 @@ def test_model_is_left_as_it_was(case, implementation, words):
         with pytest.raises((ValueError, RuntimeError), match="listener|keyword arguments|no_such_option"):
             generate(model, words, max_new_tokens=8, **options)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("where", ["arguments", "config", "model"])
+@pytest.mark.parametrize(
+    "option", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"cache_implementation": "static"}]
+)
+def test_what_takes_tokens_back_is_refused(option, where, words):
+    model, (name, value) = tiny("llama"), *option.items()
+    given = option
+    if where == "config":
+        given = {"generation_config": GenerationConfig(**option)}
+    elif where == "model":
+        given = {}
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"Got {name} for generate.*Fix: "):
+        generate(model, words, max_new_tokens=3, **given)
+
+
+def test_messages_need_a_chat_template(llama, words):
+    with pytest.raises(ValueError, match="without a chat template.*tokenizer.chat_template"):
+        miso_generate(llama, words, [[{"role": "user", "content": "w5"}]], max_new_tokens=3)
+
+
+def test_an_assistant_is_refused(llama, words):
+    with pytest.raises(ValueError, match="Got assistant_model for generate"):
+        generate(llama, words, max_new_tokens=3, assistant_model=llama)
 
 
 @pytest.mark.parametrize("name", ["stablelm", "bloom", "gpt_oss", "qwen3_next"])

@@ -41,7 +41,9 @@ from trl_miso.segments import Example, parallel, unshare
 from trl_miso.tokenization import Tokenizer
 
 _OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
-_OWN |= {"cache_implementation", "custom_generate", "prefill_chunk_size"}
+_OWN |= {"custom_generate", "prefill_chunk_size"}
+# What a generation config may ask for too. Speculative decoding takes tokens back, of which the contexts' cache knows nothing.
+_REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "cache_implementation")
 
 
 @torch.no_grad()
@@ -82,7 +84,8 @@ def miso_generate(
         `return_dict_in_generate` its output object with these as `sequences`.
 
     Raises:
-        ValueError: For contexts without a common end, settings without effect, and models that MISO does not support.
+        ValueError: For contexts without a common end, settings without effect, speculative decoding (an assistant, prompt
+            lookup), and models that MISO does not support.
 
     Example:
         >>> out = miso_generate(model, tokenizer, ["Paris is in France. Answer:", "Rome is in Italy. Answer:"], max_new_tokens=8)
@@ -90,7 +93,7 @@ def miso_generate(
     """
     check_adapters(model)
     model = within_adapters(model)
-    _check(weighting, weights, output_positions, generate_kwargs)
+    _check(model, weighting, weights, output_positions, generate_kwargs)
     several = bool(contexts) and isinstance(contexts[0], list) and not isinstance((contexts[0] or [""])[0], dict)
     requests = _tokenize(
         tokenizer,
@@ -148,6 +151,11 @@ def _tokenize(
     rows = []
     for i, contexts in enumerate(requests):
         said = bool(contexts) and isinstance(contexts[0], str)
+        if not said and not tokenizer.chat_template:
+            raise ValueError(
+                "Got messages as contexts and a tokenizer without a chat template, expected one. Fix: set tokenizer.chat_template, "
+                "or give the contexts as strings."
+            )
         answer = tokenizer.eos_token or "." if said else [{"role": "assistant", "content": "."}]
         columns = {"contexts": contexts, "completion": answer, "context_weights": weights and weights[i]}
         try:
@@ -266,7 +274,9 @@ def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str
     return longest + new if new else None
 
 
-def _check(weighting: str, weights: Any, output_positions: str, generate_kwargs: dict[str, Any]) -> None:
+def _check(
+    model: PreTrainedModel, weighting: str, weights: Any, output_positions: str, generate_kwargs: dict[str, Any]
+) -> None:
     for name, value, known in (
         ("weighting", weighting, WEIGHTINGS),
         ("output_positions", output_positions, ("successive", "after_longest")),
@@ -278,6 +288,16 @@ def _check(weighting: str, weights: Any, output_positions: str, generate_kwargs:
             f"Got weights with weighting={weighting!r}, expected them with 'uniform' alone: they would have no effect. Fix: leave "
             "weights or weighting unset."
         )
+    configs = [vars(config) for config in (generate_kwargs.get("generation_config"), model.generation_config) if config]
+    for refused in _REFUSED:
+        given = (options[refused] for options in (generate_kwargs, *configs) if options.get(refused) is not None)
+        if value := next(given, None):
+            if (refused, value) == ("cache_implementation", "hybrid"):  # which transformers takes for its default
+                continue
+            raise ValueError(
+                f"Got {refused} for generate, from its arguments or a generation config, expected plain decoding with a cache that "
+                f"miso_generate makes. Fix: leave {refused} out, or set it to None in model.generation_config."
+            )
     if own := sorted(_OWN & set(generate_kwargs)):
         raise ValueError(
             f"Got {own} for generate, expected arguments other than these: miso_generate makes them of the contexts. Fix: leave "
