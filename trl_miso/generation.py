@@ -151,7 +151,7 @@ def _tokenize(
     rows = []
     for i, contexts in enumerate(requests):
         said = bool(contexts) and isinstance(contexts[0], str)
-        if not said and not tokenizer.chat_template:
+        if contexts and not said and not tokenizer.chat_template:
             raise ValueError(
                 "Got messages as contexts and a tokenizer without a chat template, expected one. Fix: set tokenizer.chat_template, "
                 "or give the contexts as strings."
@@ -291,8 +291,8 @@ def _check(
     configs = [vars(config) for config in (generate_kwargs.get("generation_config"), model.generation_config) if config]
     for refused in _REFUSED:
         given = (options[refused] for options in (generate_kwargs, *configs) if options.get(refused) is not None)
-        if value := next(given, None):
-            if (refused, value) == ("cache_implementation", "hybrid"):  # which transformers takes for its default
+        if setting := next(given, None):
+            if (refused, setting) == ("cache_implementation", "hybrid"):  # which transformers takes for its default
                 continue
             raise ValueError(
                 f"Got {refused} for generate, from its arguments or a generation config, expected plain decoding with a cache that "
