@@ -16,6 +16,15 @@ from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
 
+# Files that take longest come first, so that processes which share the files end together.
+LONG = ["distributed", "resume", "benchmarks", "examples", "hub", "fuzz", "callback", "mini_repro", "analysis_page"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def crab_rows():
     return synthetic_rows(64, seed=1)
