@@ -15,7 +15,6 @@ from trl_miso import MISOSFTConfig
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
-
 # Files that take longest come first, so that processes which share the files end together.
 LONG = ["distributed", "resume", "benchmarks", "examples", "hub", "fuzz", "callback", "mini_repro", "analysis_page"]
 
