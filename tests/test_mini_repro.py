@@ -204,6 +204,9 @@ def test_killed_it_goes_on_to_the_same_tables(tmp_path, monkeypatch):
     assert command(tmp_path / "killed") == text
     assert records(tmp_path / "killed") == made
     assert command(tmp_path / "killed") == text  # nothing is left to do
+    file = tmp_path / "killed" / "ledger.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert command(tmp_path / "killed") == text  # trained again for its examination: its weights were removed
     assert records(tmp_path / "killed") == made
 
 

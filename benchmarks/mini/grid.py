@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,6 @@ import torch
 import transformers
 import trl
 
-import trl_miso
 from mini import evaluate, language, pretraining, training
 from mini.evaluate import examination, examine
 from mini.pretraining import Pretraining, pretrain
@@ -99,10 +99,10 @@ class Ledger:
 
 @cache
 def _code() -> dict[str, str]:
-    """Hashes of the code that makes a base model, and of all code: as it is when first asked for."""
-    package = Path(trl_miso.__file__).parent.rglob("*.py")
+    """Hashes of the code that makes a base model, and of all that a run uses: what of `trl_miso` is imported by then."""
     base = [Path(module.__file__) for module in (language, pretraining)]
     rest = [Path(module.__file__) for module in (training, evaluate)]
+    package = [Path(module.__file__) for name, module in sys.modules.items() if name.partition(".")[0] == "trl_miso"]
     return {"base": _hash(base), "all": _hash([*base, *rest, *sorted(package)])}
 
 
@@ -142,7 +142,7 @@ class Workshop:
         return self.examine("dev", run) | {"work": work}
 
     def examine(self, split: str, run: Run | None) -> dict[str, Any]:
-        if not self.weights(run).exists():  # removed when its group was done, of which a record is missing
+        if not self.weights(run).exists():  # removed when its group was done
             finetune(self.weights(None), run, self.weights(run), self.device)
         found = examine(self.weights(run), examination(split, *getattr(self.study, split)), self.device)
         about = (
