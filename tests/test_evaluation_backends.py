@@ -6,6 +6,8 @@ what they are documented to do, by transformers. Nothing here was run on vLLM.
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.chat_server import Fault, chat_server
-from trl_miso.evaluation import backends
+from trl_miso.evaluation import backends, source
 from trl_miso.evaluation.command import main
 from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.evaluation.responses import load_responses
+from trl_miso.evaluation.writing import only_writer
 from trl_miso.sources.synthetic import build_model
 
 QUESTIONS = [
@@ -336,3 +339,74 @@ def test_a_file_whose_rows_came_in_any_order_is_put_in_order_by_the_next_run(ser
         ask(file, **settings)
         assert file.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [file]
+
+
+# Whose responses they are
+
+
+def test_responses_of_a_retrained_model_are_not_taken_for_its_own(model, tmp_path, capsys):
+    folder, file = tmp_path / "model", tmp_path / "r.jsonl"
+    shutil.copytree(model, folder)
+    ask(file, QUESTIONS[:2], model=folder, max_new_tokens=2)
+    own = file.read_bytes()
+    capsys.readouterr()
+    for name in ("scores.json", "trainer_state.json", "optimizer.pt"):  # which say nothing of what it answers
+        (folder / name).write_text("{}")
+    ask(file, QUESTIONS[:2], model=folder, max_new_tokens=2)
+    assert capsys.readouterr().err == f"2 of 2 responses kept in {file}, none asked.\n"
+    for name in ("model.safetensors", "chat_template.jinja", "generation_config.json"):
+        changed = folder / name
+        stat, data = changed.stat(), changed.read_bytes()
+        changed.write_bytes(data)
+        os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        with pytest.raises(
+            ValueError, match=r"line 1 of .*, source 'folder \w+' where this run has 'folder \w+' \(the model"
+        ):
+            ask(file, QUESTIONS[:2], model=folder, max_new_tokens=2)
+        os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    ask(file, QUESTIONS[:2], model=folder, max_new_tokens=2)
+    assert file.read_bytes() == own
+
+
+def test_responses_of_another_server_are_not_taken_for_this_ones(server, tmp_path, monkeypatch):
+    file, settings = tmp_path / "r.jsonl", {"model": "default", "backend": "openai"}
+    ask(file, **settings, base_url=server.url)
+    asked = len(server.requests)
+    ask(file, **settings, base_url=server.url.replace("//", "//me:word@") + "/?token=x")
+    with (
+        chat_server() as other,
+        pytest.raises(ValueError, match=r"source 'server \w+' where this run has 'server \w+'"),
+    ):
+        ask(file, **settings, base_url=other.url)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    ask(file, **settings)
+    assert len(server.requests) == asked and not other.requests
+
+
+def test_a_commit_on_the_hub_tells_responses_apart(tmp_path, monkeypatch):
+    """Of what is in the cache: nothing is asked of the Hub here."""
+    commits = iter(("a" * 40, "a" * 40, "b" * 40))
+    monkeypatch.setattr(
+        source, "cached_file", lambda *_, **__: f"hub/models--a--b/snapshots/{next(commits)}/config.json"
+    )
+    first, again, later = (source.source_of("a/b", "hf", None) for _ in range(3))
+    assert first == again == "commit " + "a" * 40 != later
+    monkeypatch.undo()
+    assert source.source_of("nobody/nothing", "hf", None) is None
+
+
+def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path):
+    for folder in ("./wrong", str(tmp_path / "wrong"), "out/run/checkpoint-5"):
+        with pytest.raises(ValueError, match=f"Got no folder {folder}, expected .*Fix: "):
+            ask(tmp_path / "r.jsonl", model=folder)
+    with pytest.raises(OSError):
+        ask(tmp_path / "r.jsonl", model="nobody/nothing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_on_the_same_file_is_refused(server, tmp_path):
+    file, settings = tmp_path / "r.jsonl", {"model": "m", "backend": "openai", "base_url": server.url}
+    with only_writer(file), pytest.raises(ValueError, match="r.jsonl, which another run is writing.*Fix: wait"):
+        ask(file, **settings)
+    ask(file, **settings)
+    assert len(server.requests) == len(QUESTIONS) == file.read_bytes().count(b"\n")

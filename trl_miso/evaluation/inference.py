@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trl_miso.evaluation.backends import BACKENDS
+from trl_miso.evaluation.source import source_of
+from trl_miso.evaluation.writing import only_writer
 from trl_miso.recipe import count_from
 
 # What each backend can be told, and what it does when it is not.
@@ -19,6 +21,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "vllm": {"batch_size": 256},
     "openai": {"base_url": None, "concurrency": 16},
 }
+
+# What a row says of the run that wrote it.
+_IDENTITY = ("model", "backend", "source", "max_new_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,31 +82,37 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
 
     Raises:
         OSError: If the model or the file cannot be read.
-        ValueError: If the file holds anything but responses of this model, backend and limit to these prompts; if an option is
-            not the backend's, the backend is not installed, or the model does not answer.
+        ValueError: If the file holds anything but responses of this model (see `source_of`), backend and limit to these prompts, or
+            another run writes it; if an option is not the backend's, the backend is not installed, or the model does not answer.
     """
     settings = _settings(options)
     if options.model is None:
         return
     backend = options.backend or "hf"
-    beginnings = [_beginning(options, backend, row, prompt) for row, prompt in enumerate(prompts, start=1)]
-    kept = _kept_rows(Path(file), beginnings)
-    missing = [number for number in range(len(prompts)) if number not in kept]
-    if missing:
-        with Path(file).open("ab") as written, Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task(f"Responding, kept in {file}", total=len(prompts), completed=len(kept))
-            answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
-            for number, response in answers:
-                if number in kept:
-                    continue  # of a batch that was under way when the last run was killed
-                kept[number] = beginnings[number] + json.dumps(response).encode() + b"}\n"
-                written.write(kept[number])
-                written.flush()
-                progress.advance(task)
-    if list(kept) != sorted(kept):
-        ordered = Path(f"{file}.ordered")
-        ordered.write_bytes(b"".join(kept[number] for number in sorted(kept)))
-        os.replace(ordered, file)
+    source = source_of(options.model, backend, options.base_url)
+    beginnings = [_beginning(options, backend, source, row, prompt) for row, prompt in enumerate(prompts, start=1)]
+    with only_writer(file) as written:
+        kept = _kept_rows(Path(file), beginnings)
+        missing = [number for number in range(len(prompts)) if number not in kept]
+        shown = Console(stderr=True)
+        if not missing:
+            said = f"{len(kept)} of {len(prompts)} responses kept in {file}, none asked."
+            shown.print(said, markup=False, highlight=False, soft_wrap=True)
+        else:
+            with Progress(console=shown) as progress:
+                task = progress.add_task(f"Responding, kept in {file}", total=len(prompts), completed=len(kept))
+                answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
+                for number, response in answers:
+                    if number in kept:
+                        continue  # of a batch that was under way when the last run was killed
+                    kept[number] = beginnings[number] + json.dumps(response).encode() + b"}\n"
+                    written.write(kept[number])
+                    written.flush()
+                    progress.advance(task)
+        if list(kept) != sorted(kept):
+            ordered = Path(f"{file}.ordered")
+            ordered.write_bytes(b"".join(kept[number] for number in sorted(kept)))
+            os.replace(ordered, file)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -125,12 +136,13 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return known | given
 
 
-def _beginning(options: argparse.Namespace, backend: str, row: int, prompt: str) -> bytes:
+def _beginning(options: argparse.Namespace, backend: str, source: str | None, row: int, prompt: str) -> bytes:
     """A row up to its response: what it is a response of and to."""
     said = {
         "row": row,
         "model": options.model,
         "backend": backend,
+        "source": source,
         "max_new_tokens": options.max_new_tokens,
         "prompt": prompt,
     }
@@ -148,18 +160,28 @@ def _kept_rows(file: Path, beginnings: Sequence[bytes]) -> dict[int, bytes]:
         beginning = line[: line.rfind(b', "response": ') + len(b', "response": ')]
         number = numbers.get(beginning)
         if number is None or number in kept:
-            raise _foreign(file, at)
+            raise _foreign(file, at, line, beginnings)
         kept[number] = line + b"\n"
     if not any(rest[: len(beginning)] == beginning[: len(rest)] for beginning in beginnings):
-        raise _foreign(file, len(lines) + 1)
+        raise _foreign(file, len(lines) + 1, rest, beginnings)
     if rest:
         os.truncate(file, file.stat().st_size - len(rest))
     return kept
 
 
-def _foreign(file: Path, line: int) -> ValueError:
+def _foreign(file: Path, at: int, line: bytes, beginnings: Sequence[bytes]) -> ValueError:
+    """Says in what the line differs from the row that it should be, if it is one of another model's."""
+    wanted = json.loads(beginnings[0] + b'""}')
+    try:
+        got = json.loads(line)
+        differ = [name for name in _IDENTITY if name in got and got[name] != wanted[name]]
+    except (ValueError, TypeError):
+        differ = []
+    said = "".join(f", {name} {got[name]!r} where this run has {wanted[name]!r}" for name in differ)
+    if "source" in differ:
+        said += " (the model's files, its commit, or the server's address are others)"
     return ValueError(
-        f"Got line {line} of {file}, which is no response of this model and backend, with this max_new_tokens, to one of these "
-        "prompts. Expected a new file, or the one that a run to be continued wrote. Fix: give --responses another file, or score "
+        f"Got line {at} of {file}, which is no response of this model and backend, with this max_new_tokens, to one of these "
+        f"prompts{said}. Expected a new file, or the one that a run to be continued wrote. Fix: give --responses another file, or score "
         "these responses without --model."
     )

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from trl_miso.evaluation.complexbench.instances import Instance, Question
 from trl_miso.evaluation.complexbench.prompts import judge_prompt, read_answer
+from trl_miso.evaluation.writing import only_writer
 
 # Of a question: how often it is asked in all, if there is no answer or one that is neither yes nor no.
 ATTEMPTS = 3
@@ -138,14 +139,14 @@ def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) ->
         ask_all: As `Endpoint.ask_all`, which asks no more after a failure.
 
     Raises:
-        OSError, ValueError: As `read_verdicts`.
+        OSError, ValueError: As `read_verdicts`, and as `only_writer`.
     """
-    had = read_verdicts(file, tasks, judge).passed
-    _cut_unfinished(file)
-    waiting = [task for task in tasks if task.key not in had]
-    failures: dict[Key, list[str]] = {task.key: [] for task in waiting}
     in_a_row = 0
-    with file.open("ab") as written, Progress(console=Console(stderr=True)) as progress:
+    with only_writer(file) as written, Progress(console=Console(stderr=True)) as progress:
+        had = read_verdicts(file, tasks, judge).passed
+        _cut_unfinished(file)
+        waiting = [task for task in tasks if task.key not in had]
+        failures: dict[Key, list[str]] = {task.key: [] for task in waiting}
         shown = progress.add_task("Judging", total=len(tasks), completed=len(had))
         while waiting and in_a_row < GIVE_UP:
             left = dict(enumerate(waiting))
@@ -197,5 +198,4 @@ def _line(task: Task, judge: str, verdict: bool, answer: str) -> bytes:
 
 
 def _cut_unfinished(file: Path) -> None:
-    if file.exists():
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)

@@ -1,0 +1,51 @@
+"""Whose responses a file holds, beyond a name that stays when weights change."""
+
+import os
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+# What responses depend on, among all that is kept in a model's folder.
+_PARTS = (
+    *("*.safetensors*", "pytorch_model*", "adapter_model*", "*config.json", "*.py"),
+    *("tokenizer*", "vocab*", "merges*", "*tokens*.json", "*chat_template*"),
+)
+
+
+def source_of(model: str, backend: str, base_url: str | None) -> str | None:
+    """What tells one model's responses from another's of the same name; None for what only its name is known of.
+
+    Of a server, a digest of its address without credentials and query; of a folder, a digest of the names, sizes and times of the files
+    that make the model; of an id on the Hub, the commit that is loaded.
+
+    Raises:
+        OSError: If the Hub has no such model.
+        ValueError: If there is no such folder.
+    """
+    if backend == "openai":
+        address = urlsplit(base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+        return f"server {_digest((address.scheme, address.netloc.rpartition('@')[2], address.path.rstrip('/')))}"
+    folder = Path(model)
+    if folder.is_dir():
+        files = sorted({file for pattern in _PARTS for file in folder.glob(pattern)})
+        stats = [(file.name, file.stat()) for file in files]
+        return f"folder {_digest((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)}"
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"Got no folder {model}, expected it, or an id on the Hub. Fix: correct --model.")
+    config = cached_file(
+        model,
+        "config.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    commit = extract_commit_hash(config, None)
+    return commit and f"commit {commit}"
+
+
+def _digest(parts: Iterable[object]) -> str:
+
+    return sha256(repr(list(parts)).encode()).hexdigest()[:16]
