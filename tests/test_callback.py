@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 
@@ -407,7 +408,7 @@ def test_what_cannot_be_asked_or_scored_is_refused_at_once(make, tokenizer, para
     refused(
         "TemplateError|UndefinedError|TypeError|AttributeError.* from the chat template on row 1", [{"prompt": ["a"]}]
     )
-    refused("max_new_tokens=600 with a held-out prompt of 25 tokens", max_new_tokens=600)
+    refused("max_new_tokens=600 with a prompt of 25 tokens", max_new_tokens=600)
     refused("KeyError .* from the scorer on row 1", score=lambda row, response: row["checks"])
     refused(r"ValueError \(Got \[0.5\]", score=lambda row, response: [0.5])
     refused(r"\[0\] verdicts", score=lambda row, response: [])
@@ -420,12 +421,28 @@ def test_what_cannot_be_asked_or_scored_is_refused_at_once(make, tokenizer, para
     refused("a tokenizer without a chat template")
 
 
+def test_a_text_that_ends_a_response_does_so_in_training(make):
+    trainer, callback = make()
+    callback.measure()
+    whole = next(text for text in callback.responses if re.search(r"[a-z]{2}.{3}", text))
+    number, text = callback.responses.index(whole), re.search(r"[a-z]{2}(?=.{3})", whole).group()
+    trainer.model.generation_config.stop_strings = [text]
+    callback.measure()
+    assert text in callback.responses[number] != whole
+
+
 def test_what_would_be_missed_later_is_refused_when_training_begins(make):
     trainer, _ = make(metric_for_best_model="constraints_prompts")
     with pytest.raises(
         ValueError, match="Got metric_for_best_model='constraints_prompts'.*'eval_constraints_prompt'.*Fix: "
     ):
         trainer.train()
+    trainer, _ = make(metric_for_best_model="eval_ifeval_prompt_strict")  # of a callback that is not there
+    with pytest.raises(ValueError, match="Got metric_for_best_model='eval_ifeval_.*'eval_constraints_prompt'.*Fix: "):
+        trainer.train()
+    trainer, callback = make(metric_for_best_model="eval_ifeval_loss")
+    trainer.eval_dataset = {"ifeval": trainer.eval_dataset}
+    callback.on_train_begin(trainer.args, trainer.state)
     trainer, callback = make()
     trainer.add_callback(MISOEvalCallback(trainer, PROMPTS, short_and_even, max_new_tokens=6))
     with pytest.raises(ValueError, match="Got several MISOEvalCallbacks that score constraints.*Fix: "):

@@ -7,6 +7,7 @@ what they are documented to do, by transformers. Nothing here was run on vLLM.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ def penalized(model, tmp_path_factory):
         (folder / file.name).write_bytes(file.read_bytes())
     GenerationConfig.from_pretrained(model, repetition_penalty=1.5).save_pretrained(folder)
     return str(folder)
+
+
+def with_config(model, folder, name, **changed):
+    """A copy of the model, one of whose configs says something else."""
+    shutil.copytree(model, folder)
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
+    return folder
 
 
 @pytest.fixture
@@ -156,6 +164,35 @@ def test_a_model_without_a_chat_template_is_refused(model, tokenizer, tmp_path):
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="no chat template.*Fix: "):
         ask(tmp_path / "r.jsonl", model=tmp_path / "bare")
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused_before_the_first_batch(model, tmp_path, monkeypatch):
+    """The longest prompt counts, also where another is missing."""
+    folder = with_config(model, tmp_path / "short", "config.json", max_position_embeddings=64)
+    monkeypatch.setattr(backends, "_generate", lambda *_: pytest.fail("asked"))
+    with pytest.raises(
+        ValueError, match="Got max_new_tokens=50 with a prompt of (..) tokens, expected at most 64 together.*Fix: "
+    ):
+        ask(tmp_path / "r.jsonl", model=folder, max_new_tokens=50)
+    with pytest.raises(ValueError, match=r"with a prompt of \d+ tokens.*positions. Fix: leave long prompts out"):
+        ask(tmp_path / "r.jsonl", ["a river " * 64], model=folder, max_new_tokens=1)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_text_that_ends_a_response_does_so(penalized, tmp_path):
+    responses = ask(tmp_path / "r.jsonl", model=penalized, max_new_tokens=32)
+    whole = next(text for text in responses if re.search(r"(?s)[A-Za-z].{3}", text))
+    text = re.search(r"(?s)[A-Za-z](?=.{3})", whole).group()
+    stopped = with_config(penalized, tmp_path / "stopped", "generation_config.json", stop_strings=[text])
+    cut = ask(tmp_path / "s.jsonl", model=stopped, max_new_tokens=32)[responses.index(whole)]
+    assert text in cut and whole.startswith(cut) and cut != whole
+
+
+def test_adapters_without_peft_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(backends, "is_peft_available", lambda: False)
+    with pytest.raises(ValueError, match=r"holds adapters, without peft.*Fix: pip install 'trl-miso\[peft\]'"):
+        ask(tmp_path / "r.jsonl", model=tmp_path)
 
 
 # Options

@@ -7,10 +7,12 @@ two, and in a server as it has been started.
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_peft_available
 
 from trl_miso.evaluation.endpoint import Endpoint
 
@@ -19,6 +21,9 @@ Answers = Iterator[tuple[int, str]]
 
 def _hf(model: str, prompts: Sequence[str], missing: Sequence[int], max_new_tokens: int, *, batch_size: int) -> Answers:
     tokenizer, loaded = _load(model)
+    asked = [_conversation(prompt) for prompt in prompts]
+    tokens = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    check_length(loaded.config, max(map(len, tokens)), max_new_tokens)
     for batch in _batches(len(prompts), missing, batch_size):
         responses = _generate(tokenizer, loaded, [prompts[number] for number in batch], max_new_tokens)
         yield from zip(batch, responses, strict=True)
@@ -71,6 +76,22 @@ def _openai(
 BACKENDS: dict[str, Callable[..., Answers]] = {"hf": _hf, "vllm": _vllm, "openai": _openai}
 
 
+def check_length(config: Any, longest: int, max_new_tokens: int) -> None:
+    """Refuse more tokens, of the longest prompt and its response, than a model of this config has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        lower = f"set max_new_tokens to {limit - longest} or less, or " if limit > longest else ""
+        raise ValueError(
+            f"Got max_new_tokens={max_new_tokens} with a prompt of {longest} tokens, expected at most {limit} together: the model has no more "
+            f"positions. Fix: {lower}leave long prompts out."
+        )
+
+
+def stops(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What `generate` needs to stop where a model's generation_config says so by text."""
+    return {"tokenizer": tokenizer} if model.generation_config.stop_strings else {}
+
+
 def _batches(prompts: int, missing: Sequence[int], size: int) -> Iterator[list[int]]:
     """The missing ones in the batches of an unbroken run, each whole, since a batch decides how its numbers are rounded."""
     wanted = set(missing)
@@ -86,6 +107,10 @@ def _conversation(prompt: str) -> list[dict[str, str]]:
 
 def _load(model: str) -> tuple[Any, Any]:
     """The tokenizer and the model, on the accelerator if there is one, in the dtype it is stored in."""
+    if (Path(model) / "adapter_config.json").exists() and not is_peft_available():
+        raise ValueError(
+            f"Got {model}, which holds adapters, without peft. Expected it. Fix: pip install 'trl-miso[peft]'."
+        )
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(
@@ -114,5 +139,6 @@ def _generate(tokenizer: Any, model: Any, prompts: Sequence[str], max_new_tokens
             num_beams=1,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            **stops(model, tokenizer),
         )
     return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from trl_miso.contexts import template_kwargs
+from trl_miso.evaluation.backends import check_length
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_scorer
 from trl_miso.evaluation.in_training import random_state_kept, respond_in_training
 
@@ -135,7 +136,7 @@ class MISOEvalCallback(TrainerCallback):
         self._score = load_scorer() if score is None else partial(_own_verdict, score)
         self._rows = _rows(prompts, num_prompts)
         self._tokens = [_tokens(trainer, row, number) for number, row in enumerate(self._rows, start=1)]
-        _check_length(trainer, max(map(len, self._tokens)), max_new_tokens)
+        check_length(trainer.model.config, max(map(len, self._tokens)), max_new_tokens)
         with random_state_kept():
             self._constraints = [self._try(row, number) for number, row in enumerate(self._rows, start=1)]
         self._by_step: dict[int, Scores] = {}
@@ -148,13 +149,20 @@ class MISOEvalCallback(TrainerCallback):
                 f"Got several MISOEvalCallbacks that score {self.benchmark}, expected one: their metrics have the same names. Fix: join "
                 "their prompts, and let the scorer tell the rows apart."
             )
-        wanted = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
-        names = [f"eval_{self.benchmark}_{name}" for name in _ACCURACIES[self.benchmark]]
-        if wanted.startswith(f"eval_{self.benchmark}_") and wanted not in names:
-            raise ValueError(
-                f"Got metric_for_best_model={args.metric_for_best_model!r}, expected one of {names}. Fix: set it to one of these."
-            )
+        self._check_best(args.metric_for_best_model or "")
         self._respond([max(self._tokens, key=len)], 2, lambda number, response: None)
+
+    def _check_best(self, metric: str) -> None:
+        """What looks like a score has to be one of those that there will be; a set of this name has a loss only."""
+        wanted = f"eval_{metric.removeprefix('eval_')}"
+        sets = self._trainer.eval_dataset
+        scored = _ACCURACIES.keys() - (sets.keys() if isinstance(sets, dict) else ())
+        made = callbacks_of(self._trainer)
+        names = [f"eval_{other.benchmark}_{name}" for other in made for name in _ACCURACIES[other.benchmark]]
+        if wanted.startswith(tuple(f"eval_{benchmark}_" for benchmark in scored)) and wanted not in names:
+            raise ValueError(
+                f"Got metric_for_best_model={metric!r}, expected one of {names}. Fix: set it to one of these."
+            )
 
     def on_train_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
         if self._trainer._watch.terminated:
@@ -339,15 +347,6 @@ def _tokens(trainer: Any, row: Row, number: int) -> list[int]:
             f"Got {type(error).__name__} ({error}) from the chat template on row {number} of the held-out prompts, expected messages "
             "that it takes. Fix: correct the row."
         ) from error
-
-
-def _check_length(trainer: Any, longest: int, max_new_tokens: int) -> None:
-    limit = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"Got max_new_tokens={max_new_tokens} with a held-out prompt of {longest} tokens, expected at most {limit} together: the model has "
-            f"no more positions. Fix: set max_new_tokens to {limit - longest} or less, or leave long prompts out."
-        )
 
 
 def _own_verdict(score: Score, row: Row, response: str) -> Verdict:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils.logging import tqdm
 
 from trl_miso.attention.support import within_adapters
+from trl_miso.evaluation.backends import stops
 
 T = TypeVar("T")
 
@@ -108,6 +109,7 @@ def _generate(trainer: Any, model: Any, prompts: Sequence[list[int]], max_new_to
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
         synced_gpus=sharded,
+        **stops(model, tokenizer),
     )
     return tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
 
