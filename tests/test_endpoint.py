@@ -104,6 +104,40 @@ def test_a_server_that_is_not_there_is_an_error():
         Endpoint("m", "http://me:word@127.0.0.1:9/v1?token=x", max_tokens=1, max_retries=0).ask(user("a"))
 
 
+PROXIES = [f"{name}_PROXY" for name in ("ALL", "HTTP", "HTTPS", "NO")]
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:word@127.0.0.1:9", "http://me:word@a:b", "me:word"])
+def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ValueError, match=r"^Got \w+ for a client.* ALL_PROXY names, expected .*Fix: ") as error:
+        Endpoint("m", "http://127.0.0.1:9/v1", max_tokens=1)
+    assert "word" not in str(error.value)
+
+
+def test_a_proxy_on_the_way_is_named(monkeypatch):
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("http_proxy", "http://me:word@127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"APIConnectionError.* A proxy is set \(HTTP_PROXY\): .*NO_PROXY") as error:
+        Endpoint("m", "http://server.test/v1", max_tokens=1, max_retries=0).ask(user("a"))
+    assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9/v1", "localhost", "ftp://a"])
+def test_an_address_without_its_scheme_is_refused_at_once(address, monkeypatch):
+    with pytest.raises(ValueError, match="without http:// or https://.*Fix: "):
+        Endpoint("m", address, max_tokens=1)
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(ValueError, match="without http:// or https://.*Fix: "):
+        Endpoint("m", max_tokens=1)
+
+
 def test_after_a_failure_no_more_are_asked_and_what_is_under_way_is_kept(server):
     server.faults = {"number 1": [Fault(400, {"error": {"message": "no"}})], "number 0": [Fault(delay=0.3)]}
     answers = dict(endpoint(server, concurrency=2).ask_all(user(f"number {at}") for at in range(50)))
@@ -139,9 +173,10 @@ def test_keys(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     endpoint(server).ask(user("a"))
     assert server.requests[-1].key == "Bearer no-key"
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     with pytest.raises(ValueError, match="Got no OPENAI_API_KEY.*Fix: .*--base_url"):
         Endpoint("m", max_tokens=1)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    assert Endpoint("m", max_tokens=1).ask(user("a")) == "answer to a" and server.requests[-1].key == "Bearer no-key"
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert Endpoint("m", max_tokens=1).ask(user("a")) == "answer to a"
 

@@ -24,8 +24,8 @@ class Endpoint:
     """A model behind `chat/completions`, asked at temperature 0 through the `openai` package.
 
     What may pass (429, 408, 409, 5xx, lost connections, time-outs) is tried again by the package, after the time that Retry-After
-    says (a longer one than a minute may end it) or with back-off. The key is OPENAI_API_KEY's; a server given by `base_url` may
-    need none.
+    says (a longer one than a minute may end it) or with back-off. The key is OPENAI_API_KEY's; a server given by `base_url`, or
+    OPENAI_BASE_URL, may need none.
 
     Args:
         base_url: Of the server; None for the package's own (OPENAI_BASE_URL, or api.openai.com).
@@ -35,7 +35,7 @@ class Endpoint:
         max_retries: How often one conversation is tried again.
 
     Raises:
-        ValueError: If the package is not installed, or there is no key.
+        ValueError: If the package is not installed, there is no key, or the address or a proxy's cannot be used.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Endpoint:
         self._model = model
         self._key = _key(base_url)
         self._settings: dict[str, Any] = {"base_url": base_url, "timeout": timeout, "max_retries": max_retries}
+        _check_address(base_url)
+        self._client()  # what cannot be made is said now: others may be asked for hours before
         self._max_tokens = max_tokens
         self._limit = "max_tokens"
         self._concurrency = concurrency
@@ -81,7 +83,7 @@ class Endpoint:
         asked: dict[asyncio.Task[str | ValueError], int] = {}
         failed = False
         with asyncio.Runner() as runner:
-            client = self._openai.AsyncOpenAI(api_key=self._key, **self._settings)
+            client = self._client()
             try:
                 while True:
                     while not failed and len(asked) < self._concurrency and (following := next(waiting, None)):
@@ -96,6 +98,16 @@ class Endpoint:
                         yield asked.pop(task), answer
             finally:
                 runner.run(client.close())
+
+    def _client(self) -> Any:
+        try:
+            return self._openai.AsyncOpenAI(api_key=self._key, **self._settings)
+        except Exception as error:  # of the package beneath, which reads the proxies
+            proxies = f"the proxies that {_proxies()} name{'s' * (',' not in _proxies())}" if _proxies() else "no proxy"
+            raise ValueError(
+                f"Got {type(error).__name__} for a client of the server, with {proxies}, expected one. Fix: correct the server's address or "
+                "these variables; proxies with socks:// need pip install 'httpx[socks]'."
+            ) from error
 
     async def _answer(self, client: Any, conversation: Conversation) -> str | ValueError:
         limit = self._limit
@@ -128,6 +140,8 @@ class Endpoint:
         if isinstance(got, Exception):
             names = [kind.__name__ for kind in type(got).__mro__]
             fix = next((_FIXES[name] for name in names if name in _FIXES), fix)
+            if names[0] in ("APIConnectionError", "APITimeoutError") and _proxies():
+                fix += f" A proxy is set ({_proxies()}): name the server's host in NO_PROXY if it is to be reached without."
             cause = f" ({got.__cause__})" if got.__cause__ and str(got.__cause__) else ""
             got = f"{names[0]}: {got}{cause}"
         said = " ".join(got.replace(self._key, "***").split())
@@ -136,9 +150,23 @@ class Endpoint:
         return ValueError(f"Got {said} from {self._model} at {server}, expected an answer. Fix: {fix}")
 
 
+def _proxies() -> str:
+    """The names of the variables that set a proxy, never their values."""
+    names = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+    return ", ".join(name for name in names if os.environ.get(name) or os.environ.get(name.lower()))
+
+
+def _check_address(base_url: str | None) -> None:
+    address = base_url or os.environ.get("OPENAI_BASE_URL")
+    if address and not address.lower().startswith(("http://", "https://")):
+        raise ValueError(
+            "Got a server's address without http:// or https://, expected one of them. Fix: put it in front."
+        )
+
+
 def _key(base_url: str | None) -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key and base_url is None:
+    if not key and not (base_url or os.environ.get("OPENAI_BASE_URL")):
         raise ValueError(
             "Got no OPENAI_API_KEY in the environment, expected the server's key. Fix: export it, or give --base_url for a server "
             "that needs none."
