@@ -11,10 +11,11 @@ from statistics import fmean
 import pytest
 
 from tests.chat_server import chat_server
-from trl_miso.evaluation import ifeval
+from trl_miso import cli
+from trl_miso.evaluation import ifeval, ifeval_command
 from trl_miso.evaluation.command import main
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_prompts, load_scorer, without
-from trl_miso.evaluation.responses import load_responses
+from trl_miso.evaluation.responses import load_responses, note_of
 from trl_miso.evaluation.table import PAPER
 
 REAL = Path(__file__).parents[2] / "shared/data/ifeval"
@@ -178,9 +179,12 @@ def test_what_the_command_prints_and_writes(punkt, files, tmp_path, capsys, wide
 
 def test_keys_that_are_scored_by_chance_are_said(punkt, tmp_path, capsys, wide_terminal):
     data = write(tmp_path / "data.jsonl", [PROMPTS[0] | {"key": 1129}, PROMPTS[0]])
-    responses = write(tmp_path / "responses.jsonl", [{"response": "a"}] * 2)
+    responses = write(
+        tmp_path / "responses.jsonl", [{"response": "a", "prompt": "Question 10."}, {"response": "a", "prompt": ""}]
+    )
     main(["ifeval", "--responses", responses, "--data", data])
-    assert "Keys 1129 are scored by chance" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Keys 1129 are scored by chance" in shown and "1 of 2 responses were given to another prompt" in shown
 
 
 def test_responses_to_other_prompts_are_warned_of(files, tmp_path, caplog):
@@ -189,7 +193,41 @@ def test_responses_to_other_prompts_are_warned_of(files, tmp_path, caplog):
     assert not caplog.records
     assert load_responses(files[1], [prompts[0], "other", *prompts[2:]]) == RESPONSES
     (record,) = caplog.records
-    assert "1 of 4 responses" in record.getMessage() and "rows 2 (from 1)" in record.getMessage()
+    assert "1 of 4 responses" in record.getMessage() and "Rows 2 (from 1)" in record.getMessage()
+    assert note_of(files[1], prompts) == ""
+    own = write(tmp_path / "own.jsonl", [{"main_id": at, "generated": "a", "prompt": "other"} for at in range(9)])
+    assert note_of(own, prompts) == ""
+    assert note_of(files[1], ["other", *prompts[1:]]).startswith(" 1 of 4 responses were given to another prompt")
+
+
+def test_responses_in_another_order_are_refused(files, tmp_path):
+    """Where more than half of the prompts that are there differ; without any, the order is the user's word."""
+    prompts = [asked["prompt"] for asked in PROMPTS]
+    assert load_responses(files[1], [prompts[1], prompts[0], *prompts[2:]]) == RESPONSES
+    with pytest.raises(ValueError, match="Got 3 of 4 responses in .* to another prompt.*Fix: put the rows"):
+        load_responses(files[1], prompts[1:3] + prompts[:1] + prompts[3:])
+    rows = [{"response": "a"}] * 3 + [{"response": "a", "prompt": "other"}]
+    with pytest.raises(ValueError, match="Got 1 of 1 responses"):
+        load_responses(write(tmp_path / "new.jsonl", rows), prompts)
+
+
+@pytest.mark.parametrize("option", ["--json", "--samples"])
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_asked(option, tmp_path, capsys):
+    for file in (tmp_path / "no/such/file", tmp_path):
+        with pytest.raises(SystemExit):
+            main(["ifeval", "--responses", "no file", option, str(file)])
+        assert f"argument {option}: got '{file}', expected a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ifeval_command, "load_scorer", interrupted)
+    monkeypatch.setattr(sys, "argv", ["trl-miso", "eval", "ifeval", "--responses", "r"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err.startswith("Interrupted. The same command goes on")
 
 
 BAD = {
@@ -210,6 +248,7 @@ def test_responses_that_cannot_be_joined_are_refused(rows, message, tmp_path):
 def test_data_that_are_not_ifevals_are_refused(tmp_path):
     file = tmp_path / "data.jsonl"
     for text, message in (
+        (b"", "no prompts in .*data.jsonl"),
         (b'{"key": 1', "line 1 of .* is no JSON"),
         (b"\xff\n", "line 1 of .* is no JSON"),
         (b'{"key": "1", "prompt": "", "instruction_id_list": [], "kwargs": []}', "line 1 of .* with key='1'"),
@@ -274,4 +313,8 @@ def test_the_command_asks_a_model_and_scores_it(punkt, files, tmp_path, capsys, 
     with chat_server(lambda body: right[body["messages"][-1]["content"]]) as server:
         line = ["--model", "some/llama", "--backend", "openai", "--base_url", server.url]
         main(["ifeval", "--responses", str(tmp_path / "new.jsonl"), "--data", files[0], *line])
-    assert "llama 25.0 50.0 50.0 66.7 47.9" in " ".join(capsys.readouterr().out.split())
+        monkeypatch.chdir(tmp_path)
+        line[1] = "."
+        main(["ifeval", "--data", files[0], *line])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "llama 25.0 50.0 50.0 66.7 47.9" in shown and f"{tmp_path.name} 25.0 50.0 50.0 66.7 47.9" in shown

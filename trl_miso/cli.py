@@ -25,3 +25,7 @@ def main() -> None:
         import_module(_COMMANDS[command][0]).main(arguments)
     except (ValueError, OSError, YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt as interrupt:
+        goes_on = " The same command goes on with the responses that are kept." if command == "eval" else ""
+        print(f"Interrupted.{goes_on}", file=sys.stderr)
+        raise SystemExit(130) from interrupt  # as shells have it for Ctrl-C

@@ -10,7 +10,9 @@ from trl_miso.evaluation.flatten import NOTE, flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import load_prompts, load_scorer
 from trl_miso.evaluation.ifeval_command import add_files, answered_counts
 from trl_miso.evaluation.inference import add_arguments, responses_file
+from trl_miso.evaluation.responses import note_of
 from trl_miso.evaluation.table import flatten_table
+from trl_miso.evaluation.writing import new_file
 
 _USAGE = (
     "trl-miso eval ifeval_flatten --bases FILE [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--bases", metavar="FILE", required=True, help="ifeval_wo_instructions.jsonl")
-    parser.add_argument("--write_rows", type=Path, metavar="FILE", help="write the prompts with their instructions")
+    parser.add_argument("--write_rows", type=new_file, metavar="FILE", help="write the prompts with their instructions")
     add_files(parser)
     add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -48,4 +50,5 @@ def main(arguments: list[str]) -> None:
     counts = answered_counts(rows, range(len(rows)), load_scorer(), options)
     _, strict, _, loose = counts.percentages()
     note = f"First line: {counts.instructions} instructions. {NOTE}"
-    Console().print(flatten_table(Path(options.model or options.responses).name, (strict, loose), note))
+    note += note_of(options.responses, [row["prompt"] for row in rows])
+    Console().print(flatten_table(Path(options.model or options.responses).absolute().name, (strict, loose), note))

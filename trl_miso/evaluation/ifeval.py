@@ -70,7 +70,7 @@ def load_prompts(file: str | Path | None) -> list[Prompt]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the Hub cannot be reached, or a row is not IFEval's.
+        ValueError: If the Hub cannot be reached, there are no rows, or one is not IFEval's.
     """
     if file is not None:
         prompts = read_rows(file, _COLUMNS)
@@ -82,6 +82,10 @@ def load_prompts(file: str | Path | None) -> list[Prompt]:
                 f"Got no data set {DATASET} from the Hub: {error}. Expected it there. Fix: try again with a connection, or give "
                 "--data with IFEval's input_data.jsonl."
             ) from error
+    if not prompts:
+        raise ValueError(
+            f"Got no prompts in {file or DATASET}, expected IFEval's. Fix: take its input_data.jsonl in full."
+        )
     for number, prompt in enumerate(prompts, start=1):
         names, options = prompt["instruction_id_list"], prompt["kwargs"]
         if not names or len(names) != len(options):

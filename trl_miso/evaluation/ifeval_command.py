@@ -11,8 +11,9 @@ from rich.progress import track
 
 from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Scorer, Verdict, load_prompts, load_scorer, without
 from trl_miso.evaluation.inference import add_arguments, respond, responses_file
-from trl_miso.evaluation.responses import load_responses
+from trl_miso.evaluation.responses import load_responses, note_of
 from trl_miso.evaluation.table import ifeval_table
+from trl_miso.evaluation.writing import new_file
 
 _USAGE = (
     "trl-miso eval ifeval [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
@@ -46,10 +47,11 @@ def main(arguments: list[str]) -> None:
     kept = without(prompts, options.exclude_keys)
     counts = answered_counts(prompts, kept, score, options)
     note = f"First line: {counts.prompts} of {len(prompts)} prompts, {counts.instructions} instructions."
+    note += note_of(options.responses, [prompt["prompt"] for prompt in prompts])
     drawn = [prompts[number]["key"] for number in kept if prompts[number]["key"] in RANDOM_KEYS]
     if drawn:
         note += f" Keys {', '.join(map(str, drawn))} are scored by chance (--exclude_keys leaves them out)."
-    Console().print(ifeval_table(Path(options.model or options.responses).name, counts.percentages(), note))
+    Console().print(ifeval_table(Path(options.model or options.responses).absolute().name, counts.percentages(), note))
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +61,8 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='JSONL with "response" (and "prompt"), a row a prompt, in order',
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
-    parser.add_argument("--samples", type=Path, metavar="FILE", help="write the verdicts, a line a prompt")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the counts")
+    parser.add_argument("--samples", type=new_file, metavar="FILE", help="write the verdicts, a line a prompt")
 
 
 def answered_counts(

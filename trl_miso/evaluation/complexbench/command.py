@@ -13,6 +13,8 @@ from trl_miso.evaluation.complexbench.judge import Estimate, Key, Task, ask_judg
 from trl_miso.evaluation.complexbench.scores import complexbench_table, counts
 from trl_miso.evaluation.endpoint import Endpoint
 from trl_miso.evaluation.inference import add_arguments, respond, responses_file
+from trl_miso.evaluation.responses import note_of
+from trl_miso.evaluation.writing import new_file
 from trl_miso.recipe import count_from
 
 _USAGE = (
@@ -71,12 +73,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help='JSONL with "response", a row an instance, in order; or the benchmark\'s own, with "main_id" and "generated"',
     )
     parser.add_argument(
-        "--verdicts", type=Path, required=True, metavar="FILE", help="JSONL of the judge's verdicts, a line a question"
+        "--verdicts",
+        type=new_file,
+        required=True,
+        metavar="FILE",
+        help="JSONL of the judge's verdicts, a line a question",
     )
     parser.add_argument(
         "--language", choices=LANGUAGES, default="zh", help="of instructions and questions (default: zh)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, and what is unjudged and why")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the counts, and what is unjudged and why")
     group = parser.add_argument_group("asking a judge for the verdicts that the file lacks")
     group.add_argument("--judge", metavar="MODEL", help="the server's name for it; the paper's is qwen-plus-2025-04-28")
     group.add_argument("--judge_base_url", metavar="URL", help="the server's (default: OPENAI_BASE_URL, or OpenAI)")
@@ -140,7 +146,8 @@ def _report(
         f"First line: {len(instances):,} of the benchmark's 1,150 instructions ({options.language}), {len(tasks):,} of its 5,306 "
         f"questions, judge {verdicts.judge}."
     )
-    Console().print(complexbench_table(Path(options.model or options.responses).name, scored, note))
+    note += note_of(options.responses, [instance.instruction for instance in instances])
+    Console().print(complexbench_table(Path(options.model or options.responses).absolute().name, scored, note))
     if unjudged:
         listed = [f"main_id {each['main_id']}, question {each['point_id']}: {each['reason']}" for each in unjudged]
         more = [f"and {len(unjudged) - _LISTED:,} others (--json writes all)"] if len(unjudged) > _LISTED else []
