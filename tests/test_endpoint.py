@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from tests.chat_server import Fault, chat_server, completion
-from trl_miso.evaluation.endpoint import Endpoint
+from trl_miso.evaluation.endpoint import Endpoint, Refused
 
 pytest.importorskip("openai", reason="needs pip install 'trl-miso[eval]'")
 
@@ -139,11 +139,22 @@ def test_an_address_without_its_scheme_is_refused_at_once(address, monkeypatch):
 
 
 def test_after_a_failure_no_more_are_asked_and_what_is_under_way_is_kept(server):
-    server.faults = {"number 1": [Fault(400, {"error": {"message": "no"}})], "number 0": [Fault(delay=0.3)]}
+    server.faults = {"number 1": [Fault(401, {"error": {"message": "no"}})], "number 0": [Fault(delay=0.3)]}
     answers = dict(endpoint(server, concurrency=2).ask_all(user(f"number {at}") for at in range(50)))
     assert answers.pop(0) == "answer to number 0"
     assert isinstance(answers.pop(1), ValueError)
     assert not answers and len(server.requests) == 2
+
+
+def test_a_conversation_that_is_refused_stops_no_others_but_many_do(server):
+    """Twenty in a row are no matter of their words."""
+    no = Fault(400, {"error": {"message": "no"}})
+    server.faults = {"number 1": [no] * 11}
+    answers = dict(endpoint(server, concurrency=1).ask_all(user(f"number {at}") for at in range(50)))
+    refused = [at for at, answer in answers.items() if isinstance(answer, Refused)]
+    assert len(answers) == 50 and refused == [1, *range(10, 20)]
+    server.faults = {"number": [no] * 99}
+    assert len(list(endpoint(server, concurrency=1).ask_all(user(f"number {at}") for at in range(50)))) == 20
 
 
 def test_a_refusal_is_an_answer(server):

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,9 +352,9 @@ def test_an_error_keeps_what_came_and_the_next_run_goes_on_there(server, tmp_pat
     server.requests.clear()
     server.faults = {
         QUESTIONS[0]: [Fault(delay=0.2)],
-        QUESTIONS[2]: [Fault(400, {"error": {"message": "no such words"}})],
+        QUESTIONS[2]: [Fault(401, {"error": {"message": "no such key"}})],
     }
-    with pytest.raises(ValueError, match="no such words.*This was prompt 3; what came is kept"):
+    with pytest.raises(ValueError, match="no such key.*This was prompt 3; what came is kept"):
         ask(file, **settings)
     came = [json.loads(line)["row"] for line in file.read_text().splitlines()]
     assert came[0] == 2 and sorted(came) == [1, 2]  # in the order in which they came
@@ -362,6 +363,29 @@ def test_an_error_keeps_what_came_and_the_next_run_goes_on_there(server, tmp_pat
     assert ask(file, **settings) == [f"answer to {text}" for text in QUESTIONS]
     assert sorted(request.text for request in server.requests) == sorted([*QUESTIONS, QUESTIONS[2]])
     assert file.read_bytes() == whole
+
+
+def test_prompts_that_are_refused_stop_no_others_and_can_be_counted_as_empty(server, tmp_path):
+    """By the command that the message gives, in a folder whose name a shell would split."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    file, settings = folder / "r.jsonl", {"model": "m", "backend": "openai", "base_url": server.url, "concurrency": 2}
+    words = Fault(400, {"error": {"message": "inappropriate content"}})
+    server.faults = {QUESTIONS[1]: [words] * 2, QUESTIONS[3]: [words] * 2}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="inappropriate .*This was prompt 2 and 1 others; .*scored as empty"
+        ) as error:
+            ask(file, **settings)
+        assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == [1, 3, 5]
+    assert len(server.requests) == 5 + 2
+    command = re.search("(cat .*), then the same command", str(error.value)).group(1)
+    subprocess.run(command, shell=True, check=True)
+    assert ask(file, **settings) == [f"answer to {text}" * (at not in (1, 3)) for at, text in enumerate(QUESTIONS)]
+    assert len(server.requests) == 5 + 2 and list(folder.iterdir()) == [file]
+    ask(folder / "whole.jsonl", **settings)
+    kept, whole = file.read_bytes().splitlines(), (folder / "whole.jsonl").read_bytes().splitlines()
+    assert [kept[at] for at in (0, 2, 4)] == [whole[at] for at in (0, 2, 4)]
 
 
 def test_a_file_whose_rows_came_in_any_order_is_put_in_order_by_the_next_run(server, tmp_path):

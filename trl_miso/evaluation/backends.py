@@ -1,6 +1,6 @@
 """What a model is asked with: transformers, vLLM, or an OpenAI-compatible server.
 
-Each is a generator: of the prompts whose numbers are `missing` it yields (number, response) as they come. Responses are greedy, to one
+Each is a generator: of the prompts whose numbers are `missing` it yields (number, response) as they come, or why one is refused. Responses are greedy, to one
 user turn in the model's chat template, without special tokens; a model's own penalties (generation_config.json) hold in the first
 two, and in a server as it has been started.
 """
@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_peft_available
 
-from trl_miso.evaluation.endpoint import Endpoint
+from trl_miso.evaluation.endpoint import Endpoint, Refused
 
-Answers = Iterator[tuple[int, str]]
+Answers = Iterator[tuple[int, str | Refused]]
 
 
 def _hf(model: str, prompts: Sequence[str], missing: Sequence[int], max_new_tokens: int, *, batch_size: int) -> Answers:
@@ -58,11 +58,11 @@ def _openai(
     base_url: str | None,
     concurrency: int,
 ) -> Answers:
-    """A prompt that stays without answer is an error when all the others that were asked have come."""
+    """A prompt that stays without answer is an error when all the others that were asked have come; one that is refused is yielded."""
     endpoint = Endpoint(model, base_url, max_tokens=max_new_tokens, concurrency=concurrency)
     failure: tuple[int, ValueError] | None = None
     for at, answer in endpoint.ask_all(_conversation(prompts[number]) for number in missing):
-        if isinstance(answer, ValueError):
+        if isinstance(answer, ValueError) and not isinstance(answer, Refused):
             failure = failure or (missing[at], answer)
         else:
             yield missing[at], answer

@@ -19,6 +19,13 @@ _FIXES = {
     "APIError": "the server says why; try again later.",
 }
 
+# Of conversations: after so many that were refused in a row, no other is asked: it is not their words.
+_GIVE_UP = 20
+
+
+class Refused(ValueError):
+    """The server will not answer this conversation (400), as where a filter dislikes its words; it may answer others."""
+
 
 class Endpoint:
     """A model behind `chat/completions`, asked at temperature 0 through the `openai` package.
@@ -76,12 +83,12 @@ class Endpoint:
     def ask_all(self, conversations: Iterable[Conversation]) -> Iterator[tuple[int, str | ValueError]]:
         """The answers as they come, each with the number, from 0, of its conversation.
 
-        A conversation that stays without answer has a ValueError in its place. From then on no other is asked, but those that are
-        under way are still waited for and yielded: they may have been paid for.
+        A conversation that stays without answer has a ValueError in its place. From then on no other is asked (if it is a `Refused`, only
+        after 20 in a row), but those that are under way are still waited for and yielded: they may have been paid for.
         """
         waiting = enumerate(conversations)
         asked: dict[asyncio.Task[str | ValueError], int] = {}
-        failed = False
+        failed, refused = False, 0
         with asyncio.Runner() as runner:
             client = self._client()
             try:
@@ -94,7 +101,8 @@ class Endpoint:
                     done, _ = runner.run(asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED))
                     for task in done:
                         answer = task.result()
-                        failed = failed or isinstance(answer, ValueError)
+                        refused = refused + 1 if isinstance(answer, Refused) else 0
+                        failed |= refused >= _GIVE_UP or isinstance(answer, ValueError) and not refused
                         yield asked.pop(task), answer
             finally:
                 runner.run(client.close())
@@ -134,6 +142,7 @@ class Endpoint:
 
     def _error(self, client: Any, got: Exception | str) -> ValueError:
         """What the CLI prints, without key."""
+        kind = Refused if isinstance(got, self._openai.BadRequestError) else ValueError
         fix = (
             "see that the server speaks OpenAI's chat/completions; if the tokens were used up by thinking, allow more."
         )
@@ -147,7 +156,7 @@ class Endpoint:
         said = " ".join(got.replace(self._key, "***").split())
         said = said if len(said) <= 500 else said[:500] + " ..."
         server = client.base_url.copy_with(username=None, password=None, query=None)
-        return ValueError(f"Got {said} from {self._model} at {server}, expected an answer. Fix: {fix}")
+        return kind(f"Got {said} from {self._model} at {server}, expected an answer. Fix: {fix}")
 
 
 def _proxies() -> str:

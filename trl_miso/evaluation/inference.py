@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from trl_miso.evaluation.backends import BACKENDS
+from trl_miso.evaluation.endpoint import Refused
 from trl_miso.evaluation.source import source_of
 from trl_miso.evaluation.writing import only_writer
 from trl_miso.recipe import count_from
@@ -83,7 +85,8 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
     Raises:
         OSError: If the model or the file cannot be read.
         ValueError: If the file holds anything but responses of this model (see `source_of`), backend and limit to these prompts, or
-            another run writes it; if an option is not the backend's, the backend is not installed, or the model does not answer.
+            another run writes it; if an option is not the backend's, the backend is not installed, or the model does not answer;
+            if a server refuses prompts, after all others are asked.
     """
     settings = _settings(options)
     if options.model is None:
@@ -95,6 +98,7 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
         kept = _kept_rows(Path(file), beginnings)
         missing = [number for number in range(len(prompts)) if number not in kept]
         shown = Console(stderr=True)
+        refused: dict[int, Refused] = {}
         if not missing:
             said = f"{len(kept)} of {len(prompts)} responses kept in {file}, none asked."
             shown.print(said, markup=False, highlight=False, soft_wrap=True)
@@ -103,9 +107,12 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
                 task = progress.add_task(f"Responding, kept in {file}", total=len(prompts), completed=len(kept))
                 answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
                 for number, response in answers:
+                    if isinstance(response, Refused):
+                        refused[number] = response
+                        continue
                     if number in kept:
                         continue  # of a batch that was under way when the last run was killed
-                    kept[number] = beginnings[number] + json.dumps(response).encode() + b"}\n"
+                    kept[number] = _row(beginnings[number], response)
                     written.write(kept[number])
                     written.flush()
                     progress.advance(task)
@@ -113,6 +120,11 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
             ordered = Path(f"{file}.ordered")
             ordered.write_bytes(b"".join(kept[number] for number in sorted(kept)))
             os.replace(ordered, file)
+    empty = Path(f"{file}.refused")
+    empty.unlink(missing_ok=True)
+    if refused:
+        empty.write_bytes(b"".join(_row(beginnings[number], "") for number in sorted(refused)))
+        raise _refused(refused, file, empty)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -147,6 +159,20 @@ def _beginning(options: argparse.Namespace, backend: str, source: str | None, ro
         "prompt": prompt,
     }
     return json.dumps(said).encode()[:-1] + b', "response": '
+
+
+def _row(beginning: bytes, response: str) -> bytes:
+    return beginning + json.dumps(response).encode() + b"}\n"
+
+
+def _refused(refused: dict[int, Refused], file: str | Path, empty: Path) -> ValueError:
+    """Says how to get a score without answers to these prompts: they are empty responses only if the user says so."""
+    first = min(refused)
+    others = f" and {len(refused) - 1} others" if len(refused) > 1 else ""
+    return ValueError(
+        f"{refused[first]} This was prompt {first + 1}{others}; all that came is kept, and the same command asks again only what is "
+        f"missing. To have what is refused scored as empty responses: cat {quote(str(empty))} >> {quote(str(file))}, then the same command."
+    )
 
 
 def _kept_rows(file: Path, beginnings: Sequence[bytes]) -> dict[int, bytes]:

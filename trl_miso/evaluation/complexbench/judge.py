@@ -136,7 +136,7 @@ def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) ->
     that is neither yes nor no, is asked again when all others have been, `ATTEMPTS` times in all.
 
     Args:
-        ask_all: As `Endpoint.ask_all`, which asks no more after a failure.
+        ask_all: As `Endpoint.ask_all`, which may ask no more after a failure.
 
     Raises:
         OSError, ValueError: As `read_verdicts`, and as `only_writer`.
