@@ -147,7 +147,7 @@ class Endpoint:
             "see that the server speaks OpenAI's chat/completions; if the tokens were used up by thinking, allow more."
         )
         if isinstance(got, Exception):
-            names = [kind.__name__ for kind in type(got).__mro__]
+            names = [each.__name__ for each in type(got).__mro__]
             fix = next((_FIXES[name] for name in names if name in _FIXES), fix)
             if names[0] in ("APIConnectionError", "APITimeoutError") and _proxies():
                 fix += f" A proxy is set ({_proxies()}): name the server's host in NO_PROXY if it is to be reached without."

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import Progress
 
-from trl_miso.evaluation.backends import BACKENDS
+from trl_miso.evaluation.backends import BACKENDS, Answers
 from trl_miso.evaluation.endpoint import Refused
 from trl_miso.evaluation.source import source_of
 from trl_miso.evaluation.writing import only_writer
@@ -94,37 +94,44 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
     backend = options.backend or "hf"
     source = source_of(options.model, backend, options.base_url)
     beginnings = [_beginning(options, backend, source, row, prompt) for row, prompt in enumerate(prompts, start=1)]
+    empty = Path(f"{file}.refused")
     with only_writer(file) as written:
         kept = _kept_rows(Path(file), beginnings)
-        missing = [number for number in range(len(prompts)) if number not in kept]
-        shown = Console(stderr=True)
         refused: dict[int, Refused] = {}
-        if not missing:
-            said = f"{len(kept)} of {len(prompts)} responses kept in {file}, none asked."
-            shown.print(said, markup=False, highlight=False, soft_wrap=True)
+        if missing := [number for number in range(len(prompts)) if number not in kept]:
+            answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
+            refused = _keep(answers, kept, beginnings, written)
         else:
-            with Progress(console=shown) as progress:
-                task = progress.add_task(f"Responding, kept in {file}", total=len(prompts), completed=len(kept))
-                answers = BACKENDS[backend](options.model, prompts, missing, options.max_new_tokens, **settings)
-                for number, response in answers:
-                    if isinstance(response, Refused):
-                        refused[number] = response
-                        continue
-                    if number in kept:
-                        continue  # of a batch that was under way when the last run was killed
-                    kept[number] = _row(beginnings[number], response)
-                    written.write(kept[number])
-                    written.flush()
-                    progress.advance(task)
+            said = f"{len(kept)} of {len(prompts)} responses kept in {file}, none asked."
+            Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
         if list(kept) != sorted(kept):
             ordered = Path(f"{file}.ordered")
             ordered.write_bytes(b"".join(kept[number] for number in sorted(kept)))
             os.replace(ordered, file)
-    empty = Path(f"{file}.refused")
-    empty.unlink(missing_ok=True)
-    if refused:
-        empty.write_bytes(b"".join(_row(beginnings[number], "") for number in sorted(refused)))
-        raise _refused(refused, file, empty)
+        empty.unlink(missing_ok=True)
+        if refused:
+            empty.write_bytes(b"".join(_row(beginnings[number], "") for number in sorted(refused)))
+            raise _refused(refused, file, empty)
+
+
+def _keep(
+    answers: Answers, kept: dict[int, bytes], beginnings: Sequence[bytes], written: BinaryIO
+) -> dict[int, Refused]:
+    """Write the answers as they come, and add their rows to `kept`; returns those that were refused."""
+    refused = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"Responding, kept in {written.name}", total=len(beginnings), completed=len(kept))
+        for number, response in answers:
+            if isinstance(response, Refused):
+                refused[number] = response
+                continue
+            if number in kept:
+                continue  # of a batch that was under way when the last run was killed
+            kept[number] = _row(beginnings[number], response)
+            written.write(kept[number])
+            written.flush()
+            progress.advance(task)
+    return refused
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 # What responses depend on, among all that is kept in a model's folder.
 _PARTS = (
     *("*.safetensors*", "pytorch_model*", "adapter_model*", "*config.json", "*.py"),
-    *("tokenizer*", "vocab*", "merges*", "*tokens*.json", "*chat_template*"),
+    *("tokenizer*", "vocab*", "merges*", "*.model", "*tokens*.json", "*chat_template*"),
 )
 
 
@@ -47,5 +47,4 @@ def source_of(model: str, backend: str, base_url: str | None) -> str | None:
 
 
 def _digest(parts: Iterable[object]) -> str:
-
     return sha256(repr(list(parts)).encode()).hexdigest()[:16]
