@@ -254,3 +254,19 @@ def test_cuda_kernels_equal_cpu(name, weighting, head_dim):
             results.append([x.float().cpu() for x in (out, *torch.autograd.grad((out * grad).sum(), leaves))])
         for a, b in zip(*results, strict=True):
             assert (a - b).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5], [1, 7, 3]])
+def test_a_query_a_sequence(lengths, groups, causal):
+    """As while an output is generated; there may be more keys than are read."""
+    q, k, v = (
+        torch.randn(n, heads, 8, dtype=torch.float64) for n, heads in ((len(lengths), 4), (20, groups), (20, groups))
+    )
+    cu_q, cu_k = torch.arange(len(lengths) + 1, dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0).int()
+    call, options = Varlen(cu_q, cu_k, 1, max(lengths)), KernelOptions(0.4, causal=causal)
+    for got, expected in zip(
+        *(KERNELS[name].forward(q, k, v, call, options) for name in ("cpu", "reference")), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
