@@ -7,7 +7,7 @@ Generation from n contexts beside the plain model on one prompt with the same to
 
 Both decode greedily. "Prefill" is the forward over the prompt, or over the contexts. "First token" is the time from the call to the
 first new token: tokenization, prefill, and with MISO a forward of the output's beginning, which takes what one more token would.
-"Per token" is the time between two new tokens. Medians; generations of the variants alternate. The model was generated from before: what
+"Per token" is the time between two new tokens. Medians, of the ratios too; generations of the variants alternate. The model was generated from before: what
 `miso_generate` does once for a model is not counted.
 """
 
@@ -55,7 +55,7 @@ class Clock(BaseStreamer):
             hook.remove()
         # What is put first are the ids of the prompt.
         self.prefill, self.first = self.forwards[1] - self.forwards[0], self.times[1] - self.start
-        self.between = [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]
+        self.token = median([b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)])
 
     def _now(self) -> float:
         synchronize(self.device)
@@ -92,7 +92,7 @@ def generate(case: Case, miso: bool, model: Any, tokenizer: Any, new: int, devic
 
 
 def measure(cases: list[Case], model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each case the medians of both, in seconds, and their ratios."""
+    """For each case the medians of both, in seconds, and of the ratios of neighbours, which shared machines slow down alike."""
     found: dict[tuple[Case, bool], list[Clock]] = {(case, miso): [] for case in cases for miso in (False, True)}
     for repeat in track(range(options.repeats + 1), "Generating", transient=True):
         for (case, miso), clocks in found.items():
@@ -101,14 +101,13 @@ def measure(cases: list[Case], model: Any, tokenizer: Any, options: argparse.Nam
                 clocks.append(clock)
     rows = []
     for case in cases:
+        plain, miso = found[case, False], found[case, True]
         row: dict[str, Any] = {"case": case.name, "n": case.n, "tokens": case.unique, "plain_tokens": case.plain}
-        for miso, name in ((False, "plain"), (True, "miso")):
-            clocks = found[case, miso]
-            row[f"prefill_{name}"] = median([clock.prefill for clock in clocks])
-            row[f"first_{name}"] = median([clock.first for clock in clocks])
-            row[f"token_{name}"] = median([seconds for clock in clocks for seconds in clock.between])
-            row[f"new_{name}"] = clocks[0].tokens[1:]
-        rows.append(row | {f"{key}_ratio": row[f"{key}_miso"] / row[f"{key}_plain"] for key in MEASURED})
+        for key in MEASURED:
+            pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(plain, miso, strict=True)]
+            row[f"{key}_plain"], row[f"{key}_miso"] = (median([pair[side] for pair in pairs]) for side in (0, 1))
+            row[f"{key}_ratio"] = median([b / a for a, b in pairs])
+        rows.append(row | {"new_plain": plain[0].tokens[1:], "new_miso": miso[0].tokens[1:]})
     return rows
 
 

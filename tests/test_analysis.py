@@ -52,7 +52,7 @@ def said_by(prompted, tokenizer):
 # Parts
 
 
-@pytest.mark.parametrize("template", ["synthetic", *set(TEMPLATES) - {"tools"}])
+@pytest.mark.parametrize("template", ["synthetic", *sorted(set(TEMPLATES) - {"tools"})])
 def test_tokens_say_what_their_part_says(template, tokenizer, sampler):
     if template != "synthetic":
         tokenizer = make_tokenizer(template)
