@@ -208,7 +208,11 @@ def test_an_interrupt_ends_it_at_once(server):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
     Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(endpoint(server, timeout=60, concurrency=2).ask_all(user(f"number {at}") for at in range(4)))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(endpoint(server, timeout=60, concurrency=2).ask_all(user(f"number {at}") for at in range(4)))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(server.requests) == 2 and time.monotonic() < begun + 5

@@ -5,13 +5,17 @@ What it finds is not tested: a model this small, trained for seconds, has no acc
 
 import itertools
 import json
+import logging
 import random
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -39,6 +43,18 @@ TRUE_AND_MUTATED = {
     "no commas .": TEXT,
     "one comma .": TEXT.replace(",", "."),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _heard_again():
+    """What runs here silences its process."""
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    yield
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 def test_checkers_hold_on_the_text_and_fail_on_a_mutated_one():
