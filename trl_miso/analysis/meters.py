@@ -5,20 +5,17 @@ Shapes: U queries that predict the answer, T tokens, P parts, Q branch rows, H q
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from trl_miso.attention.adapter import (
     base_implementation,
     compute_dtype,
     left_as_it_was,
-    register_miso_attention,
+    register_over,
     score_scale,
 )
 from trl_miso.attention.shares import Shares
@@ -107,17 +104,9 @@ def measuring(model: PreTrainedModel, max_length: int | None) -> Iterator[ModelS
     """
     base = base_implementation(model.config.get_text_config()._attn_implementation)
     with left_as_it_was(model):
-        support = prepare_model(model, _register(base), max_length)
+        support = prepare_model(model, register_over(base, "measured", _attention_forward), max_length)
         model.eval()
         yield support
-
-
-def _register(base: str) -> str:
-    trained = register_miso_attention(base)
-    name = f"{trained}_measured"
-    AttentionInterface.register(name, partial(_attention_forward, trained=ALL_ATTENTION_FUNCTIONS[trained]))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[trained])
-    return name
 
 
 def _attention_forward(

@@ -63,6 +63,15 @@ def register_miso_attention(base: str = "sdpa", kernel: str = "auto") -> str:
     return name
 
 
+def register_over(base: str, suffix: str, forward: Callable[..., Any]) -> str:
+    """Register `forward` in front of the attention that trains, which it is given as `trained`; the name to set."""
+    trained = register_miso_attention(base)
+    name = f"{trained}_{suffix}"
+    AttentionInterface.register(name, partial(forward, trained=ALL_ATTENTION_FUNCTIONS[trained]))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[trained])
+    return name
+
+
 def base_implementation(name: str | None) -> str:
     """The base of a registered name, else the name itself (None: transformers' default, sdpa)."""
     return _REGISTERED.get(name or "sdpa", name or "sdpa")

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache
 
-from trl_miso.attention.adapter import compute_dtype, register_miso_attention, rotation_of, score_scale
+from trl_miso.attention.adapter import compute_dtype, register_over, rotation_of, score_scale
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import Kernel, KernelOptions, _branch_weights, _keys, _shares, _to_outputs
 from trl_miso.packing import PackedSegments, Varlen, _cu_seqlens, _ranges, pack
@@ -28,12 +26,7 @@ from trl_miso.segments import Example
 
 def register_decoding(base: str) -> str:
     """Register the attention of generation over a base implementation, see `register_miso_attention`; the name to set."""
-    trained = register_miso_attention(base)
-    name = f"{trained}_decoding"
-    options = {"trained": ALL_ATTENTION_FUNCTIONS[trained], "flash_only": base == "flash_attention_2"}
-    AttentionInterface.register(name, partial(_attention_forward, **options))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[trained])
-    return name
+    return register_over(base, "decoding", partial(_attention_forward, flash_only=base == "flash_attention_2"))
 
 
 class ContextCache(DynamicCache):
