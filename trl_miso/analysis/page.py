@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _MARKS = ("/* __STYLE__ */", "/* __SHARED__ */", "__REPORT__")
-_SHARED = ("el", "num", "count", "percent", "table", "UNSEEN", "glyphs", "repr", "place", "focusToken")
+_SHARED = ("el", "num", "count", "percent", "table", "UNSEEN", "glyphs", "repr", "place", "focusToken", "listen")
 
 
 def render_page(report: dict[str, Any], figures: Sequence[dict[str, str]], folder: Path) -> str:
