@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,11 +65,13 @@ class Repository:
 
 @dataclass
 class Fault:
-    """Answers `times` requests whose "METHOD path" matches: with `status`, or, if it is 0, hanging up amid the body."""
+    """Answers `times` requests whose "METHOD path" matches: with `status`, or, if it is 0, hanging up amid the body, or
+    `late` by as many seconds, as it would have without."""
 
     pattern: str
     times: int
     status: int = 0
+    late: float = 0
 
 
 class Request(NamedTuple):
@@ -143,6 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.token = token if scheme == "Bearer" else None
         self.user = self.server.users.get(token)
         fault = self.server.fault(f"{self.command} {path}")
+        if fault and fault.late:
+            time.sleep(fault.late)
+            fault = None
         if fault and not fault.status:
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             self._log(path, 0)

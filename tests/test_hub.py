@@ -148,11 +148,13 @@ def test_token_is_in_no_uploaded_file(pushed):
 def test_pushes_during_training(pushed):
     hub, results = pushed
     titles = [commit.title for commit in hub.repositories["ana/every_save"].branches["main"]]
-    assert titles[1:] == ["Training in progress, step 1", "Training in progress, step 2", "Model save"]
+    during = ["Training in progress, step 1", "Training in progress, step 2"]
+    assert titles[1:] == [*during, "Model save", "In the background", "Last push"]
+    assert results["every_save"]["warnings"] == []
     weights = {
         commit.files["model.safetensors"].oid for commit in hub.repositories["ana/every_save"].branches["main"][1:]
     }
-    assert len(weights) == 3
+    assert len(weights) == 5
     checkpoint = {path for path in hub.files("ana/last_checkpoint") if path.startswith("last-checkpoint/")}
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= checkpoint
     assert not any(

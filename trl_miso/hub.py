@@ -13,6 +13,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import PushInProgress
 
 from trl_miso.model_card import write_model_card
 
@@ -55,10 +56,16 @@ class HubPushes(_Trainer):
             raise RuntimeError(self._not_pushed(error)) from error
         if isinstance(pushed, Future):
             pushed.add_done_callback(self._report_failure)
+            self.push_in_progress = PushInProgress([*self._uploads(), pushed])
         return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's: uploads while training goes on; one that fails is told as soon as it does."""
+        """As Trainer's: uploads while training goes on; one that fails is told as soon as it does.
+
+        With `hub_always_push` it waits for the upload before: that reads the files which are written now.
+        """
+        if self.args.hub_always_push:
+            self._finish_current_push()
         earlier = self._uploads()
         super()._push_from_checkpoint(checkpoint_folder)
         for job in set(self._uploads()) - set(earlier):
@@ -84,6 +91,8 @@ class HubPushes(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.args.hub_token = self.args.hub_token and Secret(self.args.hub_token)
+        if output_dir is None or os.path.abspath(output_dir) == os.path.abspath(self.args.output_dir):
+            self._finish_current_push()  # an upload reads these files
         super()._save(output_dir, state_dict)
         if is_peft_model(self.model) and self.is_world_process_zero():
             # PEFT has written a card that names a local base model as one of the Hub, which refuses the upload.
