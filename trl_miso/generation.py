@@ -110,7 +110,7 @@ def miso_generate(
             check_relative(model.config.model_type, support)
         layouts = [_layout(request, output_positions, support) for request in requests]
         _check_window(model, [example for _, example in layouts], weighting, support)
-        return _continue(model, requests, layouts, weighting, generate_kwargs)
+        return _continue(model, requests, layouts, weighting, support.layers, generate_kwargs)
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,11 @@ def _continue(
     requests: list[_Request],
     layouts: list[tuple[list[int], Example]],
     weighting: str,
+    layers: int,
     generate_kwargs: dict[str, Any],
 ) -> Any:
     width, head = max(len(tokens) for tokens, _ in layouts), len(requests[0].head)
-    cache = ContextCache([example for _, example in layouts], weighting, width)
+    cache = ContextCache([example for _, example in layouts], weighting, width, layers)
     _read(model, layouts, cache)
     # Rows are filled up to equal lengths with a token of their own: processors that count tokens see no other.
     filled = [[tokens[0]] * (width - len(tokens)) + tokens for tokens, _ in layouts]

@@ -1,14 +1,15 @@
 """Attention while an output is generated: new tokens attend to the contexts, read once before, and to the output so far.
 
     contexts, once:   causal, as in training; `ContextCache` keeps each layer's keys, turned to where the output wants them
-    output, a step:   q -> K_out and q -> K_i for every context i, merged as in `mixture.py` (eqs. 3, 4 and 7 of the paper)
+    output, a step:   q -> K_out and q -> K_p for every part p of the contexts (`parts.py`), merged as in `mixture.py` (eqs. 3, 4, 7)
 
 A forward with the batch keys of `PackedSegments` and `miso_cache` reads contexts; one with `miso_cache` alone continues outputs;
 without it (probes, other inputs) the attention is the one that trains. Nothing here is differentiated.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,19 @@ from torch import nn
 from transformers import DynamicCache
 
 from trl_miso.attention.adapter import compute_dtype, register_over, rotation_of, score_scale
-from trl_miso.attention.kernels import resolve_kernel
-from trl_miso.attention.mixture import Kernel, KernelOptions, _branch_weights, _keys, _shares, _to_outputs
-from trl_miso.packing import PackedSegments, Varlen, _cu_seqlens, _ranges, pack
+from trl_miso.attention.kernels import KERNELS, attend_on_cpu, resolve_kernel
+from trl_miso.attention.mixture import (
+    Kernel,
+    KernelOptions,
+    _branch_weights,
+    _keys,
+    _logsumexp_by,
+    _shares,
+    _sum_by,
+    _to_outputs,
+)
+from trl_miso.attention.parts import DenseParts, KeysAndValues, Parts, Reading
+from trl_miso.packing import WEIGHTINGS, PackedSegments, Varlen, _cu_seqlens, _ranges
 from trl_miso.segments import Example
 
 
@@ -32,48 +43,62 @@ def register_decoding(base: str) -> str:
 class ContextCache(DynamicCache):
     """Keys and values of a generation: of the contexts of each request by attention module, of the outputs as in DynamicCache.
 
-    All rows of a request (samples, beams) share its contexts. Its length is that of the ids that `generate` sees: `before` ids
-    in place of the contexts, then the output. Every layer keeps all of the output, whatever its window.
+    All rows of a request (samples, beams) share its contexts, and contexts their common prefixes as far as `parts.py` says. Its length
+    is that of the ids that `generate` sees: `before` ids in place of the contexts, then the output. Every layer keeps all of
+    the output, whatever its window.
 
     Args:
         examples: A request's contexts each, with an output of one token.
         weighting: One of `WEIGHTINGS`.
         before: Ids that stand for the contexts in each row.
+        layers: Attention layers of the model.
     """
 
-    def __init__(self, examples: Sequence[Example], weighting: str, before: int):
+    def __init__(self, examples: Sequence[Example], weighting: str, before: int, layers: int):
         super().__init__()
-        self._before = before
-        self._requests = len(examples)
-        self._mixed = pack(examples, weighting)[2]
-        self._lengths = self._mixed.cross_call.cu_seqlens_k.diff().numpy()  # of the contexts
-        self._kept: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._steps: dict[tuple[int, torch.device], tuple[tuple[int, int], PackedSegments]] = {}
+        self._layers = layers
+        self._requests, self._weighting, self._before = len(examples), weighting, before
+        self._parts = Parts(examples)
+        self._lengths = self._parts.branch_lengths
+        self._longest = int(self._lengths.max())
+        self._reading = Reading(examples)
+        self._calls: dict[torch.device, Varlen] = {}
+        self._how: dict[nn.Module, tuple[Kernel, KernelOptions, KernelOptions]] = {}  # the last without a window
+        self._kept: dict[nn.Module, KeysAndValues] = {}  # of all parts
+        self._seen: dict[nn.Module, KeysAndValues] = {}  # of each branch, what its window shows
+        self._dense: dict[torch.dtype, list[DenseParts]] = {}
+        self._kept_dense: dict[nn.Module, list[tuple[DenseParts, list[KeysAndValues]]]] = {}
+        self._steps: dict[tuple[int, torch.device], _Step] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._before + super().get_seq_length(layer_idx)
 
-    def keep(self, module: nn.Module, k_TGD: torch.Tensor, v_TGD: torch.Tensor, window: int) -> None:
-        """Keep a layer's keys and values of all contexts, one context after the other; of a window, the last that can be seen."""
-        call = self._mixed.cross_call
-        rows = torch.arange(int(self._lengths.sum()))
-        if 0 < window < self._lengths.max():
-            lengths = np.minimum(self._lengths, window)
-            rows = torch.from_numpy(_ranges(self._lengths.cumsum() - lengths, lengths))
-        index = rows if call.kv_index is None else call.kv_index[rows]
-        offset = None if call.kv_offset is None else call.kv_offset[rows].to(k_TGD.device)
-        read = Varlen(call.cu_seqlens_q, call.cu_seqlens_k, 1, call.max_seqlen_k, index.to(k_TGD.device), offset)
-        self._kept[module] = _keys(k_TGD, v_TGD, read, rotation_of(module))
-
-    def attend(
+    def read(
         self,
         module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
         kernel: Kernel,
         options: KernelOptions,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
+        """Keep a layer's keys and values of all contexts, and how it attends.
+
+        Returns:
+            The contexts' attention, (T, H, D): nothing reads the last layer's, which is 0. None where training's will do.
+        """
+        device = k_TGD.device
+        if device not in self._calls:
+            self._calls[device] = self._parts.call(device)
+        self._kept[module] = _keys(k_TGD, v_TGD, self._calls[device], rotation_of(module))
+        self._how[module] = kernel, options, replace(options, window=0)
+        if len(self._how) == self._layers:
+            return torch.zeros_like(q_THD)
+        if kernel is not KERNELS["cpu"] or 0 < options.window < self._longest:
+            return None
+        return self._reading.attend(q_THD, k_TGD, v_TGD, options.scale)
+
+    def attend(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of new output tokens: `sum_i w_i softmax(q [K_i, K_out]^T) [V_i, V_out]`, each branch causal and windowed.
 
         Args:
@@ -83,59 +108,97 @@ class ContextCache(DynamicCache):
         Returns:
             (B, new, H, D).
         """
+        kernel, options, unbound = self._how[module]
         batch, _, new, _ = query.shape
-        binds = 0 < options.window < self._lengths.max() + key.shape[2]
-        if binds:
-            key, value = (x[:, :, -(options.window + new - 1) :] for x in (key, value))
-        else:
-            options = KernelOptions(options.scale, softcap=options.softcap)
-        packed = self._step(batch, new, key.shape[2], options.window, query.device)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        form = _pairs if binds else _split
-        return form(q, k, v, self._kept[module], packed, kernel, options).unflatten(0, (batch, new))
-
-    def _step(self, batch: int, new: int, seen: int, window: int, device: torch.device) -> PackedSegments:
-        """Metadata of a forward, which its layers share: as `pack` makes it for outputs, with kept keys in place of contexts."""
-        shape, packed = self._steps.get((window, device), (None, None))
-        if packed is None or shape != (batch, new):
-            packed = self._rows(batch, new, device)
-        elif packed.max_seqlen_k == seen:
-            return packed
-        packed = replace(packed, cu_seqlens_k=_ends(batch, seen, device), max_seqlen_k=seen)
+        window = options.window if options.window < self._longest + key.shape[2] else 0
+        if new == 1 and not window and kernel is KERNELS["cpu"]:
+            return self._attend_one(module, query[:, :, 0], key, value)[:, None]
         if window:
-            self._pair(packed, batch // self._requests, np.minimum(self._lengths, window), device)
-        self._steps[window, device] = (batch, new), packed
-        return packed
+            key, value = (x[:, :, -(window + new - 1) :] for x in (key, value))
+        step = self._step(batch, new, key.shape[2], window, query.device)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        if window:
+            out = _pairs(q, k, v, self._within(module, window), step.packed, kernel, options)
+        else:
+            out = _split(q, k, v, self._kept[module], step, kernel, unbound)
+        return out.unflatten(0, (batch, new))
 
-    def _rows(self, batch: int, new: int, device: torch.device) -> PackedSegments:
-        """What does not depend on how much of the output there is."""
-        assert self._mixed.branch_weight is not None
-        branches = len(self._lengths)
-        span = batch // self._requests * new  # a branch has rows of each copy of its request
-        first = self._mixed.branch_rows.to(device)[:, None] * span
-        return PackedSegments(
+    def _attend_one(
+        self, module: nn.Module, q_BHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """For one new token the heads of a group are taken for queries of one head, so that each key is read once."""
+        if module not in self._kept_dense:
+            self._keep_dense(module, q_BHD.dtype)
+        scale, requests = self._how[module][1].scale, self._kept_dense[module]
+        of_all = q_BHD.unflatten(1, (key.shape[1], -1)), key, value
+        copies = len(q_BHD) // len(requests)
+        each = [of_all] if len(requests) == 1 else zip(*(x.split(copies) for x in of_all), strict=True)
+        made = []
+        for (q_CGRD, k, v), (parts, kept) in zip(each, requests, strict=True):
+            o_out, l_out = attend_on_cpu(q_CGRD, k, v, scale)
+            to_parts = parts.attend(_by_group(q_CGRD), kept, scale)
+            mixed = parts.mix(*to_parts, _by_group(o_out), _by_group(l_out), self._weighting)
+            made.append(mixed.unflatten(1, (copies, -1)).transpose(0, 1))
+        return (made[0] if len(made) == 1 else torch.cat(made)).flatten(1, 2).to(q_BHD.dtype)
+
+    def _keep_dense(self, module: nn.Module, dtype: torch.dtype) -> None:
+        if dtype not in self._dense:
+            self._dense[dtype] = [DenseParts(self._parts, request, dtype) for request in range(self._requests)]
+        self._kept_dense[module] = [(parts, parts.keep(*self._kept[module])) for parts in self._dense[dtype]]
+        if not self._how[module][1].window:  # which may come to bind
+            del self._kept[module]
+
+    def _within(self, module: nn.Module, window: int) -> KeysAndValues:
+        """Keys and values of one branch after the other, of each the last that the window can show from now on."""
+        if module in self._kept:
+            k, v = self._kept.pop(module)
+            keys = torch.from_numpy(self._parts.last_keys(window)).to(k.device)
+            self._seen[module] = k.index_select(0, keys), v.index_select(0, keys)
+        return self._seen[module]
+
+    def _step(self, batch: int, new: int, seen: int, window: int, device: torch.device) -> "_Step":
+        """Metadata of a forward, which its layers share."""
+        step = self._steps.get((window, device))
+        if step is None or step.shape != (batch, new):
+            step = self._rows(batch, new, device)
+        elif step.packed.max_seqlen_k == seen:
+            return step
+        step.packed = replace(step.packed, cu_seqlens_k=_ends(batch, seen, device), max_seqlen_k=seen)
+        if window:
+            self._pair(step.packed, batch // self._requests, np.minimum(self._lengths, window), device)
+        self._steps[window, device] = step
+        return step
+
+    def _rows(self, batch: int, new: int, device: torch.device) -> "_Step":
+        """What does not depend on how much of the output there is: as `pack` makes it for outputs."""
+        parts = self._parts
+        span = batch // self._requests * new  # each part and branch has rows of every copy of its request
+
+        def spread(index: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy((index[:, None] * span + np.arange(span)).ravel()).to(device)
+
+        packed = PackedSegments(
             cu_seqlens_q=_ends(batch, new, device),
             cu_seqlens_k=_ends(batch, 0, device),
             max_seqlen_q=new,
             max_seqlen_k=0,
             num_examples=self._requests,
             num_mixed=self._requests,
-            weighting=self._mixed.weighting,
+            weighting=WEIGHTINGS.index(self._weighting),
             output_end=batch * new,
-            branch_cu_seqlens_q=_ends(branches, span, device),
-            branch_cu_seqlens_k=_cu_seqlens(self._lengths).to(device),
-            branch_max_seqlen_q=span,
-            branch_max_seqlen_k=int(self._lengths.max()),
-            branch_q_index=(first + torch.arange(span, device=device)).flatten(),
-            branch_weight=self._mixed.branch_weight.to(device).repeat_interleave(span),
+            branch_q_index=spread(parts.branch_request),
+            branch_weight=torch.from_numpy(parts.weights).view(torch.int64).to(device).repeat_interleave(span),
         )
+        count = len(parts.lengths)
+        call = Varlen(_ends(count, span, device), _cu_seqlens(parts.lengths).to(device), span, int(parts.lengths.max()))
+        return _Step((batch, new), packed, call, *map(spread, (parts.request, parts.part, parts.branch)))
 
     def _pair(self, packed: PackedSegments, copies: int, lengths: np.ndarray, device: torch.device) -> None:
         """Fill in how each copy of a branch reads its kept keys, then the output's, which follow all of those."""
         seen = packed.max_seqlen_k
         packed.branch_cu_seqlens_q = _ends(len(lengths) * copies, packed.max_seqlen_q, device)
         packed.branch_max_seqlen_q = packed.max_seqlen_q
-        outputs = self._mixed.branch_rows.numpy()[:, None] * copies + np.arange(copies)
+        outputs = self._parts.branch_request[:, None] * copies + np.arange(copies)
         starts = np.stack(
             [np.repeat(lengths.cumsum() - lengths, copies), lengths.sum() + outputs.ravel() * seen], axis=1
         )
@@ -145,19 +208,41 @@ class ContextCache(DynamicCache):
         packed.pair_max_seqlen_k = int(sizes.sum(1).max())
 
 
+@dataclass
+class _Step:
+    """Metadata of a forward of `shape` (outputs, new tokens). R rows of the parts' call, E of pairs of a part and a branch."""
+
+    shape: tuple[int, int]
+    packed: PackedSegments
+    parts: Varlen
+    part_rows: torch.Tensor  # (R,) output row of each row of the parts' call
+    pair_part: torch.Tensor  # (E,) row of the parts' call
+    pair_branch: torch.Tensor  # (E,) branch row
+
+
 def _ends(count: int, each: int, device: torch.device) -> torch.Tensor:
     """Cumulative lengths of `count` sequences of `each` rows."""
     return torch.arange(count + 1, dtype=torch.int32, device=device) * each
 
 
-def _split(q, k, v, contexts, packed: PackedSegments, kernel: Kernel, options: KernelOptions) -> torch.Tensor:
-    """The output against itself and against each context, merged."""
-    cross = options.without_causality()
-    o_out, l_out = kernel.forward(q, k, v, packed.self_call, options if packed.max_seqlen_q > 1 else cross)
+def _by_group(x_CGR: torch.Tensor) -> torch.Tensor:
+    """(C, G, R, ...) as (G, M, ...): queries of all copies and heads that share keys."""
+    return x_CGR[0] if len(x_CGR) == 1 else x_CGR.transpose(0, 1).flatten(1, 2)
+
+
+def _split(q, k, v, contexts, step: _Step, kernel: Kernel, options: KernelOptions) -> torch.Tensor:
+    """The output against itself and against each part of the contexts, merged."""
+    packed, whole = step.packed, options.without_causality()
+    o_out, l_out = kernel.forward(q, k, v, packed.self_call, options if packed.max_seqlen_q > 1 else whole)
     k, v = contexts
-    o_branch, l_branch = kernel.forward(q.index_select(0, packed.branch_rows), k, v, packed.cross_call, cross)
-    share_out, share_branch = _shares(l_out.T, l_branch.T, packed)
-    return share_out[..., None] * o_out + _to_outputs(share_branch[..., None] * o_branch, packed)
+    o_part, l_part = kernel.forward(q.index_select(0, step.part_rows), k, v, step.parts, whole)
+    l_pair = l_part.T.index_select(0, step.pair_part)
+    l_branch = _logsumexp_by(l_pair, step.pair_branch, len(packed.branch_rows))
+    share_out, share_branch = _shares(l_out.T, l_branch, packed)
+    share_pair = share_branch[step.pair_branch] * torch.exp(l_pair - l_branch[step.pair_branch])
+    share_part = _sum_by(share_pair, step.pair_part, len(o_part))
+    mixed = _sum_by(share_part[..., None] * o_part, step.part_rows, len(q))
+    return share_out[..., None] * o_out + mixed
 
 
 def _pairs(q, k, v, contexts, packed: PackedSegments, kernel: Kernel, options: KernelOptions) -> torch.Tensor:
@@ -181,15 +266,18 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention: query (B, H, new, D), key and value (B, G, seen, D) -> (B, new, H, D), None."""
-    dtype = compute_dtype(value)
-    window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
-    reads = PackedSegments.from_batch(kwargs) is not None
-    if miso_cache is not None and reads:
-        miso_cache.keep(module, key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype), window)
-    if miso_cache is None or reads:
+    if miso_cache is None:
         return trained(module, query, key, value, attention_mask, **kwargs)
-    options = KernelOptions(score_scale(query, kwargs.get("scaling")), window=window, softcap=softcap)
-    kernel = resolve_kernel("auto", flash_only, query.device, dtype, query.shape[-1], options)
-    with torch.autocast(query.device.type, enabled=False):
-        out = miso_cache.attend(module, query.to(dtype), key.to(dtype), value.to(dtype), kernel, options)
-    return out.to(dtype), None
+    dtype, device = compute_dtype(value), query.device.type
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if PackedSegments.from_batch(kwargs) is None:
+            return miso_cache.attend(module, query, key, value).to(dtype), None
+        window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
+        options = KernelOptions(score_scale(query, kwargs.get("scaling")), window=window, softcap=softcap)
+        kernel = resolve_kernel("auto", flash_only, query.device, dtype, query.shape[-1], options)
+        q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = miso_cache.read(module, q_THD, k_TGD, v_TGD, kernel, options)
+    if out is None:
+        return trained(module, query, key, value, attention_mask, **kwargs)
+    return out[None], None

@@ -137,8 +137,6 @@ class Cpu:
 
     def forward(self, q, k, v, call, options):
         sequences = _sequences(call)
-        if call.max_seqlen_q == 1 and not options.window:
-            return self._one_query_each(q, k, v, sequences, options.scale)
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
         count = len(sequences) if _alike(sequences) else 1  # of equal lengths: one call for all of them
@@ -146,28 +144,13 @@ class Cpu:
             _batched(x, count) for x in (q, k[: sequences[-1][1].stop], v[: sequences[-1][1].stop], out)
         )
         lse_ = lse.unflatten(1, (count, -1)).transpose(0, 1)
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         for rows, keys in sequences[: len(sequences) // count]:
             parts = [
-                attend(q_[:, :, rows], k_[:, :, part], v_[:, :, part], 0.0, causal, attn_mask=mask, scale=options.scale)
+                attend_on_cpu(q_[:, :, rows], k_[:, :, part], v_[:, :, part], options.scale, causal, mask)
                 for part, causal, mask in _cpu_parts(rows, keys, options, q)
             ]
             out_[:, :, rows], lse_[:, :, rows] = parts[0] if len(parts) == 1 else _merge_two(*parts)
         return out, lse
-
-    @staticmethod
-    def _one_query_each(q, k, v, sequences, scale):
-        """A token that is generated: the heads of a group are taken for queries of one head, so that its keys are read once."""
-        q_ = q.unflatten(1, (k.shape[1], -1))
-        out, lse = torch.empty_like(q_), q_.new_empty(q_.shape[:3], dtype=_lse_dtype(q.dtype))
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        count = len(sequences) if _alike(sequences) else 1
-        for at in range(0, len(sequences), count):
-            rows, keys = slice(at, at + count), slice(sequences[at][1].start, sequences[at + count - 1][1].stop)
-            out[rows], lse[rows] = attend(
-                q_[rows], *(_batched(x[keys], count) for x in (k, v)), 0.0, False, scale=scale
-            )
-        return out.flatten(1, 2), lse.flatten(1).T
 
     def backward(self, dout, q, k, v, out, lse, call, options):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -183,6 +166,20 @@ class Cpu:
                 for total, where, gradient in zip((dq_, dk_, dv_), (rows, part, part), gradients, strict=True):
                     total[:, :, where] += gradient
         return dq, dk, dv
+
+
+def attend_on_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's CPU flash operator: (batch, H, Lq, D) and its log-sum-exp (batch, H, Lq). The first query sees the first key, ...;
+    queries beyond the last key see all."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 class Reference:

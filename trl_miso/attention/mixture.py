@@ -316,15 +316,24 @@ def _branch_weights(lse_branch: torch.Tensor, packed: PackedSegments) -> torch.T
 
 def _to_outputs(x_Q: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
     """Sum over each output token's branches: (Q, ...) -> (U, ...)."""
-    return x_Q.new_zeros(packed.output_end - packed.output_start, *x_Q.shape[1:]).index_add_(0, packed.branch_rows, x_Q)
+    return _sum_by(x_Q, packed.branch_rows, packed.output_end - packed.output_start)
 
 
 def _logsumexp(x_QH: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
     """Log-sum-exp over each output token's branches: (Q, H) -> (U, H)."""
-    at = packed.branch_rows
-    size = packed.output_end - packed.output_start, x_QH.shape[1]
-    top = x_QH.new_full(size, -torch.inf).scatter_reduce_(0, at[:, None].expand_as(x_QH), x_QH, "amax")
-    return top + _to_outputs(torch.exp(x_QH - top[at]), packed).log()
+    return _logsumexp_by(x_QH, packed.branch_rows, packed.output_end - packed.output_start)
+
+
+def _sum_by(x: torch.Tensor, at: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows that go to the same of `size` rows, summed."""
+    return x.new_zeros(size, *x.shape[1:]).index_add_(0, at, x)
+
+
+def _logsumexp_by(x_NH: torch.Tensor, at: torch.Tensor, size: int) -> torch.Tensor:
+    """Log-sum-exp of rows that go to the same of `size` rows, each of which has one at least."""
+    top = x_NH.new_full((size, x_NH.shape[1]), -torch.inf)
+    top = top.scatter_reduce_(0, at[:, None].expand_as(x_NH), x_NH, "amax")
+    return top + _sum_by(torch.exp(x_NH - top[at]), at, size).log()
 
 
 def _keys(
