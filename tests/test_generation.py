@@ -22,7 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.models import tiny_model
 from tests.rows_oracle import NAME, positions_of
-from trl_miso.attention import register_miso_attention
+from trl_miso.attention import decoding, parts, register_miso_attention
+from trl_miso.attention.kernels import KERNELS
 from trl_miso.attention.support import prepare_model
 from trl_miso.collator import MISODataCollator
 from trl_miso.generation import miso_generate
@@ -142,12 +143,44 @@ def test_architectures(name, words):
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "fid"])
-@pytest.mark.parametrize("window", [1, 2, 5, 9])
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 13])  # the last comes to bind on the way
 def test_windows_that_bind(window, weighting, words):
     model = tiny("gemma3", sliding_window=window)
     options = {"max_new_tokens": 10, "weighting": weighting}
     out = generate(model, words, **options, return_dict_in_generate=True, output_logits=True)
     assert_greedy(out, HEAD, lambda output: rows_logits(model, CONTEXTS, output, weighting))
+
+
+def test_kernels_without_a_way_of_their_own_generate_alike(words, monkeypatch):
+    """Those of GPUs, and the CPU's where it has a softcap: outputs attend to the parts in one call of ragged sequences."""
+    model, rng = tiny("llama", num_hidden_layers=2), random.Random(5)
+    cases = [(random_case(rng), rng.choice([{}, {"num_beams": 2}])) for _ in range(30)]
+    made = []
+    for kernel in ("cpu", "reference"):
+        monkeypatch.setattr(decoding, "resolve_kernel", lambda *args, kernel=kernel: KERNELS[kernel])
+        made.append([])
+        for (contexts, head, weighting, weights, where), beams in cases:
+            options = {"weighting": weighting, "weights": weights, "output_positions": where, "max_new_tokens": 5}
+            made[-1].append(generate(model, words, contexts, head, **options | beams).tolist())
+    assert made[0] == made[1]
+
+
+def test_half_precision(words):
+    model = tiny("llama").to(torch.bfloat16)
+    out = generate(model, words, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
+    expected = packed_logits(model.double(), CONTEXTS, HEAD + out.sequences[0].tolist())[len(HEAD) - 1 : -1]
+    torch.testing.assert_close(
+        torch.cat(out.logits).double(), expected, rtol=0, atol=0.03 * expected.abs().max().item()
+    )
+
+
+def test_nothing_is_computed_that_nobody_reads(words, monkeypatch):
+    """Of the last layer the contexts' keys are wanted, not their attention."""
+    model, calls = tiny("llama", num_hidden_layers=3), []
+    attend = parts.Reading.attend
+    monkeypatch.setattr(parts.Reading, "attend", lambda *args: calls.append(1) or attend(*args))
+    generate(model, words, max_new_tokens=2)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -226,7 +226,7 @@ class DenseParts:
             share = shares[:-1]
         if self._log_held is not None:
             share = l_held.softmax(0).mul_(share).sum(1)
-        return torch.addcmul((share[..., None] * o_PGMD).sum(0), share_out[..., None], o_out_GMD)
+        return torch.addcmul((share[..., None] * o_PGMD).sum(0), share_out[..., None], o_out_GMD.to(share_out.dtype))
 
 
 def _batches(runs: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

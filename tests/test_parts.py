@@ -1,0 +1,166 @@
+"""What outputs read of their contexts, against attention written out: trees of any shape, ragged parts, every weighting."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from trl_miso.attention.kernels import attend_on_cpu
+from trl_miso.attention.parts import DenseParts, Parts, Reading
+from trl_miso.packing import WEIGHTINGS
+from trl_miso.segments import parallel, unshare
+
+H, G, D = 4, 2, 8
+SCALE = D**-0.5
+# As many roundings of the operands' size as a long sum has, relative to values near 1.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def draw(rng, shared=(0, 0, 3, 40), own=(1, 2, 30, 70), n=8, alike=False):
+    """Contexts with nested common prefixes; `alike`: of one length."""
+    trunk = [rng.randrange(100) for _ in range(rng.choice(shared))]
+    contexts = []
+    for i in range(rng.randint(1, n)):
+        before = rng.choice(contexts) if contexts and rng.random() < 0.5 else trunk
+        kept = before[: max(len(trunk), rng.randint(0, len(before)))]
+        contexts.append([*kept, 1000 + i, *(rng.randrange(100) for _ in range(rng.choice(own)))])
+    if rng.random() < 0.2:
+        contexts.append(rng.choice(contexts))  # one twice
+    longest = max(map(len, contexts))
+    return [context + [7] * (longest - len(context)) for context in contexts] if alike else contexts
+
+
+def make(rng, requests=1, where="successive", **options):
+    examples = []
+    for _ in range(requests):
+        contexts = draw(rng, **options)
+        weights = np.array([rng.uniform(0.1, 1) for _ in contexts])
+        tokens, example = parallel(contexts, 1, (weights / weights.sum()).tolist(), where)
+        examples.append(example if rng.random() < 0.8 else unshare(example, [[*tokens, 0]])[0])
+    return examples
+
+
+def rows_of(examples):
+    """Packed rows of each request's segments."""
+    at, rows = 0, []
+    for example in examples:
+        ends = np.cumsum([at, *(segment.length for segment in example.segments[:-1])])
+        rows.append([np.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)])
+        at = int(ends[-1])
+    return rows, at
+
+
+def dense(q, k, v, causal=False):
+    """(T, H, D) attention in float64, and its log-sum-exp (H, T)."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
+    if causal:  # the last query sees the last key
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q))
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("long", [False, True])
+def test_reading_is_causal_attention_of_every_segment_to_its_path(dtype, long):
+    rng = random.Random(f"{dtype}{long}")
+    sizes = {"shared": (0, 255, 257, 700, 1100), "own": (1, 200, 300), "n": 4} if long else {}
+    for _ in range(10 if long else 60):
+        examples = make(rng, rng.choice([1, 1, 2, 3]), **sizes)
+        rows, total = rows_of(examples)
+        generator = torch.Generator().manual_seed(total)
+        q, k, v = (torch.randn(total, heads, D, generator=generator).to(dtype) for heads in (H, G, G))
+        out = Reading(examples).attend(q, k, v, SCALE)
+        assert out.dtype == dtype
+        for example, own in zip(examples, rows, strict=True):
+            for segment in range(len(own)):
+                path = np.concatenate([own[i] for i in example.path(segment)])
+                expected, _ = dense(q[own[segment]], k[path], v[path], causal=True)
+                torch.testing.assert_close(out[own[segment]].double(), expected, rtol=0, atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("where", ["successive", "after_longest"])
+def test_parts_make_up_branches(weighting, dtype, where):
+    """Each branch's keys are its path's; attention to parts, merged, is the weighted sum over branches (eqs. 3, 4, 7)."""
+    rng = random.Random(f"{weighting}{dtype}{where}")
+    for _ in range(40):
+        examples = make(rng, rng.choice([1, 2]), where)
+        parts = Parts(examples)
+        rows, total = rows_of(examples)
+        copies, seen = rng.choice([1, 3]), rng.randint(1, 9)
+        k, v = (5 * torch.randn(total, G, D).to(dtype), torch.randn(total, G, D).to(dtype))
+        k_part, v_part = (x[torch.from_numpy(parts.rows)] for x in (k, v))
+        branch = 0
+        for request, example in enumerate(examples):
+            found = DenseParts(parts, request, dtype)
+            q, k_out = (torch.randn(copies, H, D).to(dtype), torch.randn(seen, G, D).to(dtype))
+            v_out = torch.randn(seen, G, D).to(dtype)
+            grouped = q.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
+            o_out, l_out = attend_on_cpu(grouped[None], *(x.transpose(0, 1)[None] for x in (k_out, v_out)), SCALE)
+            to_parts = found.attend(grouped, found.keep(k_part, v_part), SCALE)
+            mixed = found.mix(*to_parts, o_out[0], l_out[0], weighting)
+            got = mixed.unflatten(1, (copies, -1)).transpose(0, 1).flatten(1, 2).double()
+            keys, lengths = [], []
+            for view in example.branches:
+                path = np.concatenate([rows[request][i] for i in example.path(view.segment)])
+                assert parts.rows[parts.last_keys(10**6)[_span(parts, branch)]].tolist() == path.tolist()
+                keys.append(path)
+                lengths.append(len(path))
+                branch += 1
+            expected = _mixture(q, k, v, k_out, v_out, keys, [b.weight for b in example.branches], weighting)
+            torch.testing.assert_close(got, expected, rtol=0, atol=4 * ROUNDING[dtype])
+
+
+def _span(parts, branch):
+    ends = parts.branch_lengths.cumsum()
+    return slice(ends[branch] - parts.branch_lengths[branch], ends[branch])
+
+
+def _mixture(q, k, v, k_out, v_out, keys, weights, weighting):
+    if weighting == "vanilla":
+        rows = np.concatenate(keys)
+        return dense(q, torch.cat([k[rows], k_out]), torch.cat([v[rows], v_out]))[0]
+    made = [dense(q, torch.cat([k[rows], k_out]), torch.cat([v[rows], v_out])) for rows in keys]
+    outs, lses = torch.stack([out for out, _ in made]), torch.stack([lse.T for _, lse in made])
+    shares = (
+        lses.softmax(0)
+        if weighting == "fid"
+        else torch.tensor(weights, dtype=torch.float64)[:, None, None].expand_as(lses)
+    )
+    return (shares[..., None] * outs).sum(0)
+
+
+def test_far_apart_scores_neither_overflow_nor_vanish():
+    """A context whose keys score hundreds below another's keeps its weight against the output's, as low as it."""
+    _, example = parallel([[1, 2, 3], [1, 4, 5]], 1, [0.5, 0.5], "successive")
+    parts, q = Parts([example]), torch.ones(1, H, D)
+    k = torch.tensor([0.0, 300.0, 300.0, -300.0, -300.0])[:, None, None].expand(5, G, D).contiguous()
+    k[0] = -400.0
+    v, k_out, v_out = torch.randn(5, G, D), torch.full((2, G, D), -300.0), torch.randn(2, G, D)
+    for weighting in WEIGHTINGS:
+        found = DenseParts(parts, 0, torch.float32)
+        grouped = q.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
+        o_out, l_out = attend_on_cpu(grouped[None], *(x.transpose(0, 1)[None] for x in (k_out, v_out)), SCALE)
+        kept = found.keep(*(x[torch.from_numpy(parts.rows)] for x in (k, v)))
+        mixed = found.mix(*found.attend(grouped, kept, SCALE), o_out[0], l_out[0], weighting)
+        got = mixed.unflatten(1, (1, -1)).transpose(0, 1).flatten(1, 2).double()
+        expected = _mixture(q, k, v, k_out, v_out, [np.array([0, 1, 2]), np.array([0, 3, 4])], [0.5, 0.5], weighting)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("where", "alike"), [("successive", True), ("after_longest", False), ("successive", False)])
+def test_a_common_prefix_is_one_part_where_contexts_end_alike(where, alike):
+    rng = random.Random(0)
+    for _ in range(30):
+        contexts = draw(rng, alike=alike)
+        tokens, example = parallel(contexts, 1, [1 / len(contexts)] * len(contexts), where)
+        parts = Parts([example])
+        if where == "after_longest" or alike:
+            assert parts.lengths.sum() == len(tokens) and not parts.offset.any()
+        else:
+            assert len(tokens) <= parts.lengths.sum() <= sum(map(len, contexts))
+            assert parts.lengths.sum() == len({(r, o) for r, o in zip(parts.rows, parts.offset, strict=True)})
