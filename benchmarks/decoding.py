@@ -1,14 +1,14 @@
 """
-Generation from n contexts beside the plain model on one prompt with the same tokens, each read once.
+Generation from n contexts beside the plain model on one prompt of as many tokens as are read, common ones once.
 
     python benchmarks/decoding.py --quick                      # under a minute on 2 cores
     python benchmarks/decoding.py --json FILE
     python benchmarks/decoding.py --device cuda --size 1b
 
 Both decode greedily. "Prefill" is the forward over the prompt, or over the contexts. "First token" is the time from the call to the
-first new token: tokenization, prefill, and with MISO a forward of the output's beginning, which takes what one more token would.
-"Per token" is the time between two new tokens. Medians, of the ratios too; generations of the variants alternate. The model was generated from before: what
-`miso_generate` does once for a model is not counted.
+first new token: prefill, and with MISO tokenization and a forward of the output's beginning, which takes what one more token would.
+"Per token" is the time between two new tokens. Medians, of the ratios too; generations of the variants alternate. The model was
+generated from before: what `miso_generate` does once for a model is not counted.
 """
 
 import argparse
@@ -67,17 +67,15 @@ class Clock(BaseStreamer):
 
 
 class Case:
-    """`n` contexts of `own` tokens each after `shared` common ones, and a prompt of their unique tokens."""
+    """`n` contexts of about `own` tokens each after `shared` common ones, and a prompt of as many tokens as these are, each counted once."""
 
     def __init__(self, n: int, shared: int, own: int, words: list[int], tokenizer: Any):
         prefix, rest = words[:shared], words[shared:]
         parts = [rest[i * own : (i + 1) * own] for i in range(n)]
         self.n, self.contexts = n, [tokenizer.decode(prefix + part) + HEAD for part in parts]
-        self.prompt = tokenizer.decode(prefix + sum(parts, [])) + HEAD
         head = len(tokenizer(HEAD)["input_ids"])
         read = [tokenizer(context)["input_ids"][:-head] for context in self.contexts]
-        self.unique = len(parallel(read, 1, [1 / n] * n, "successive")[0])
-        self.plain = len(tokenizer(self.prompt)["input_ids"]) - head
+        self.prompt = parallel(read, 1, [1 / n] * n, "successive")[0]
         self.name = f"{n} x {own}" + (f" after {shared}" if shared else "")
 
 
@@ -85,9 +83,10 @@ def generate(case: Case, miso: bool, model: Any, tokenizer: Any, new: int, devic
     clock = Clock(model, device)
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "streamer": clock}
     if miso:
-        miso_generate(model, tokenizer, case.contexts, **options)
+        miso_generate(model, tokenizer, case.contexts, response_template=HEAD, **options)
     else:
-        model.generate(**tokenizer(case.prompt, return_tensors="pt").to(device), **options)
+        ids = torch.tensor([case.prompt], device=device)
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return clock
 
 
@@ -102,7 +101,7 @@ def measure(cases: list[Case], model: Any, tokenizer: Any, options: argparse.Nam
     rows = []
     for case in cases:
         plain, miso = found[case, False], found[case, True]
-        row: dict[str, Any] = {"case": case.name, "n": case.n, "tokens": case.unique, "plain_tokens": case.plain}
+        row: dict[str, Any] = {"case": case.name, "n": case.n, "tokens": len(case.prompt)}
         for key in MEASURED:
             pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(plain, miso, strict=True)]
             row[f"{key}_plain"], row[f"{key}_miso"] = (median([pair[side] for pair in pairs]) for side in (0, 1))
