@@ -117,13 +117,18 @@ def test_an_instruction_that_is_unknown_is_refused(punkt):
         load_scorer()(prompt(7, ("punctuation:no_dash", {})), "-")
 
 
-def test_without_punkt_nothing_is_scored_or_downloaded(punkt, monkeypatch):
+def test_without_punkt_nothing_is_scored_or_downloaded(punkt, monkeypatch, tmp_path):
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("a download was tried"))
     for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ValueError, match="'punkt_tab'.*Fix: run `python -m nltk.downloader punkt_tab`.*NLTK_DATA"):
+    with pytest.raises(ValueError, match="Got no NLTK.*Fix: run `python -m nltk.downloader punkt_tab`.*NLTK_DATA"):
+        load_scorer()
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizers" / "punkt_tab.zip").write_bytes(b"half of a download")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="Got unreadable .*not a zip file.*Fix: run `python -m nltk.downloader"):
         load_scorer()
 
 

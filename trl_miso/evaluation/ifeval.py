@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from datasets import load_dataset
 
@@ -122,9 +123,10 @@ def load_checkers() -> tuple[dict[str, Any], Callable[[Prompt, list[str]], dict[
     try:
         # Asked before lm-eval is: importing its checkers would try to download it.
         nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError as error:
+    except (LookupError, OSError, BadZipFile) as error:
+        found = "no" if isinstance(error, LookupError) else f"unreadable ({error})"
         raise ValueError(
-            f"Got no NLTK data 'punkt_tab' in {nltk.data.path}, expected it there: sentences cannot be counted without. Fix: run "
+            f"Got {found} NLTK data 'punkt_tab' in {nltk.data.path}, expected it there: sentences cannot be counted without. Fix: run "
             "`python -m nltk.downloader punkt_tab`; for a machine without network, on one that has it with `-d FOLDER`, and set the "
             "environment variable NLTK_DATA to a copy of that folder."
         ) from error
