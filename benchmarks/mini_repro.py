@@ -41,7 +41,18 @@ FULL = Study(
     batch=32,
     dev=(300, 150),
     test=(600, 300),
-    methods={"mix": ALL, "no mix": ALL},
+    methods={
+        "mix": ALL,
+        "no mix": (
+            SFT,
+            "SFT, twice the epochs",
+            "MISO-para",
+            "para, full 3/4",
+            "para_prob 1/2",
+            "MISO-fid",
+            "no MISO",
+        ),
+    },
 )
 QUICK = replace(
     FULL,
@@ -71,7 +82,7 @@ SMOKE = replace(
 )
 
 
-# A step of fine-tuning (the methods' mean), and a prompt's examination, in steps of pretraining: as --quick had them on a CPU.
+# A step of fine-tuning on 32 rows (the methods' mean), and a prompt's examination, in steps of pretraining on 32 exchanges: as a CPU had them.
 TUNING_STEP, PROMPT = 3.5, 0.05
 
 
@@ -85,8 +96,8 @@ def estimate(study: Study, device: str, workers: int) -> float:
     tunings = sum((run.rows + run.plain) * run.epochs / run.batch for runs in groups for run in runs)
     dev, test = 3 * study.dev[0] + study.dev[1], 3 * study.test[0] + study.test[1]  # an IFE prompt is two Flat ones
     prompts = sum(len(runs) * dev + study.seeds * test for runs in groups)
-    steps = study.pretraining.steps + (TUNING_STEP * tunings + PROMPT * prompts) / workers
-    return steps * (ends[-1] - ends[0]) / 4
+    after = (TUNING_STEP * tunings * study.batch + PROMPT * prompts * 32) / study.pretraining.batch
+    return (study.pretraining.steps + after / workers) * (ends[-1] - ends[0]) / 4
 
 
 def run(study: Study, options: argparse.Namespace) -> Report:
