@@ -151,6 +151,7 @@ class ContextCache(DynamicCache):
     def _within(self, module: nn.Module, window: int) -> KeysAndValues:
         """Keys and values of one branch after the other, of each the last that the window can show from now on."""
         if module in self._kept:
+            self._kept_dense.pop(module, None)
             k, v = self._kept.pop(module)
             keys = torch.from_numpy(self._parts.last_keys(window)).to(k.device)
             self._seen[module] = k.index_select(0, keys), v.index_select(0, keys)

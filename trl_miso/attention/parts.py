@@ -49,11 +49,11 @@ class Parts:
                     branch.append(len(weights))
                 branch_request.append(e)
                 weights.append(view.weight)
-        table, starts = _placed(examples)
-        segments = [table.index((e, s)) for e, s, _ in found]
-        self.lengths = np.array([examples[e].segments[s].length for e, s, _ in found])
+        packed = {(e, s): segment for e, x in enumerate(examples) for s, segment in enumerate(x.segments[:-1])}
+        starts = dict(zip(packed, np.cumsum([0, *(segment.length for segment in packed.values())]), strict=False))
+        self.lengths = np.array([packed[e, s].length for e, s, _ in found])
         self.request = np.array([e for e, _, _ in found])
-        self.rows = _ranges(starts[segments], self.lengths)
+        self.rows = _ranges(np.array([starts[e, s] for e, s, _ in found]), self.lengths)
         self.offset = np.repeat([-offset for _, _, offset in found], self.lengths)
         self.part, self.branch = np.array(part), np.array(branch)
         self.branch_request, self.weights = np.array(branch_request), np.array(weights)
@@ -93,29 +93,25 @@ class Reading:
     """
 
     def __init__(self, examples: Sequence[Example]):
-        self._ends: list[int] = []  # of the segments, one after the other
+        self._bounds = [0]  # first rows of the segments, one after the other, and the end
         self._paths: list[list[int]] = []
         for example in examples:
             ends: list[int] = []  # the last piece of each segment of this request
             for segment in example.segments[:-1]:
                 path = [] if segment.parent == ROOT else self._paths[ends[segment.parent]]
                 for length in _pieces(segment.length):
-                    path = [*path, len(self._ends)]
+                    path = [*path, len(self._paths)]
                     self._paths.append(path)
-                    self._ends.append(self._starts[-1] + length)
-                ends.append(len(self._ends) - 1)
-        self._last = list(range(len(self._ends)))  # of the segments that continue each
+                    self._bounds.append(self._bounds[-1] + length)
+                ends.append(len(self._paths) - 1)
+        self._last = list(range(len(self._paths)))  # of the segments that continue each
         for i, path in enumerate(self._paths):
             for above in path:
                 self._last[above] = i
         # (rows, keys, seen): rows begin with the keys' own, and are causal without `seen`.
         self._calls: list[tuple[slice, slice, torch.Tensor | None]] = []
-        self._plan(0, len(self._ends))
+        self._plan(0, len(self._paths))
         self._masks: dict[torch.dtype, list[torch.Tensor | None]] = {}
-
-    @property
-    def _starts(self) -> list[int]:
-        return [0, *self._ends]
 
     def _plan(self, first: int, stop: int) -> None:
         """Calls for the segments first..stop - 1, which are whole trees below what was planned before."""
@@ -124,28 +120,30 @@ class Reading:
             while (after := self._last[trees[-1]] + 1) < stop and self._size(first, self._last[after]) <= _FEW:
                 trees.append(after)
             last = self._last[trees[-1]]
-            rows = slice(self._starts[first], self._ends[last])
+            rows = self._rows(first, last)
             if first == last:
                 self._calls.append((rows, rows, None))
             elif self._size(first, last) <= _FEW:
                 self._calls.append((rows, rows, self._mask(first, last)))
             else:  # one tree
-                self._calls.append((rows, slice(self._starts[first], self._ends[first]), None))
+                self._calls.append((rows, self._rows(first, first), None))
                 self._plan(first + 1, last + 1)
             first = last + 1
 
+    def _rows(self, first: int, last: int) -> slice:
+        return slice(self._bounds[first], self._bounds[last + 1])
+
     def _size(self, first: int, last: int) -> int:
-        return self._ends[last] - self._starts[first]
+        return self._bounds[last + 1] - self._bounds[first]
 
     def _mask(self, first: int, last: int) -> torch.Tensor:
         """(rows, rows) bool: which the rows of the segments first..last see of each other."""
-        at, size = self._starts[first], self._size(first, last)
-        seen = np.zeros((size, size), dtype=bool)
+        bounds = np.array(self._bounds) - self._bounds[first]
+        seen = np.zeros((bounds[last + 1],) * 2, dtype=bool)
         for i in range(first, last + 1):
             for above in self._paths[i]:
                 if above >= first:
-                    own, keys = (slice(self._starts[j] - at, self._ends[j] - at) for j in (i, above))
-                    seen[own, keys] = True
+                    seen[bounds[i] : bounds[i + 1], bounds[above] : bounds[above + 1]] = True
         return torch.from_numpy(np.tril(seen))
 
     def attend(self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float) -> torch.Tensor:
@@ -242,13 +240,6 @@ def _batches(runs: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         made.append((index, np.array([[len(rows)] for rows in batch])))
         rest = rest[len(batch) :]
     return made
-
-
-def _placed(examples: Sequence[Example]) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """(request, segment) of contexts in packed order, and their first rows."""
-    table = [(e, s) for e, example in enumerate(examples) for s in range(len(example.segments) - 1)]
-    lengths = np.array([examples[e].segments[s].length for e, s in table])
-    return table, lengths.cumsum() - lengths
 
 
 def _hides(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
