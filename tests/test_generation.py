@@ -277,8 +277,9 @@ def test_messages_are_rendered_with_their_generation_prompt(tokenizer):
     assert twice[1].tolist() == miso_generate(model, tokenizer, conversations[:2], **options)[0].tolist()
 
 
-def test_contexts_are_read_once_and_models_looked_at_once(words):
-    model, lengths = tiny("llama"), []
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_contexts_are_read_once_and_models_looked_at_once(name, words):
+    model, lengths = tiny(name), []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
@@ -392,6 +393,11 @@ def test_messages_need_a_chat_template(llama, words):
 def test_an_assistant_is_refused(llama, words):
     with pytest.raises(ValueError, match="Got assistant_model for generate"):
         generate(llama, words, max_new_tokens=3, assistant_model=llama)
+
+
+def test_modules_that_attend_twice_are_refused(words):
+    with pytest.raises(ValueError, match="attends more than once.*Fix: "):
+        generate(tiny("diffllama"), words, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["stablelm", "bloom", "gpt_oss", "qwen3_next"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_miso.attention.kernels import attend_on_cpu
-from trl_miso.attention.parts import DenseParts, Parts, Reading
+from trl_miso.attention.parts import DenseParts, Parts, Reading, _batches
 from trl_miso.packing import WEIGHTINGS
 from trl_miso.segments import parallel, unshare
 
@@ -81,6 +81,23 @@ def test_reading_is_causal_attention_of_every_segment_to_its_path(dtype, long):
                 torch.testing.assert_close(out[own[segment]].double(), expected, rtol=0, atol=ROUNDING[dtype])
 
 
+def drawn(rng, examples, dtype):
+    """Keys and values of the packed rows, and of all parts; those of a request's output."""
+    _, total = rows_of(examples)
+    packed = [5 * torch.randn(total, G, D).to(dtype), torch.randn(total, G, D).to(dtype)]
+    parts, seen = Parts(examples), rng.randint(1, 9)
+    own = [torch.randn(seen, G, D).to(dtype) for _ in range(2)]
+    return parts, packed, [x[torch.from_numpy(parts.rows)] for x in packed], own
+
+
+def one_token(found, q, kept, own, weighting):
+    """(C, H, D) attention of one request's outputs."""
+    grouped = q.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
+    o_out, l_out = attend_on_cpu(grouped[None], *(x.transpose(0, 1)[None] for x in own), SCALE)
+    mixed = found.mix(*found.attend(grouped[None], kept, SCALE), o_out[0], l_out[0], weighting)
+    return mixed.unflatten(1, (len(q), -1)).transpose(0, 1).flatten(1, 2).double()
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("where", ["successive", "after_longest"])
@@ -88,31 +105,31 @@ def test_parts_make_up_branches(weighting, dtype, where):
     """Each branch's keys are its path's; attention to parts, merged, is the weighted sum over branches (eqs. 3, 4, 7)."""
     rng = random.Random(f"{weighting}{dtype}{where}")
     for _ in range(40):
-        examples = make(rng, rng.choice([1, 2]), where)
-        parts = Parts(examples)
-        rows, total = rows_of(examples)
-        copies, seen = rng.choice([1, 3]), rng.randint(1, 9)
-        k, v = (5 * torch.randn(total, G, D).to(dtype), torch.randn(total, G, D).to(dtype))
-        k_part, v_part = (x[torch.from_numpy(parts.rows)] for x in (k, v))
-        branch = 0
-        for request, example in enumerate(examples):
-            found = DenseParts(parts, request, dtype)
-            q, k_out = (torch.randn(copies, H, D).to(dtype), torch.randn(seen, G, D).to(dtype))
-            v_out = torch.randn(seen, G, D).to(dtype)
-            grouped = q.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
-            o_out, l_out = attend_on_cpu(grouped[None], *(x.transpose(0, 1)[None] for x in (k_out, v_out)), SCALE)
-            to_parts = found.attend(grouped, found.keep(k_part, v_part), SCALE)
-            mixed = found.mix(*to_parts, o_out[0], l_out[0], weighting)
-            got = mixed.unflatten(1, (copies, -1)).transpose(0, 1).flatten(1, 2).double()
-            keys, lengths = [], []
-            for view in example.branches:
-                path = np.concatenate([rows[request][i] for i in example.path(view.segment)])
-                assert parts.rows[parts.last_keys(10**6)[_span(parts, branch)]].tolist() == path.tolist()
-                keys.append(path)
-                lengths.append(len(path))
-                branch += 1
-            expected = _mixture(q, k, v, k_out, v_out, keys, [b.weight for b in example.branches], weighting)
-            torch.testing.assert_close(got, expected, rtol=0, atol=4 * ROUNDING[dtype])
+        (example,) = examples = make(rng, 1, where)
+        parts, packed, of_parts, own = drawn(rng, examples, dtype)
+        found, q = DenseParts(parts, dtype), torch.randn(rng.choice([1, 3]), H, D).to(dtype)
+        got = one_token(found, q, found.keep(*of_parts), own, weighting)
+        ((*rows,),), keys = rows_of(examples)[0], []
+        for branch, view in enumerate(example.branches):
+            keys.append(np.concatenate([rows[i] for i in example.path(view.segment)]))
+            assert parts.rows[parts.last_keys(10**6)[_span(parts, branch)]].tolist() == keys[-1].tolist()
+        expected = _mixture(q, *packed, *own, keys, [b.weight for b in example.branches], weighting)
+        torch.testing.assert_close(got, expected, rtol=0, atol=4 * ROUNDING[dtype])
+
+
+def test_queries_meet_the_parts_of_their_request():
+    rng = random.Random(7)
+    for _ in range(40):
+        examples = make(rng, rng.choice([2, 3]))
+        parts, _, (k, v), _ = drawn(rng, examples, torch.float64)
+        found, q = DenseParts(parts, torch.float64), torch.randn(len(examples), 2, H, D, dtype=torch.float64)
+        grouped = q.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)
+        o, lse = found.attend(grouped, found.keep(k, v), SCALE)
+        for part, out, own in zip(found.order, o, lse, strict=True):
+            keys = slice(parts.starts[part], parts.starts[part] + parts.lengths[part])
+            expected, l_expected = dense(q[parts.request[part]], k[keys], v[keys])
+            torch.testing.assert_close(out.unflatten(1, (2, -1)).transpose(0, 1).flatten(1, 2), expected)
+            torch.testing.assert_close(own.unflatten(1, (2, -1)).transpose(0, 1).flatten(1, 2), l_expected.T)
 
 
 def _span(parts, branch):
@@ -141,13 +158,10 @@ def test_far_apart_scores_neither_overflow_nor_vanish():
     k = torch.tensor([0.0, 300.0, 300.0, -300.0, -300.0])[:, None, None].expand(5, G, D).contiguous()
     k[0] = -400.0
     v, k_out, v_out = torch.randn(5, G, D), torch.full((2, G, D), -300.0), torch.randn(2, G, D)
+    found = DenseParts(parts, torch.float32)
+    kept = found.keep(*(x[torch.from_numpy(parts.rows)] for x in (k, v)))
     for weighting in WEIGHTINGS:
-        found = DenseParts(parts, 0, torch.float32)
-        grouped = q.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
-        o_out, l_out = attend_on_cpu(grouped[None], *(x.transpose(0, 1)[None] for x in (k_out, v_out)), SCALE)
-        kept = found.keep(*(x[torch.from_numpy(parts.rows)] for x in (k, v)))
-        mixed = found.mix(*found.attend(grouped, kept, SCALE), o_out[0], l_out[0], weighting)
-        got = mixed.unflatten(1, (1, -1)).transpose(0, 1).flatten(1, 2).double()
+        got = one_token(found, q, kept, (k_out, v_out), weighting)
         expected = _mixture(q, k, v, k_out, v_out, [np.array([0, 1, 2]), np.array([0, 3, 4])], [0.5, 0.5], weighting)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -164,3 +178,14 @@ def test_a_common_prefix_is_one_part_where_contexts_end_alike(where, alike):
         else:
             assert len(tokens) <= parts.lengths.sum() <= sum(map(len, contexts))
             assert parts.lengths.sum() == len({(r, o) for r, o in zip(parts.rows, parts.offset, strict=True)})
+        holders = [tuple(parts.branch[parts.part == part]) for part in range(len(parts.lengths))]
+        assert len(set(holders)) == len(holders)  # what the same branches hold is one part
+
+
+def test_little_is_filled_up():
+    for lengths in ([180] + [5] * 64, [190] + [1] * 63, [1000, 501, 499, 3, 2], [7] * 30, list(range(300, 0, -1))):
+        batches = _batches([np.arange(n) for n in lengths])
+        assert [n for _, found in batches for (n,) in found] == lengths
+        for index, found in batches:
+            filling = index.size - found.sum()
+            assert filling <= 192 or 2 * found.min() > index.shape[1]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.attention.adapter import (
     base_implementation,
@@ -110,7 +110,7 @@ def miso_generate(
             check_relative(model.config.model_type, support)
         layouts = [_layout(request, output_positions, support) for request in requests]
         _check_window(model, [example for _, example in layouts], weighting, support)
-        return _continue(model, requests, layouts, weighting, support.layers, generate_kwargs)
+        return _continue(model, requests, layouts, weighting, support, generate_kwargs)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _Request:
 class _Survey:
     """What `survey` found, and of what: a config, modules, and the rotation that each of these was given."""
 
-    config: PreTrainedConfig
+    config: dict[str, Any]
     modules: list[ref[nn.Module]]
     rotations: list[Rotation | None]
     support: ModelSupport
@@ -196,11 +196,12 @@ def _continue(
     requests: list[_Request],
     layouts: list[tuple[list[int], Example]],
     weighting: str,
-    layers: int,
+    support: ModelSupport,
     generate_kwargs: dict[str, Any],
 ) -> Any:
     width, head = max(len(tokens) for tokens, _ in layouts), len(requests[0].head)
-    cache = ContextCache([example for _, example in layouts], weighting, width, layers)
+    examples = [example for _, example in layouts]
+    cache = ContextCache(examples, weighting, width, support.layers, bool(support.window))
     _read(model, layouts, cache)
     # Rows are filled up to equal lengths with a token of their own: processors that count tokens see no other.
     filled = [[tokens[0]] * (width - len(tokens)) + tokens for tokens, _ in layouts]
@@ -252,10 +253,10 @@ def _surveyed(model: PreTrainedModel, name: str) -> ModelSupport:
     set_implementation(model, name)
     modules = list(model.modules())
     known = _SURVEYS.get(model)
-    if known is None or known.config != model.config or [module() for module in known.modules] != modules:
+    if known is None or known.config != model.config.to_dict() or [module() for module in known.modules] != modules:
         support = survey(model, name, None)
         rotations = [rotation_of(module) for module in modules]
-        known = _Survey(deepcopy(model.config), [ref(module) for module in modules], rotations, support)
+        known = _Survey(deepcopy(model.config.to_dict()), [ref(module) for module in modules], rotations, support)
         _SURVEYS[model] = known
     for module, rotation in zip(modules, known.rotations, strict=True):
         set_rotation(module, rotation)

@@ -52,22 +52,23 @@ class ContextCache(DynamicCache):
         weighting: One of `WEIGHTINGS`.
         before: Ids that stand for the contexts in each row.
         layers: Attention layers of the model.
+        windows: Whether a layer's window can come to bind.
     """
 
-    def __init__(self, examples: Sequence[Example], weighting: str, before: int, layers: int):
+    def __init__(self, examples: Sequence[Example], weighting: str, before: int, layers: int, windows: bool):
         super().__init__()
-        self._layers = layers
+        self._examples, self._layers, self._windows = examples, layers, windows
         self._requests, self._weighting, self._before = len(examples), weighting, before
         self._parts = Parts(examples)
         self._lengths = self._parts.branch_lengths
         self._longest = int(self._lengths.max())
-        self._reading = Reading(examples)
+        self._reading: Reading | None = None
         self._calls: dict[torch.device, Varlen] = {}
         self._how: dict[nn.Module, tuple[Kernel, KernelOptions, KernelOptions]] = {}  # the last without a window
         self._kept: dict[nn.Module, KeysAndValues] = {}  # of all parts
         self._seen: dict[nn.Module, KeysAndValues] = {}  # of each branch, what its window shows
-        self._dense: dict[torch.dtype, list[DenseParts]] = {}
-        self._kept_dense: dict[nn.Module, list[tuple[DenseParts, list[KeysAndValues]]]] = {}
+        self._dense: dict[torch.dtype, DenseParts] = {}
+        self._kept_dense: dict[nn.Module, list[KeysAndValues]] = {}
         self._steps: dict[tuple[int, torch.device], _Step] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -82,20 +83,30 @@ class ContextCache(DynamicCache):
         kernel: Kernel,
         options: KernelOptions,
     ) -> torch.Tensor | None:
-        """Keep a layer's keys and values of all contexts, and how it attends.
+        """Keep a layer's keys and values of all contexts, and how it attends, which is how its outputs will.
 
         Returns:
             The contexts' attention, (T, H, D): nothing reads the last layer's, which is 0. None where training's will do.
+
+        Raises:
+            ValueError: For a module that attends more than once in a forward.
         """
+        if module in self._how:
+            raise ValueError(
+                f"Got a model in which {type(module).__name__} attends more than once in a layer, expected one attention a layer, whose "
+                "keys are kept. Fix: use another model."
+            )
         device = k_TGD.device
         if device not in self._calls:
             self._calls[device] = self._parts.call(device)
         self._kept[module] = _keys(k_TGD, v_TGD, self._calls[device], rotation_of(module))
-        self._how[module] = kernel, options, replace(options, window=0)
+        unbound = replace(options, window=0)
+        self._how[module] = kernel, options if self._windows else unbound, unbound
         if len(self._how) == self._layers:
             return torch.zeros_like(q_THD)
         if kernel is not KERNELS["cpu"] or 0 < options.window < self._longest:
             return None
+        self._reading = self._reading or Reading(self._examples)
         return self._reading.attend(q_THD, k_TGD, v_TGD, options.scale)
 
     def attend(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -127,26 +138,25 @@ class ContextCache(DynamicCache):
         self, module: nn.Module, q_BHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """For one new token the heads of a group are taken for queries of one head, so that each key is read once."""
-        if module not in self._kept_dense:
-            self._keep_dense(module, q_BHD.dtype)
-        scale, requests = self._how[module][1].scale, self._kept_dense[module]
-        of_all = q_BHD.unflatten(1, (key.shape[1], -1)), key, value
-        copies = len(q_BHD) // len(requests)
-        each = [of_all] if len(requests) == 1 else zip(*(x.split(copies) for x in of_all), strict=True)
-        made = []
-        for (q_CGRD, k, v), (parts, kept) in zip(each, requests, strict=True):
-            o_out, l_out = attend_on_cpu(q_CGRD, k, v, scale)
-            to_parts = parts.attend(_by_group(q_CGRD), kept, scale)
-            mixed = parts.mix(*to_parts, _by_group(o_out), _by_group(l_out), self._weighting)
-            made.append(mixed.unflatten(1, (copies, -1)).transpose(0, 1))
-        return (made[0] if len(made) == 1 else torch.cat(made)).flatten(1, 2).to(q_BHD.dtype)
-
-    def _keep_dense(self, module: nn.Module, dtype: torch.dtype) -> None:
+        dtype, scale = q_BHD.dtype, self._how[module][1].scale
         if dtype not in self._dense:
-            self._dense[dtype] = [DenseParts(self._parts, request, dtype) for request in range(self._requests)]
-        self._kept_dense[module] = [(parts, parts.keep(*self._kept[module])) for parts in self._dense[dtype]]
-        if not self._how[module][1].window:  # which may come to bind
-            del self._kept[module]
+            self._dense[dtype] = DenseParts(self._parts, dtype)
+        dense = self._dense[dtype]
+        if module not in self._kept_dense:
+            self._kept_dense[module] = dense.keep(*self._kept[module])
+            if not self._how[module][1].window:  # which may come to bind
+                del self._kept[module]
+        q_BGHD = q_BHD.unflatten(1, (key.shape[1], -1))
+        o_out, l_out = attend_on_cpu(q_BGHD, key, value, scale)
+        requests = self._requests
+        o_part, l_part = dense.attend(_by_group(q_BGHD, requests), self._kept_dense[module], scale)
+        if requests > 1:
+            copies, back = len(q_BHD) // requests, torch.from_numpy(np.argsort(dense.order))
+            o_part, l_part = (_by_row(x.index_select(0, back), copies).flatten(0, 1) for x in (o_part, l_part))
+            step = self._step(len(q_BHD), 1, key.shape[2], 0, q_BHD.device)
+            return _merge(o_out.flatten(1, 2), l_out.flatten(1), o_part, l_part, step).to(dtype)
+        mixed = dense.mix(o_part, l_part, _by_group(o_out, 1)[0], _by_group(l_out, 1)[0], self._weighting)
+        return _by_row(mixed[None], len(q_BHD))[0].to(dtype)
 
     def _within(self, module: nn.Module, window: int) -> KeysAndValues:
         """Keys and values of one branch after the other, of each the last that the window can show from now on."""
@@ -226,9 +236,14 @@ def _ends(count: int, each: int, device: torch.device) -> torch.Tensor:
     return torch.arange(count + 1, dtype=torch.int32, device=device) * each
 
 
-def _by_group(x_CGR: torch.Tensor) -> torch.Tensor:
-    """(C, G, R, ...) as (G, M, ...): queries of all copies and heads that share keys."""
-    return x_CGR[0] if len(x_CGR) == 1 else x_CGR.transpose(0, 1).flatten(1, 2)
+def _by_group(x_BGH: torch.Tensor, requests: int) -> torch.Tensor:
+    """(B, G, H / G, ...) as (R, G, M, ...): queries of all copies and heads that share keys, for R requests."""
+    return x_BGH if len(x_BGH) == requests else x_BGH.unflatten(0, (requests, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _by_row(x_NGM: torch.Tensor, copies: int) -> torch.Tensor:
+    """(N, G, M, ...) as (N, copies, H, ...)."""
+    return x_NGM.unflatten(2, (copies, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _split(q, k, v, contexts, step: _Step, kernel: Kernel, options: KernelOptions) -> torch.Tensor:
@@ -237,12 +252,20 @@ def _split(q, k, v, contexts, step: _Step, kernel: Kernel, options: KernelOption
     o_out, l_out = kernel.forward(q, k, v, packed.self_call, options if packed.max_seqlen_q > 1 else whole)
     k, v = contexts
     o_part, l_part = kernel.forward(q.index_select(0, step.part_rows), k, v, step.parts, whole)
-    l_pair = l_part.T.index_select(0, step.pair_part)
+    return _merge(o_out, l_out.T, o_part, l_part.T, step)
+
+
+def _merge(
+    o_out: torch.Tensor, l_out: torch.Tensor, o_part: torch.Tensor, l_part: torch.Tensor, step: _Step
+) -> torch.Tensor:
+    """(U, H, D) from attention to the output (U, H, D) and to the parts (R, H, D), with their log-sum-exps (U, H) and (R, H)."""
+    packed = step.packed
+    l_pair = l_part.index_select(0, step.pair_part)
     l_branch = _logsumexp_by(l_pair, step.pair_branch, len(packed.branch_rows))
-    share_out, share_branch = _shares(l_out.T, l_branch, packed)
+    share_out, share_branch = _shares(l_out, l_branch, packed)
     share_pair = share_branch[step.pair_branch] * torch.exp(l_pair - l_branch[step.pair_branch])
     share_part = _sum_by(share_pair, step.pair_part, len(o_part))
-    mixed = _sum_by(share_part[..., None] * o_part, step.part_rows, len(q))
+    mixed = _sum_by(share_part[..., None] * o_part, step.part_rows, len(o_out))
     return share_out[..., None] * o_out + mixed
 
 

@@ -1,7 +1,7 @@
 """What the outputs of a generation read: each segment of the contexts once, and how these parts make up a context.
 
-A *part* is a segment as a branch's output sees it, its keys turned by the branch's offset (`segments.py`). Branches that hold a
-segment at one offset have its part in common: of contexts of one length, and with `after_longest`, a common prefix is read once.
+A *part* are segments as the outputs of some branches see them, their keys turned by these branches' offset (`segments.py`). Branches that
+hold a segment at one offset have it in common: of contexts of one length, and with `after_longest`, a common prefix is read once.
 A branch is the union of its parts p, with `(O_p, l_p)` the attention to a part alone and its log-sum-exp:
 
     l_i = logsumexp_{p in i} l_p
@@ -18,12 +18,11 @@ import torch
 
 from trl_miso.attention.kernels import attend_on_cpu
 from trl_miso.packing import Varlen, _cu_seqlens, _ranges
-from trl_miso.segments import ROOT, Example
+from trl_miso.segments import Example
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 _FEW = 192  # rows or keys: fewer, and masked ones among them, cost less than another call
-_PIECE = 256  # rows
 
 
 class Parts:
@@ -40,22 +39,27 @@ class Parts:
     """
 
     def __init__(self, examples: Sequence[Example]):
-        found: dict[tuple[int, int, int], int] = {}
-        part, branch, branch_request, weights = [], [], [], list[float]()
+        held: dict[tuple[int, int, int], list[int]] = {}  # branches that hold a segment of a request at an offset
+        branch_request, weights = [], list[float]()
         for e, example in enumerate(examples):
             for view in example.branches:
                 for segment in example.path(view.segment):
-                    part.append(found.setdefault((e, segment, view.offset), len(found)))
-                    branch.append(len(weights))
+                    held.setdefault((e, segment, view.offset), []).append(len(weights))
                 branch_request.append(e)
                 weights.append(view.weight)
-        packed = {(e, s): segment for e, x in enumerate(examples) for s, segment in enumerate(x.segments[:-1])}
-        starts = dict(zip(packed, np.cumsum([0, *(segment.length for segment in packed.values())]), strict=False))
-        self.lengths = np.array([packed[e, s].length for e, s, _ in found])
-        self.request = np.array([e for e, _, _ in found])
-        self.rows = _ranges(np.array([starts[e, s] for e, s, _ in found]), self.lengths)
-        self.offset = np.repeat([-offset for _, _, offset in found], self.lengths)
-        self.part, self.branch = np.array(part), np.array(branch)
+        # Segments that the same branches hold, which continue each other, are one part.
+        runs: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+        for run, branches in held.items():
+            runs.setdefault(tuple(branches), []).append(run)
+        packed = {(e, s): segment.length for e, x in enumerate(examples) for s, segment in enumerate(x.segments[:-1])}
+        starts = dict(zip(packed, np.cumsum([0, *packed.values()]), strict=False))
+        pieces = [[(starts[e, s], packed[e, s]) for e, s, _ in run] for run in runs.values()]
+        self.lengths = np.array([sum(length for _, length in piece) for piece in pieces])
+        self.request = np.array([run[0][0] for run in runs.values()])
+        self.rows = _ranges(*np.array([row for piece in pieces for row in piece]).T)
+        self.offset = np.repeat([-run[0][2] for run in runs.values()], self.lengths)
+        pairs = sorted((branch, part) for part, branches in enumerate(runs) for branch in branches)
+        self.branch, self.part = np.array(pairs).T
         self.branch_request, self.weights = np.array(branch_request), np.array(weights)
 
     @property
@@ -88,47 +92,47 @@ class Parts:
 class Reading:
     """Attention of packed contexts to themselves on the CPU: causal attention of every segment to its path, without copies of paths.
 
-    A segment that others continue is read in one call by itself and by all of them, which follow it since trees are packed depth
-    first. What are few rows together is read in one call with a mask.
+    A segment is read by itself, and in one call by all that continue it, which follow it since trees are packed depth first. What
+    are few rows together is read in one call with a mask.
     """
 
     def __init__(self, examples: Sequence[Example]):
         self._bounds = [0]  # first rows of the segments, one after the other, and the end
         self._paths: list[list[int]] = []
         for example in examples:
-            ends: list[int] = []  # the last piece of each segment of this request
-            for segment in example.segments[:-1]:
-                path = [] if segment.parent == ROOT else self._paths[ends[segment.parent]]
-                for length in _pieces(segment.length):
-                    path = [*path, len(self._paths)]
-                    self._paths.append(path)
-                    self._bounds.append(self._bounds[-1] + length)
-                ends.append(len(self._paths) - 1)
+            first = len(self._paths)
+            for s, segment in enumerate(example.segments[:-1]):
+                self._paths.append([first + above for above in example.path(s)])
+                self._bounds.append(self._bounds[-1] + segment.length)
         self._last = list(range(len(self._paths)))  # of the segments that continue each
         for i, path in enumerate(self._paths):
             for above in path:
                 self._last[above] = i
-        # (rows, keys, seen): rows begin with the keys' own, and are causal without `seen`.
+        # (rows, keys, mask): without a mask, rows from the keys' first on are causal, rows after the keys see all.
         self._calls: list[tuple[slice, slice, torch.Tensor | None]] = []
-        self._plan(0, len(self._paths))
+        self._plan()
         self._masks: dict[torch.dtype, list[torch.Tensor | None]] = {}
 
-    def _plan(self, first: int, stop: int) -> None:
-        """Calls for the segments first..stop - 1, which are whole trees below what was planned before."""
-        while first < stop:
-            trees = [first]  # those that are few together
-            while (after := self._last[trees[-1]] + 1) < stop and self._size(first, self._last[after]) <= _FEW:
-                trees.append(after)
-            last = self._last[trees[-1]]
+    def _plan(self) -> None:
+        todo = [(0, len(self._paths) - 1)]  # segments first..last, whole trees below what was planned before
+        while todo:
+            first, stop = todo.pop()
+            last = self._last[first]
+            while last < stop and self._size(first, self._last[last + 1]) <= _FEW:  # trees that are few together
+                last = self._last[last + 1]
+            if last < stop:
+                todo.append((last + 1, stop))
             rows = self._rows(first, last)
-            if first == last:
-                self._calls.append((rows, rows, None))
-            elif self._size(first, last) <= _FEW:
+            if first < last and self._size(first, last) <= _FEW:
                 self._calls.append((rows, rows, self._mask(first, last)))
-            else:  # one tree
-                self._calls.append((rows, self._rows(first, first), None))
-                self._plan(first + 1, last + 1)
-            first = last + 1
+                continue
+            own = self._rows(first, first)
+            for start in range(own.start, own.stop, _piece(own.stop - own.start)):
+                end = min(own.stop, start + _piece(own.stop - own.start))
+                self._calls.append((slice(start, own.stop), slice(start, end), None))
+            if first < last:  # one tree
+                self._calls.append((slice(own.stop, rows.stop), own, None))
+                todo.append((first + 1, last))
 
     def _rows(self, first: int, last: int) -> slice:
         return slice(self._bounds[first], self._bounds[last + 1])
@@ -137,72 +141,78 @@ class Reading:
         return self._bounds[last + 1] - self._bounds[first]
 
     def _mask(self, first: int, last: int) -> torch.Tensor:
-        """(rows, rows) bool: which the rows of the segments first..last see of each other."""
+        """(rows, rows) bool: which the rows of the segments first..last do not see of each other."""
         bounds = np.array(self._bounds) - self._bounds[first]
         seen = np.zeros((bounds[last + 1],) * 2, dtype=bool)
         for i in range(first, last + 1):
             for above in self._paths[i]:
                 if above >= first:
                     seen[bounds[i] : bounds[i + 1], bounds[above] : bounds[above + 1]] = True
-        return torch.from_numpy(np.tril(seen))
+        return torch.from_numpy(~np.tril(seen))
 
     def attend(self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float) -> torch.Tensor:
         """(T, H, D)."""
         dtype = q_THD.dtype
         if dtype not in self._masks:
-            self._masks[dtype] = [_hides(~seen, dtype) if seen is not None else None for *_, seen in self._calls]
-        made: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+            self._masks[dtype] = [None if mask is None else _hides(mask, dtype) for *_, mask in self._calls]
+        out = torch.empty_like(q_THD)
+        lse = q_THD.new_empty(q_THD.shape[1], len(q_THD), dtype=torch.promote_types(dtype, torch.float32))
+        filled = 0
         for (rows, keys, _), mask in zip(self._calls, self._masks[dtype], strict=True):
             q, k, v = (x.transpose(0, 1)[None] for x in (q_THD[rows], k_TGD[keys], v_TGD[keys]))
-            o, lse = attend_on_cpu(q, k, v, scale, causal=mask is None, mask=mask)
-            made.append((rows, o[0].transpose(0, 1), lse[0]))
-        rows, out, lse = made[0]
-        if rows.stop < len(q_THD):  # several trees: the first has not all rows
-            out, lse = torch.empty_like(q_THD), lse.new_empty(q_THD.shape[1], len(q_THD))
-        filled = 0
-        for rows, o, own in made:
+            o, own = attend_on_cpu(q, k, v, scale, causal=mask is None and rows.start == keys.start, mask=mask)
+            o, own = o[0].transpose(0, 1), own[0]
             if rows.start < filled:
                 _merge_into(out[rows], lse[:, rows], o, own)
-            elif o is not out:
+            else:
                 out[rows], lse[:, rows] = o, own
             filled = max(filled, rows.stop)
         return out
 
 
 class DenseParts:
-    """The parts of one request in few dense batches of like lengths, for a kernel that takes no ragged ones.
+    """The parts of all requests in few dense batches of like lengths, for a kernel that takes no ragged ones.
 
-    Parts shorter than the longest of their batch, but not by half, are filled up and masked. They stand in the order of the batches.
+    Shorter parts than the longest of their batch are filled up and masked. P parts stand in the order of the batches: `order` (P,).
     """
 
-    def __init__(self, parts: Parts, request: int, dtype: torch.dtype):
-        own, branches = np.flatnonzero(parts.request == request), np.flatnonzero(parts.branch_request == request)
-        own = own[np.argsort(-parts.lengths[own], kind="stable")]
-        keys = [parts.starts[part] + np.arange(parts.lengths[part]) for part in own]
-        self._batches: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # (parts, keys) key rows, mask
+    def __init__(self, parts: Parts, dtype: torch.dtype):
+        self.order = np.argsort(-parts.lengths, kind="stable")
+        keys = [parts.starts[part] + np.arange(parts.lengths[part]) for part in self.order]
+        request = torch.from_numpy(parts.request[self.order])
+        self._batches: list[
+            tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+        ] = []  # (parts, keys) key rows, mask, request
+        at = 0
         for index, lengths in _batches(keys):
             hidden = torch.from_numpy(np.arange(index.shape[1]) >= lengths)[:, None, None]
-            self._batches.append((torch.from_numpy(index), _hides(hidden, dtype) if hidden.any() else None))
-        held = np.array([np.isin(own, parts.part[parts.branch == branch]) for branch in branches])
+            mask = _hides(hidden, dtype) if hidden.any() else None
+            self._batches.append((torch.from_numpy(index), mask, request[at : at + len(index)]))
+            at += len(index)
+        held = np.zeros((len(parts.weights), len(keys)), dtype=bool)
+        held[parts.branch, np.argsort(self.order)[parts.part]] = True
         wide = torch.promote_types(dtype, torch.float32)
         self._log_held: torch.Tensor | None = None
+        weights = parts.weights
         if (held.sum(0) == 1).all() and (held.sum(1) == 1).all():  # each branch is a part: in the parts' order
-            branches = branches[held.argmax(0)]
-        else:
+            weights = weights[held.argmax(0)]
+        elif (parts.request == 0).all():
             self._log_held = torch.from_numpy(np.where(held.T, 0.0, -np.inf))[..., None, None].to(wide)  # (P, N, 1, 1)
-        self._weight = torch.from_numpy(parts.weights[branches]).to(wide)[:, None, None]
+        self._weight = torch.from_numpy(weights).to(wide)[:, None, None]
 
     def keep(self, k_SGD: torch.Tensor, v_SGD: torch.Tensor) -> list[KeysAndValues]:
         """Keys and values of each batch, (parts, G, keys, D), out of those of all parts."""
-        batched = [[x[index].transpose(1, 2).contiguous() for x in (k_SGD, v_SGD)] for index, _ in self._batches]
+        batched = [[x[index].transpose(1, 2).contiguous() for x in (k_SGD, v_SGD)] for index, *_ in self._batches]
         return [(k, v) for k, v in batched]
 
-    def attend(self, q_GMD: torch.Tensor, kept: list[KeysAndValues], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to each part, (P, G, M, D), and its log-sum-exp, (P, G, M)."""
-        made = [
-            attend_on_cpu(q_GMD.expand(len(k), *q_GMD.shape), k, v, scale, mask=mask)
-            for (k, v), (_, mask) in zip(kept, self._batches, strict=True)
-        ]
+    def attend(
+        self, q_RGMD: torch.Tensor, kept: list[KeysAndValues], scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the queries of R requests to each part, (P, G, M, D), and its log-sum-exp, (P, G, M)."""
+        made = []
+        for (k, v), (_, mask, request) in zip(kept, self._batches, strict=True):
+            q = q_RGMD.expand(len(k), -1, -1, -1) if len(q_RGMD) == 1 else q_RGMD.index_select(0, request)
+            made.append(attend_on_cpu(q, k, v, scale, mask=mask))
         if len(made) == 1:
             return made[0]
         return torch.cat([o for o, _ in made]), torch.cat([lse for _, lse in made])
@@ -210,7 +220,7 @@ class DenseParts:
     def mix(
         self, o_PGMD: torch.Tensor, l_PGM: torch.Tensor, o_out_GMD: torch.Tensor, l_out_GM: torch.Tensor, weighting: str
     ) -> torch.Tensor:
-        """The output's attention from that to the parts and to the output, (G, M, D)."""
+        """The attention of one request's output from that to the parts and to the output, (G, M, D)."""
         l_branch = l_PGM  # (N, G, M)
         if self._log_held is not None:
             l_held = l_PGM[:, None] + self._log_held  # (P, N, G, M)
@@ -230,15 +240,16 @@ class DenseParts:
 def _batches(runs: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Runs of rows, the longest first, in batches of like lengths, each filled up with its last: (runs, rows), lengths (runs, 1).
 
-    None is shorter than half of the longest of its batch, unless all have few.
+    None is shorter than half of the longest of its batch, unless few rows fill all of it up.
     """
     made, rest = [], runs
     while rest:
         longest = len(rest[0])
-        batch = [rows for rows in rest if 2 * len(rows) > longest or longest <= _FEW]
+        filling = np.cumsum([longest - len(rows) for rows in rest])
+        count = sum(2 * len(rows) > longest or fill <= _FEW for rows, fill in zip(rest, filling, strict=True))
+        batch, rest = rest[:count], rest[count:]
         index = np.stack([np.pad(rows, (0, longest - len(rows)), mode="edge") for rows in batch])
         made.append((index, np.array([[len(rows)] for rows in batch])))
-        rest = rest[len(batch) :]
     return made
 
 
@@ -247,12 +258,9 @@ def _hides(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _pieces(length: int) -> list[int]:
-    """A segment's rows are read as such pieces, each continuing the one before.
-
-    The operator takes as long for causal attention of few rows as for all of their pairs.
-    """
-    return [length] if length > 4 * _PIECE else [min(_PIECE, length - at) for at in range(0, length, _PIECE)]
+def _piece(length: int) -> int:
+    """Keys of a segment that are read at once: the operator takes as long for causal attention of few rows as for all pairs of them."""
+    return 256 if length <= 1024 else length
 
 
 def _merge_into(out_THD: torch.Tensor, lse_HT: torch.Tensor, o: torch.Tensor, lse: torch.Tensor) -> None:
