@@ -127,11 +127,14 @@ class Reading:
                 self._calls.append((rows, rows, self._mask(first, last)))
                 continue
             own = self._rows(first, first)
-            for start in range(own.start, own.stop, _piece(own.stop - own.start)):
-                end = min(own.stop, start + _piece(own.stop - own.start))
-                self._calls.append((slice(start, own.stop), slice(start, end), None))
+            piece = _piece(own.stop - own.start)
+            whole = own.stop - own.start > 2 * piece  # those that continue it read it in one call, else with its pieces
+            for start in range(own.start, own.stop, piece):
+                end = min(own.stop, start + piece)
+                self._calls.append((slice(start, own.stop if whole else rows.stop), slice(start, end), None))
             if first < last:  # one tree
-                self._calls.append((slice(own.stop, rows.stop), own, None))
+                if whole:
+                    self._calls.append((slice(own.stop, rows.stop), own, None))
                 todo.append((first + 1, last))
 
     def _rows(self, first: int, last: int) -> slice:
@@ -155,18 +158,21 @@ class Reading:
         dtype = q_THD.dtype
         if dtype not in self._masks:
             self._masks[dtype] = [None if mask is None else _hides(mask, dtype) for *_, mask in self._calls]
-        out = torch.empty_like(q_THD)
-        lse = q_THD.new_empty(q_THD.shape[1], len(q_THD), dtype=torch.promote_types(dtype, torch.float32))
+        out = lse = None
         filled = 0
         for (rows, keys, _), mask in zip(self._calls, self._masks[dtype], strict=True):
             q, k, v = (x.transpose(0, 1)[None] for x in (q_THD[rows], k_TGD[keys], v_TGD[keys]))
             o, own = attend_on_cpu(q, k, v, scale, causal=mask is None and rows.start == keys.start, mask=mask)
             o, own = o[0].transpose(0, 1), own[0]
+            if out is None or lse is None:
+                whole = len(o) == len(q_THD)
+                out, lse = (o, own) if whole else (torch.empty_like(q_THD), own.new_empty(own.shape[0], len(q_THD)))
             if rows.start < filled:
                 _merge_into(out[rows], lse[:, rows], o, own)
-            else:
+            elif o is not out:
                 out[rows], lse[:, rows] = o, own
             filled = max(filled, rows.stop)
+        assert out is not None, "contexts have tokens"
         return out
 
 
@@ -259,7 +265,7 @@ def _hides(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _piece(length: int) -> int:
-    """Keys of a segment that are read at once: the operator takes as long for causal attention of few rows as for all pairs of them."""
+    """Keys of a segment that are read at once: the operator takes as long for few rows' causal attention as for all pairs of them."""
     return 256 if length <= 1024 else length
 
 
