@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ALL = tuple(METHODS)
 FULL = Study(
     pretraining=Pretraining("1m", steps=2000, batch=64),
-    learning_rates=(7.5e-4, 1.5e-3, 3e-3),
+    learning_rates=(7.5e-4, 1.5e-3),
     seeds=5,
     rows=1000,
     epochs=3,
