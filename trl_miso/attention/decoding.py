@@ -243,6 +243,8 @@ def _by_group(x_BGH: torch.Tensor, requests: int) -> torch.Tensor:
 
 def _by_row(x_NGM: torch.Tensor, copies: int) -> torch.Tensor:
     """(N, G, M, ...) as (N, copies, H, ...)."""
+    if copies == 1:
+        return x_NGM.flatten(1, 2)[:, None]
     return x_NGM.unflatten(2, (copies, -1)).transpose(1, 2).flatten(2, 3)
 
 
