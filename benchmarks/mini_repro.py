@@ -1,7 +1,7 @@
 """
 The paper's comparison of methods in miniature: which of them teaches a small model to satisfy several constraints?
 
-    python benchmarks/mini_repro.py --quick --markdown FILE             # about 10 minutes on 2 cores
+    python benchmarks/mini_repro.py --quick --markdown FILE             # 4 minutes on 2 cores, 14 if they are busy
     python benchmarks/mini_repro.py --markdown FILE --figure FILE.png   # hours; killed, it goes on where it was
     python benchmarks/mini_repro.py --device cuda --size 30m --markdown FILE
 
