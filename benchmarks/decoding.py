@@ -73,19 +73,20 @@ class Case:
         prefix, rest = words[:shared], words[shared:]
         parts = [rest[i * own : (i + 1) * own] for i in range(n)]
         self.n, self.contexts = n, [tokenizer.decode(prefix + part) + HEAD for part in parts]
-        head = len(tokenizer(HEAD)["input_ids"])
-        read = [tokenizer(context)["input_ids"][:-head] for context in self.contexts]
+        self.head = tokenizer(HEAD)["input_ids"]
+        read = [tokenizer(context)["input_ids"][: -len(self.head)] for context in self.contexts]
         self.prompt = parallel(read, 1, [1 / n] * n, "successive")[0]
         self.name = f"{n} x {own}" + (f" after {shared}" if shared else "")
 
 
-def generate(case: Case, miso: bool, model: Any, tokenizer: Any, new: int, device: str) -> Clock:
+def generate(case: Case, miso: bool, model: Any, tokenizer: Any, new: int, device: str, whole: bool = False) -> Clock:
+    """`whole`: the plain model's prompt ends as the contexts do, so that of one context both write the same."""
     clock = Clock(model, device)
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "streamer": clock}
     if miso:
         miso_generate(model, tokenizer, case.contexts, response_template=HEAD, **options)
     else:
-        ids = torch.tensor([case.prompt], device=device)
+        ids = torch.tensor([case.prompt + case.head if whole else case.prompt], device=device)
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return clock
 
@@ -95,15 +96,14 @@ def measure(cases: list[Case], model: Any, tokenizer: Any, options: argparse.Nam
     found: dict[tuple[Case, bool], list[Clock]] = {(case, miso): [] for case in cases for miso in (False, True)}
     for repeat in track(range(options.repeats + 1), "Generating", transient=True):
         for (case, miso), clocks in found.items():
-            clock = generate(case, miso, model, tokenizer, options.new, options.device)
-            if repeat:  # the first warms up
-                clocks.append(clock)
+            # The first warms up, and is what was written.
+            clocks.append(generate(case, miso, model, tokenizer, options.new, options.device, whole=not repeat))
     rows = []
     for case in cases:
         plain, miso = found[case, False], found[case, True]
         row: dict[str, Any] = {"case": case.name, "n": case.n, "tokens": len(case.prompt)}
         for key in MEASURED:
-            pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(plain, miso, strict=True)]
+            pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(plain[1:], miso[1:], strict=True)]
             row[f"{key}_plain"], row[f"{key}_miso"] = (median([pair[side] for pair in pairs]) for side in (0, 1))
             row[f"{key}_ratio"] = median([b / a for a, b in pairs])
         rows.append(row | {"new_plain": plain[0].tokens[1:], "new_miso": miso[0].tokens[1:]})

@@ -49,4 +49,5 @@ def test_decoding(tmp_path):
     run("decoding.py", "--quick", "--repeats", 1, "--new", 4, "--size", "tiny", "--json", file)
     one, four = json.loads(file.read_text())["cases"]
     assert all(len(case[f"new_{name}"]) == 4 for case in (one, four) for name in ("plain", "miso"))
+    assert one["new_miso"] == one["new_plain"]
     assert [case["tokens"] for case in (one, four)] == [256, 1024]

@@ -7,7 +7,6 @@ tokens, a weighted mix of their attention to each context followed by the output
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -251,12 +250,12 @@ def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[Mode
 def _surveyed(model: PreTrainedModel, name: str) -> ModelSupport:
     """`survey`, once for a model as it is: its forwards would take as long as several tokens of an answer."""
     set_implementation(model, name)
-    modules = list(model.modules())
+    config, modules = model.config.to_dict(), list(model.modules())
     known = _SURVEYS.get(model)
-    if known is None or known.config != model.config.to_dict() or [module() for module in known.modules] != modules:
+    if known is None or known.config != config or [module() for module in known.modules] != modules:
         support = survey(model, name, None)
         rotations = [rotation_of(module) for module in modules]
-        known = _Survey(deepcopy(model.config.to_dict()), [ref(module) for module in modules], rotations, support)
+        known = _Survey(config, [ref(module) for module in modules], rotations, support)
         _SURVEYS[model] = known
     for module, rotation in zip(modules, known.rotations, strict=True):
         set_rotation(module, rotation)

@@ -151,8 +151,8 @@ class ContextCache(DynamicCache):
         requests = self._requests
         o_part, l_part = dense.attend(_by_group(q_BGHD, requests), self._kept_dense[module], scale)
         if requests > 1:
-            copies, back = len(q_BHD) // requests, torch.from_numpy(np.argsort(dense.order))
-            o_part, l_part = (_by_row(x.index_select(0, back), copies).flatten(0, 1) for x in (o_part, l_part))
+            copies = len(q_BHD) // requests
+            o_part, l_part = (_by_row(x.index_select(0, dense.place), copies).flatten(0, 1) for x in (o_part, l_part))
             step = self._step(len(q_BHD), 1, key.shape[2], 0, q_BHD.device)
             return _merge(o_out.flatten(1, 2), l_out.flatten(1), o_part, l_part, step).to(dtype)
         mixed = dense.mix(o_part, l_part, _by_group(o_out, 1)[0], _by_group(l_out, 1)[0], self._weighting)

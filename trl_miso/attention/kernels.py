@@ -149,13 +149,13 @@ class Cpu:
                 attend_on_cpu(q_[:, :, rows], k_[:, :, part], v_[:, :, part], options.scale, causal, mask)
                 for part, causal, mask in _cpu_parts(rows, keys, options, q)
             ]
-            out_[:, :, rows], lse_[:, :, rows] = parts[0] if len(parts) == 1 else _merge_two(*parts)
+            out_[:, :, rows], lse_[:, :, rows] = parts[0] if len(parts) == 1 else merge_two(*parts)
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, call, options):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        q_, k_, v_, out_, dout_ = (_heads_first(x) for x in (q, k, v, out, dout))
-        dq_, dk_, dv_ = (_heads_first(x) for x in (dq, dk, dv))
+        q_, k_, v_, out_, dout_ = (heads_first(x) for x in (q, k, v, out, dout))
+        dq_, dk_, dv_ = (heads_first(x) for x in (dq, dk, dv))
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         for rows, keys in _sequences(call):
             given = dout_[:, :, rows], q_[:, :, rows]
@@ -313,7 +313,7 @@ def _batched(x: torch.Tensor, count: int) -> torch.Tensor:
     return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
+def heads_first(x: torch.Tensor) -> torch.Tensor:
     """(T, heads, D) as a (1, heads, T, D) view."""
     return x.transpose(0, 1)[None]
 
@@ -351,10 +351,10 @@ def _cpu_parts(
     return [own] if n_k == n_q else [(slice(keys.start, keys.stop - n_q), False, None), own]
 
 
-def _merge_two(
+def merge_two(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two sets of keys."""
+    """Attention over the union of two sets of keys, from (out, lse) over each: (batch, H, Lq, D), (batch, H, Lq)."""
     (o1, l1), (o2, l2) = first, second
     share = torch.sigmoid(l2 - l1)[..., None]
     return torch.lerp(o1.to(l1.dtype), o2.to(l1.dtype), share).to(o1.dtype), torch.logaddexp(l1, l2)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from trl_miso.attention.kernels import attend_on_cpu
+from trl_miso.attention.kernels import attend_on_cpu, heads_first, merge_two
 from trl_miso.packing import Varlen, _cu_seqlens, _ranges
 from trl_miso.segments import Example
 
@@ -158,45 +158,49 @@ class Reading:
         dtype = q_THD.dtype
         if dtype not in self._masks:
             self._masks[dtype] = [None if mask is None else _hides(mask, dtype) for *_, mask in self._calls]
+        q, k, v = (heads_first(x) for x in (q_THD, k_TGD, v_TGD))
         out = lse = None
         filled = 0
         for (rows, keys, _), mask in zip(self._calls, self._masks[dtype], strict=True):
-            q, k, v = (x.transpose(0, 1)[None] for x in (q_THD[rows], k_TGD[keys], v_TGD[keys]))
-            o, own = attend_on_cpu(q, k, v, scale, causal=mask is None and rows.start == keys.start, mask=mask)
-            o, own = o[0].transpose(0, 1), own[0]
+            causal = mask is None and rows.start == keys.start
+            read = attend_on_cpu(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, causal, mask)
             if out is None or lse is None:
-                whole = len(o) == len(q_THD)
-                out, lse = (o, own) if whole else (torch.empty_like(q_THD), own.new_empty(own.shape[0], len(q_THD)))
+                out, lse = (
+                    read
+                    if len(q_THD) == rows.stop - rows.start
+                    else (torch.empty_like(q), read[1].new_empty(q.shape[:3]))
+                )
             if rows.start < filled:
-                _merge_into(out[rows], lse[:, rows], o, own)
-            elif o is not out:
-                out[rows], lse[:, rows] = o, own
+                read = merge_two((out[:, :, rows], lse[:, :, rows]), read)
+            if read[0] is not out:
+                out[:, :, rows], lse[:, :, rows] = read
             filled = max(filled, rows.stop)
         assert out is not None, "contexts have tokens"
-        return out
+        return out[0].transpose(0, 1)
 
 
 class DenseParts:
     """The parts of all requests in few dense batches of like lengths, for a kernel that takes no ragged ones.
 
-    Shorter parts than the longest of their batch are filled up and masked. P parts stand in the order of the batches: `order` (P,).
+    Shorter parts than the longest of their batch are filled up and masked. The P parts stand in the order of the batches, part p
+    at `place[p]`.
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype):
-        self.order = np.argsort(-parts.lengths, kind="stable")
-        keys = [parts.starts[part] + np.arange(parts.lengths[part]) for part in self.order]
-        request = torch.from_numpy(parts.request[self.order])
-        self._batches: list[
-            tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
-        ] = []  # (parts, keys) key rows, mask, request
+        order = np.argsort(-parts.lengths, kind="stable")
+        place = np.argsort(order)
+        self.place = torch.from_numpy(place)
+        request = torch.from_numpy(parts.request[order])
+        # Of each batch (parts, keys) key rows, a mask, and whose its parts are.
+        self._batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
         at = 0
-        for index, lengths in _batches(keys):
+        for index, lengths in _batches([parts.starts[part] + np.arange(parts.lengths[part]) for part in order]):
             hidden = torch.from_numpy(np.arange(index.shape[1]) >= lengths)[:, None, None]
             mask = _hides(hidden, dtype) if hidden.any() else None
             self._batches.append((torch.from_numpy(index), mask, request[at : at + len(index)]))
             at += len(index)
-        held = np.zeros((len(parts.weights), len(keys)), dtype=bool)
-        held[parts.branch, np.argsort(self.order)[parts.part]] = True
+        held = np.zeros((len(parts.weights), len(order)), dtype=bool)
+        held[parts.branch, place[parts.part]] = True
         wide = torch.promote_types(dtype, torch.float32)
         self._log_held: torch.Tensor | None = None
         weights = parts.weights
@@ -267,14 +271,3 @@ def _hides(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _piece(length: int) -> int:
     """Keys of a segment that are read at once: the operator takes as long for few rows' causal attention as for all pairs of them."""
     return 256 if length <= 1024 else length
-
-
-def _merge_into(out_THD: torch.Tensor, lse_HT: torch.Tensor, o: torch.Tensor, lse: torch.Tensor) -> None:
-    """Add attention to other keys to (out, lse)."""
-    total = torch.logaddexp(lse_HT, lse)
-    share = torch.exp(lse - total).T[..., None]
-    if out_THD.dtype == share.dtype:
-        out_THD.lerp_(o, share)
-    else:
-        out_THD.copy_(torch.lerp(out_THD.to(share.dtype), o.to(share.dtype), share))
-    lse_HT.copy_(total)
