@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ALL = tuple(METHODS)
 FULL = Study(
     pretraining=Pretraining("1m", steps=2000, batch=64),
-    learning_rates=(7.5e-4, 1.5e-3),
+    learning_rates=(1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3),
     seeds=5,
     rows=1000,
     epochs=3,
@@ -103,8 +103,8 @@ def run(study: Study, options: argparse.Namespace) -> Report:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks = {
             "pretraining": progress.add_task("pretraining steps", total=study.pretraining.steps),
-            "dev": progress.add_task("fine-tunings", total=runs),
-            "test": progress.add_task("test examinations", total=1 + len(study.groups()) * study.seeds),
+            "dev": progress.add_task("fine-tuned, examined on dev", total=1 + runs),
+            "test": progress.add_task("examined on test", total=1 + len(study.groups()) * study.seeds),
         }
         grid = Grid(workshop, ledger, options.workers, lambda name: progress.advance(tasks[name]))
         grid.run()

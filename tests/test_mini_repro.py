@@ -185,7 +185,7 @@ def test_every_method_is_trained_and_examined_once(tmp_path):
     made = records(tmp_path / "all")
     expected = [(method, 1.5e-3, 0) for method in METHODS]
     assert runs_in(made, "dev") == runs_in(made, "test") == expected  # one learning rate: each run is chosen
-    assert len(made) == 2 * len(METHODS) + 1 == len({record["key"] for record in made})
+    assert len(made) == 2 * (len(METHODS) + 1) == len({record["key"] for record in made})
     assert not list((tmp_path / "all").glob("run-*"))
     numbers = json.loads((tmp_path / "numbers.json").read_text())["mixes"]["mix"]
     assert set(numbers) == {"base", *METHODS}

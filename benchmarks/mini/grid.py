@@ -169,7 +169,8 @@ class Grid:
         else:
             pretrain(settings, workshop.weights(None), workshop.device, step)
         with _pool(self.workers) as mapped:
-            self._add("test", [None], map, partial(workshop.examine, "test"))
+            for split in ("dev", "test"):
+                self._add(split, [None], map, partial(workshop.examine, split))
             for runs in workshop.study.groups().values():
                 self._add("dev", runs, mapped, workshop.train)
                 self._add("test", self.chosen(runs), mapped, partial(workshop.examine, "test"))
@@ -187,13 +188,16 @@ class Grid:
     def record(self, run: Run | None, split: str) -> dict[str, Any]:
         return self.ledger.records[self.workshop.key(run, split)]
 
+    def dev_score(self, run: Run | None) -> float:
+        """The share of satisfied constraints, mean of the sets IFE and Dense."""
+        sets = self.record(run, "dev")["sets"]
+        return sum(instruction_level([sets[name]["verdicts"]]).accuracy for name in ("IFE", "Dense")) / 2
+
     def dev_scores(self, runs: list[Run]) -> dict[float, float]:
-        """For each learning rate the mean, over seeds and the sets IFE and Dense, of the share of satisfied constraints."""
+        """For each learning rate the mean over seeds."""
         scores: dict[float, list[float]] = {}
         for run in runs:
-            sets = self.record(run, "dev")["sets"]
-            both = [instruction_level([sets[name]["verdicts"]]).accuracy for name in ("IFE", "Dense")]
-            scores.setdefault(run.learning_rate, []).append(sum(both) / 2)
+            scores.setdefault(run.learning_rate, []).append(self.dev_score(run))
         return {rate: sum(values) / len(values) for rate, values in scores.items()}
 
     def chosen(self, runs: list[Run]) -> list[Run]:
