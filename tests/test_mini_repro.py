@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import mini_repro
 from mini import language
 from mini.evaluate import examination
-from mini.grid import METHODS, Ledger, alone
+from mini.grid import METHODS, Grid, Ledger, Workshop, alone
 from mini.language import CHECKS, TOPICS, belongs, draw_rows, draw_text, satisfied, true_constraints, well_formed
+from mini.report import Report
 from mini.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
 
 TEXT = "oak hunts wolf , dark owl finds wolf . deer hides path ?"
@@ -160,6 +161,41 @@ def test_a_line_half_written_is_written_again(tmp_path):
     assert file.read_bytes() == whole
     with pytest.raises(ValueError, match="a second record b"):
         again.add({"key": "b"})
+
+
+def test_the_learning_rate_best_on_dev_is_chosen(tmp_path):
+    """Over seeds and both sets; of equal ones the smallest. The test split has no say. Costs are of the quickest run."""
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    study = replace(mini_repro.SMOKE, learning_rates=rates, seeds=2, methods={"mix": ("SFT",)})
+    grid = Grid(Workshop(study, tmp_path, "cpu"), Ledger(tmp_path / "ledger.jsonl"), 1, print)
+
+    def add(run, split, few, dense, seconds=0):
+        sets = {
+            name: {"verdicts": v, "malformed": "0" * len(v), "mass": 0.5}
+            for name, v in (("IFE", few), ("Dense", dense))
+        }
+        sets["Flat"] = sets["IFE"]
+        grid.ledger.add(
+            {"key": grid.workshop.key(run, split), "sets": sets, "work": {"seconds": seconds, "tokens": 10}}
+        )
+
+    [runs] = study.groups().values()
+    dev = {1e-3: ("000", "11", "111", "00"), 2e-3: ("110", "11", "111", "10"), 4e-3: ("111", "10", "110", "11")}
+    dev[8e-3] = ("111", "00", "110", "10")
+    for i, run in enumerate(runs):
+        few, dense = dev[run.learning_rate][2 * run.seed :][:2]
+        add(run, "dev", [few], [dense], 9 - i)
+        add(run, "test", ["111" if run.learning_rate == 8e-3 else "000"], ["00"])
+    for split, few in (("dev", "111"), ("test", "110")):
+        add(None, split, [few], ["00"])
+    scores = grid.dev_scores(runs)
+    assert scores == pytest.approx({1e-3: 1 / 2, 2e-3: 19 / 24, 4e-3: 19 / 24, 8e-3: 13 / 24})
+    assert [(run.learning_rate, run.seed) for run in grid.chosen(runs)] == [(2e-3, 0), (2e-3, 1)]
+
+    report = Report(grid)
+    [choices] = [rows for title, _, rows in report.tables() if title.startswith("Mean of dev")]
+    assert choices == [["base", "50.0", "", "", "", ""], ["SFT", "", "50.0", "79.2", "79.2", "54.2"]]
+    assert [rows for _, _, rows in report.costs()] == [[["SFT", "2.0", "200000"]]]
 
 
 def command(folder, *more):
