@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from select import select
 from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any
@@ -82,9 +83,12 @@ def chat_server(reply: Callable[[dict[str, Any]], str] | None = None) -> Iterato
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fault = server.meet(Request(monotonic(), body, self.headers["Authorization"], self.path))
             try:
-                server.closed.wait(fault.delay)
+                self.wait(fault.delay)
                 said = completion(server.reply(body)) if fault.body is None else fault.body
                 data = said if isinstance(said, bytes) else json.dumps(said).encode()
+            finally:
+                server.leave()  # before the answer, on which the client may ask the next
+            try:
                 self.send_response(fault.status)
                 headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | fault.headers
                 for name, value in headers.items():
@@ -93,8 +97,13 @@ def chat_server(reply: Callable[[dict[str, Any]], str] | None = None) -> Iterato
                 self.wfile.write(data)
             except OSError:
                 pass  # the client waited no longer
-            finally:
-                server.leave()
+
+        def wait(self, seconds: float) -> None:
+            """While the client does: what it sends before its answer is the end of the connection."""
+            until = monotonic() + seconds
+            while (left := until - monotonic()) > 0 and not server.closed.is_set():
+                if select([self.connection], [], [], min(left, 0.05))[0]:
+                    break
 
         def log_message(self, *_: Any) -> None:
             pass
