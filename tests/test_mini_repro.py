@@ -180,8 +180,12 @@ def test_the_learning_rate_best_on_dev_is_chosen(tmp_path):
         )
 
     [runs] = study.groups().values()
-    dev = {1e-3: ("000", "11", "111", "00"), 2e-3: ("110", "11", "111", "10"), 4e-3: ("111", "10", "110", "11")}
-    dev[8e-3] = ("111", "00", "110", "10")
+    dev = {
+        1e-3: ("000", "11", "111", "00"),
+        2e-3: ("110", "11", "111", "10"),
+        4e-3: ("111", "10", "110", "11"),
+        8e-3: ("111", "00", "110", "10"),
+    }  # IFE and Dense of seed 0, of seed 1
     for i, run in enumerate(runs):
         few, dense = dev[run.learning_rate][2 * run.seed :][:2]
         add(run, "dev", [few], [dense], 9 - i)

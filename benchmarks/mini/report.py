@@ -32,7 +32,7 @@ class Result:
     runs: list[Run]
     records: list[dict[str, Any]]
     works: list[dict[str, float]]
-    dev: dict[float, float]  # by learning rate; the base model's is 0
+    dev: dict[float, float]  # score by learning rate; the base model's rate is 0
     quickest: dict[str, float]  # of the works at all learning rates, which cost the same
 
     def verdicts(self, name: str) -> list[list[str]]:
