@@ -1,9 +1,9 @@
 """
 MISO attention alone, forward and backward, beside what a user would run instead; how it grows with contexts and chunks.
 
-    python benchmarks/attention.py --quick                                  # 1k to 4k tokens, a minute or two on 2 cores
-    python benchmarks/attention.py --plot growth.png --json attention.json  # 1k to 32k tokens, with a picture
-    python benchmarks/attention.py --device cuda                            # bfloat16, with FlexAttention
+    python -m benchmarks.attention --quick                                  # 1k to 4k tokens, a minute or two on 2 cores
+    python -m benchmarks.attention --plot growth.png --json attention.json  # 1k to 32k tokens, with a picture
+    python -m benchmarks.attention --device cuda                            # bfloat16, with FlexAttention
 
 Every figure is the median of `--repeats` runs, which alternate between the rivals, after a run of each that measures its
 memory. A rival, but MISO and its baseline, is not run at lengths beyond one where it took more than `--patience` seconds.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import ceiling, machine, peak_memory, write_json
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -26,11 +25,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from trl_miso.attention.adapter import ModelRotation
+from benchmarks.common.measure import ceiling, machine, peak_memory, write_json
 from trl_miso.attention.kernels import resolve_kernel
 from trl_miso.attention.mixture import KernelOptions, _Pairs, miso_attention
-from trl_miso.packing import PackedSegments, pack
+from trl_miso.attention.transformers_attention import ModelRotation
 from trl_miso.segments import Example, parallel, single, successive, unshare
+from trl_miso.segments.packed import PackedSegments, pack
 
 MISO, PAIRS, DENSE, FLEX = "MISO", "MISO, pairs form", "dense masked SDPA", "FlexAttention"
 EQUAL_PAIRS, EQUAL_TOKENS = "plain causal, equal pairs", "plain causal, equal tokens"

@@ -1,9 +1,9 @@
 """
 Generation from n contexts beside the plain model on one prompt of as many tokens as are read, common ones once.
 
-    python benchmarks/decoding.py --quick                      # under a minute on 2 cores
-    python benchmarks/decoding.py --json FILE
-    python benchmarks/decoding.py --device cuda --size 1b
+    python -m benchmarks.decoding --quick                      # under a minute on 2 cores
+    python -m benchmarks.decoding --json FILE
+    python -m benchmarks.decoding --device cuda --size 1b
 
 Both decode greedily. "Prefill" is the forward over the prompt, or over the contexts. "First token" is the time from the call to the
 first new token: prefill, and with MISO tokenization and a forward of the output's beginning, which takes what one more token would.
@@ -24,12 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from measure import machine, median, print_table, synchronize, write_json
 from rich.progress import track
-from rows import crab_shaped_rows, texts
-from step import SIZES, make_model
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.common.measure import machine, median, print_table, synchronize, write_json
+from benchmarks.common.rows import crab_shaped_rows, texts
+from benchmarks.step import SIZES, make_model
 from trl_miso.generation import miso_generate
 from trl_miso.segments import parallel
 from trl_miso.sources.synthetic import build_tokenizer

@@ -1,8 +1,8 @@
 """
 From raw rows to the model's door: rows a second of each stage, and the share of a step spent waiting for data.
 
-    python benchmarks/input_pipeline.py                        # generated rows of Crab's shape
-    python benchmarks/input_pipeline.py --prose rows.jsonl     # real text: prompt, constraints, completion
+    python -m benchmarks.input_pipeline                        # generated rows of Crab's shape
+    python -m benchmarks.input_pipeline --prose rows.jsonl     # real text: prompt, constraints, completion
 
 Stages are timed by themselves, on one core; `preparation.py` compares the first beside SFTTrainer's. Waiting is what the
 training loop spends in fetching the batches of a step, with the data loader in its own process and in workers. Balance is
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from measure import machine, median, print_table, timed
-from rows import adapt, crab_shaped_rows, full_prompts, texts
-from step import SIZES, TEMPLATE, make_model
 from transformers import LlamaConfig
-from variants import VARIANTS, Watch, batch_work, build
 
-from trl_miso.preparation import pack_rows
+from benchmarks.common.measure import machine, median, print_table, timed
+from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, texts
+from benchmarks.step import SIZES, TEMPLATE, make_model
+from benchmarks.variants import VARIANTS, Watch, batch_work, build
+from trl_miso.data.preparation import pack_rows
 from trl_miso.preview.statistics import ModelShape
 from trl_miso.sources.synthetic import build_tokenizer
 

@@ -1,9 +1,9 @@
 """
 Preparation: rows a second on one core, beside what SFTTrainer's own preparation takes on the same rows, and memory.
 
-    python benchmarks/preparation.py                       # generated rows in Crab's schema
-    python benchmarks/preparation.py --prose rows.jsonl    # real text: prompt, constraints, completion
-    python benchmarks/preparation.py --memory 66500        # peak memory of preparing so many rows, and a tenth of them
+    python -m benchmarks.preparation                       # generated rows in Crab's schema
+    python -m benchmarks.preparation --prose rows.jsonl    # real text: prompt, constraints, completion
+    python -m benchmarks.preparation --memory 66500        # peak memory of preparing so many rows, and a tenth of them
 
 Every figure is the median of `--repeats` runs, which alternate between the trainers; nothing is cached but where it says so.
 """
@@ -29,9 +29,9 @@ import trl
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
-from rows import adapt, crab_shaped_rows, full_prompts, texts
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, texts
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
 
@@ -112,7 +112,14 @@ def memory(count: int, prose: Path | None) -> None:
     for column in ("rows", "rows/s", "before, MB", "peak, MB", "growth, MB"):
         table.add_column(column, justify="right")
     for rows in (count // 10, count):
-        command = [sys.executable, __file__, "--child", str(rows), *(["--prose", str(prose)] if prose else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.preparation",
+            "--child",
+            str(rows),
+            *(["--prose", str(prose)] if prose else []),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)

@@ -1,9 +1,9 @@
 """
 One optimizer step of MISO beside plain SFT and what users would run instead, on the same rows.
 
-    python benchmarks/step.py --quick                                  # generated rows, under 3 minutes on 2 cores
-    python benchmarks/step.py --prose rows.jsonl --json FILE           # real text: prompt, constraints, completion
-    python benchmarks/step.py --prose rows.jsonl --device cuda --size 1b
+    python -m benchmarks.step --quick                                  # generated rows, under 3 minutes on 2 cores
+    python -m benchmarks.step --prose rows.jsonl --json FILE           # real text: prompt, constraints, completion
+    python -m benchmarks.step --prose rows.jsonl --device cuda --size 1b
 
 Every variant is a trainer that takes one step over the same rows, whatever number of batches it makes of them: data
 loading, collation, forward, backward and optimizer, under TRL's default settings (activation checkpointing among them).
@@ -28,12 +28,12 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
-from measure import ceiling, machine, median, peak_memory, print_table, write_json
 from rich.progress import track
-from rows import adapt, crab_shaped_rows, full_prompts, long_rows, texts
 from transformers import LlamaConfig, LlamaForCausalLM
-from variants import VARIANTS, Watch, batch_work, build
 
+from benchmarks.common.measure import ceiling, machine, median, peak_memory, print_table, write_json
+from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, long_rows, texts
+from benchmarks.variants import VARIANTS, Watch, batch_work, build
 from trl_miso.preview.statistics import ModelShape
 from trl_miso.sources.synthetic import build_tokenizer
 
@@ -122,7 +122,18 @@ def measure(workload: Workload, names: list[str], repeats: int, folder: str) -> 
 
 def memory(kind: str, name: str, options: argparse.Namespace) -> float:
     """Peak memory of a step above what the trainer held before it, in MB: in a process of its own, nan where it cannot be told."""
-    command = [sys.executable, __file__, "--child", kind, name, "--size", options.size, "--device", options.device]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step",
+        "--child",
+        kind,
+        name,
+        "--size",
+        options.size,
+        "--device",
+        options.device,
+    ]
     command += ["--rows", str(options.rows), *(["--prose", str(options.prose)] if options.prose else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -2,7 +2,7 @@
 Which architectures can be trained with MISO: each of transformers' language models, tiny and random, is given to
 MISOSFTTrainer, and what it computes is compared with one row per context.
 
-    python -m benchmarks.supported_models                           # writes benchmarks/MODELS.md
+    python -m benchmarks.supported_models                           # writes benchmarks/results/MODELS.md
     python -m benchmarks.supported_models --only llama gemma2 bloom # prints the lines of these
 
 An architecture is equal where the trainer's loss and every parameter's gradient are those of one-row-per-context execution
@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.models import CONFIGS, architectures, tiny_model
-from tests.rows_oracle import parts_of, positions_of, rows_loss
+from tests.support.models import CONFIGS, architectures, tiny_model
+from tests.support.rows_oracle import parts_of, positions_of, rows_loss
 from trl_miso import MISOSFTConfig, MISOSFTTrainer, guards
 from trl_miso.attention.kernels import TorchFlash
 from trl_miso.attention.mixture import KernelOptions
@@ -44,7 +44,7 @@ from trl_miso.attention.support import check_config, head_dim
 from trl_miso.segments import encode, parallel, single, successive
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
-TABLE = Path(__file__).parent / "MODELS.md"
+TABLE = Path(__file__).parent / "results" / "MODELS.md"
 COMMAND = "python -m benchmarks.supported_models"
 # Norms and rotations are computed in float32 in float64 models too.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}

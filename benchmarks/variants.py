@@ -8,17 +8,17 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from measure import synchronize
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.masking_utils import AttentionMaskInterface
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.common.measure import synchronize
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.attention import mixture
 from trl_miso.attention.shares import Shares
-from trl_miso.packing import PackedSegments
 from trl_miso.segments import decode, unshare
+from trl_miso.segments.packed import PackedSegments
 
 
 @dataclass(frozen=True)

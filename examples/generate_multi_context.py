@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.generation import miso_generate
-from trl_miso.packing import WEIGHTINGS
+from trl_miso.segments.packed import WEIGHTINGS
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
 
 TEMPLATE = "A lesion causing compression of the facial nerve at the stylomastoid foramen will cause ipsilateral {choice} Answer:"

@@ -10,7 +10,7 @@ The paper's experiments on Crab (Tables 1 and 2), one recipe each, from the repo
     accelerate launch examples/train_crab.py --config examples/configs/llama3_8b_para.yaml
 
 `--dry_run` checks a recipe without a GPU or weights: options, model, the first rows and their statistics. `--dataset_name`
-takes a hub id, a folder, or a .jsonl, .json, .csv or .parquet file in any row format of trl_miso.contexts. Every field of
+takes a hub id, a folder, or a .jsonl, .json, .csv or .parquet file in any row format of trl_miso.data.contexts. Every field of
 MISOSFTConfig (context_mode, context_weighting, ...), ModelConfig (use_peft, ...) and RecipeArguments (source,
 global_batch_size, ...) is an option, and a key of a recipe.
 """
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_miso import MISOSFTConfig
-from trl_miso.preview.command import dry_run
+from trl_miso.cli.preview import dry_run
 from trl_miso.recipe import RecipeArguments, load_rows, make_trainer, parse_recipe, train
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import check_constraints

@@ -14,7 +14,7 @@ Look at the rows first, `trl-miso preview` takes the same options: public reader
 Other options, and `--dry_run`, are those of train_crab.py.
 """
 
-from trl_miso.preview.command import dry_run
+from trl_miso.cli.preview import dry_run
 from trl_miso.recipe import make_trainer, parse_recipe, train
 
 

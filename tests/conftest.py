@@ -16,7 +16,7 @@ from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
 # Files that take longest come first, so that processes which share the files end together.
-LONG = ["distributed", "resume", "benchmarks", "examples", "hub", "fuzz", "callback", "mini_repro", "analysis_page"]
+LONG = ["distributed", "resume", "benchmarks", "examples", "hub", "fuzz", "callback", "miniature", "report_page"]
 
 
 def pytest_collection_modifyitems(items):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from trl_miso.attention.kernels import KERNELS
-from trl_miso.contexts import MODES
-from trl_miso.packing import WEIGHTINGS
+from trl_miso.data.contexts import MODES
+from trl_miso.segments.packed import WEIGHTINGS
 
 
 @dataclass

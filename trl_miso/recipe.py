@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_miso.config import MISOSFTConfig
-from trl_miso.mapping import naming
-from trl_miso.report import AnyDataset
+from trl_miso.data.dropped import AnyDataset
+from trl_miso.data.mapping import naming
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.r1_distill import r1_distill_features, r1_distill_row
 from trl_miso.sources.sharegpt import sharegpt_features, sharegpt_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
-from trl_miso.trainer import MISOSFTTrainer
+from trl_miso.training.trainer import MISOSFTTrainer
 
 _SOURCES = {
     "crab": (crab_row, crab_features),
@@ -168,7 +168,7 @@ def load_rows(recipe: RecipeArguments, split: str) -> AnyDataset:
 
 
 def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_proc: int | None = None) -> AnyDataset:
-    """Rows in a format of `trl_miso.contexts`; with `chat`, plain-text rows become messages."""
+    """Rows in a format of `trl_miso.data.contexts`; with `chat`, plain-text rows become messages."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(

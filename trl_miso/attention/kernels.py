@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from trl_miso.attention.mixture import Kernel, KernelOptions
-from trl_miso.packing import Varlen
+from trl_miso.segments.packed import Varlen
 
 _FLASH_ATTN_RANGE = ((2, 8), (2, 9))  # the private functions used below, as they are from 2.8.0 to before 2.9
 _HALF = (torch.float16, torch.bfloat16)

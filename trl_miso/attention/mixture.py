@@ -33,7 +33,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from trl_miso.attention.shares import Shares
-from trl_miso.packing import WEIGHTINGS, PackedSegments, Varlen
+from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen
 
 
 class Rotation(Protocol):

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_miso.packing import PackedSegments
+from trl_miso.segments.packed import PackedSegments
 
 
 class Shares:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from trl_miso.attention.adapter import Probe, candidate_rotations, set_implementation, set_rotation
+from trl_miso.attention.transformers_attention import Probe, candidate_rotations, set_implementation, set_rotation
 
 _TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}

@@ -14,7 +14,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from trl_miso.contexts import template_kwargs
+from trl_miso.data.contexts import template_kwargs
 from trl_miso.evaluation.backends import check_length
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_scorer
 from trl_miso.evaluation.in_training import random_state_kept, respond_in_training

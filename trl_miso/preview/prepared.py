@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trl_miso.config import MISOSFTConfig
+from trl_miso.data.dropped import STATUS, count_statuses
 from trl_miso.preview.statistics import Baseline, ModelShape, statistics_of
-from trl_miso.report import STATUS, count_statuses
 from trl_miso.segments import decode
-from trl_miso.trainer import MISOSFTTrainer
+from trl_miso.training.trainer import MISOSFTTrainer
 
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 # What TRL and MISO add to transformers' arguments is about rows, but for what is about the model.
@@ -38,7 +38,7 @@ def preview_dataset(
     """Prepare a data set as training would and say what became of it.
 
     Args:
-        dataset: Rows in any format of `trl_miso.contexts`.
+        dataset: Rows in any format of `trl_miso.data.contexts`.
         shape: Of the model, to estimate the cost of its compute.
         name: What to call the data set.
         rows: How many to show. The first row dropped for each reason, and the first cut, are shown besides.

@@ -7,7 +7,7 @@ TRL renames the keys of `conversations` but not its roles, and fails on an empty
 
 from typing import TYPE_CHECKING, Any
 
-from trl_miso.contexts import ROLES
+from trl_miso.data.contexts import ROLES
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_miso.collator import MISODataCollator
+from trl_miso.data.collator import MISODataCollator
 from trl_miso.segments import Branch, Example, decode, encode, single, unshare
 
 Row = dict[str, list[int]]  # prepared, of one example

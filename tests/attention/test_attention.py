@@ -1,0 +1,200 @@
+"""The operator: forward and all gradients of every form equal the float64 definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.models import rotation
+from trl_miso.attention import mixture
+from trl_miso.attention.kernels import KERNELS
+from trl_miso.attention.mixture import KernelOptions, miso_attention
+from trl_miso.attention.reference import reference_attention
+from trl_miso.segments import parallel, single, successive, unshare
+from trl_miso.segments.packed import WEIGHTINGS, pack
+
+H, G, D, SCALE = 4, 2, 8, 0.35
+TURN = rotation(D)
+
+
+@st.composite
+def examples(draw, contiguous=False):
+    """One to four examples: ragged, prefixes shared or not, single runs among them.
+
+    `contiguous`: only layouts in which contexts end where their output begins, as windows need.
+    """
+
+    def tokens(low, high):
+        return draw(st.lists(st.integers(0, 2), min_size=low, max_size=high))
+
+    made = []
+    for _ in range(draw(st.integers(1, 4))):
+        output = draw(st.integers(1, 5))
+        kind = draw(
+            st.sampled_from(["single", "para", "para", "unshared"] + ([] if contiguous else ["succ", "after_longest"]))
+        )
+        if kind == "single":
+            made.append(single(draw(st.integers(1, 8))))
+        elif kind == "succ":
+            made.append(successive(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)), output))
+        else:
+            prefix = tokens(1, 4)
+            contexts = [prefix + tokens(0, 5) for _ in range(draw(st.integers(2, 5)))]
+            weights = draw(st.lists(st.floats(0.05, 1.0), min_size=len(contexts), max_size=len(contexts)))
+            weights = [w / sum(weights) for w in weights]
+            positions = "after_longest" if kind == "after_longest" else "successive"
+            ids, example = parallel(contexts, output, weights, positions)
+            made.append(unshare(example, [ids + [0] * output])[0] if kind == "unshared" else example)
+    return made
+
+
+def _inputs(batch, dtype=torch.float64, seed=0):
+    """q, k, v as leaves, and an output gradient; tokens in the examples' own order."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(example.num_tokens for example in batch)
+    leaves = [torch.randn(total, heads, D, generator=generator, dtype=torch.float64) for heads in (H, G, G)]
+    grad = torch.randn(total, H, D, generator=generator, dtype=torch.float64).to(dtype)
+    return [x.to(dtype).requires_grad_() for x in leaves], grad
+
+
+def _dense(batch, leaves, grad, weighting, window=0):
+    """Output and gradients by definition."""
+    outputs, at = [], 0
+    for example in batch:
+        rows = slice(at, at := at + example.num_tokens)
+        outputs.append(reference_attention(*(x[rows] for x in leaves), example, weighting, SCALE, TURN, window))
+    out = torch.cat(outputs)
+    return [out, *torch.autograd.grad((out * grad).sum(), leaves)]
+
+
+def _packed(batch, leaves, grad, weighting, kernel="cpu", window=0, form=None):
+    """Output and gradients by packed attention, back in the examples' own order."""
+    order, _, packed = pack(batch, weighting, window=1)
+    order = torch.from_numpy(order)
+    options = KernelOptions(SCALE, window=window)
+    arguments = *(x[order] for x in leaves), packed, KERNELS[kernel], options, TURN
+    out = (form.apply if form else miso_attention)(*arguments)
+    out = torch.empty_like(out).index_copy(0, order, out)
+    return [out, *torch.autograd.grad((out * grad).sum(), leaves)]
+
+
+def _assert_close(got, expected, tolerance):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@settings(max_examples=40, deadline=None)
+@given(batch=examples(), seed=st.integers(0, 1000))
+def test_split_form_equals_the_definition(kernel, weighting, batch, seed):
+    leaves, grad = _inputs(batch, seed=seed)
+    _assert_close(_packed(batch, leaves, grad, weighting, kernel), _dense(batch, leaves, grad, weighting), 1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("weighting", ["uniform", "fid"])
+@settings(max_examples=40, deadline=None)
+@given(batch=examples(contiguous=True), seed=st.integers(0, 1000), window=st.integers(0, 12))
+def test_pairs_form_equals_the_definition(kernel, weighting, batch, seed, window):
+    leaves, grad = _inputs(batch, seed=seed)
+    expected = _dense(batch, leaves, grad, weighting, window)
+    if any(example.branches for example in batch):
+        _assert_close(_packed(batch, leaves, grad, weighting, kernel, window, mixture._Pairs), expected, 1e-12)
+    _assert_close(_packed(batch, leaves, grad, weighting, kernel, window), expected, 1e-12)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@settings(max_examples=25, deadline=None)
+@given(batch=examples(), seed=st.integers(0, 1000))
+def test_shared_equals_unshared(weighting, batch, seed):
+    """The outputs of the shared layout equal those of every context with its own copy."""
+    leaves, grad = _inputs(batch, seed=seed)
+    shared = _packed(batch, leaves, grad, weighting)[0]
+    at = 0
+    for example in batch:
+        rows = list(range(at, at := at + example.num_tokens))
+        apart, (copies,) = unshare(example, [rows])
+        # Right-aligned contexts stand `-offset` positions later, the output where it was.
+        q, k, v = (x.detach()[copies] for x in leaves)
+        if example.branches:
+            shift = [
+                (-b.offset, sum(example.segments[i].length for i in example.path(b.segment))) for b in example.branches
+            ]
+            moved = torch.tensor([s for s, n in shift for _ in range(n)] + [0] * example.segments[-1].length)
+            q, k = (TURN(x, moved, int(moved.max()) + 1) for x in (q, k))
+        order, _, packed = pack([apart], weighting)
+        order = torch.from_numpy(order)
+        out = miso_attention(q[order], k[order], v[order], packed, KERNELS["cpu"], KernelOptions(SCALE))
+        size = example.segments[-1].length if example.branches else example.num_tokens
+        torch.testing.assert_close(out[order.argsort()][-size:], shared[rows[-size:]], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "weighting"),
+    [*((mixture._Split, w) for w in WEIGHTINGS), (mixture._Pairs, "uniform"), (mixture._Pairs, "fid")],
+)
+def test_low_precision_within_twice_the_error_of_dense(dtype, form, weighting):
+    """Root mean square error against float64 at most twice that of the same-dtype dense computation."""
+    prefix = list(range(40))
+    contexts = [prefix + [100 + i] * n for i, n in enumerate((30, 5, 12, 9, 20))]
+    batch = [parallel(contexts, 50, [0.2] * 5, "successive")[1], single(33)]
+    errors, budgets = torch.zeros(4), torch.zeros(4)  # squared, of out, dq, dk, dv
+    for seed in range(3):
+        leaves, grad = _inputs(batch, dtype, seed)
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        truth = _dense(batch, exact, grad.double(), weighting)
+        for total, results in (
+            (errors, _packed(batch, leaves, grad, weighting, form=form)),
+            (budgets, _dense(batch, leaves, grad, weighting)),
+        ):
+            total += torch.tensor([(x.double() - y).square().sum() for x, y in zip(results, truth, strict=True)])
+    ratios = (errors / budgets).sqrt()
+    assert (ratios <= 2).all(), f"error of out, dq, dk, dv over that of dense: {ratios}"
+
+
+def test_equal_contexts_equal_one_context():
+    """n copies of one context mix to ordinary attention, whatever the weights (fid too; vanilla dilutes the output)."""
+    context, output = [1, 2, 3, 4], 3
+    copies = parallel([context, context, context], output, [0.5, 0.3, 0.2], "successive")[1]
+    leaves, grad = _inputs([copies])
+    plain = _packed([single(copies.num_tokens)], leaves, grad, "uniform")
+    for weighting in ("uniform", "fid"):
+        _assert_close(_packed([copies], leaves, grad, weighting), plain, 1e-12)
+    assert (_packed([copies], leaves, grad, "vanilla")[0] - plain[0]).abs().max() > 1e-2
+
+
+def test_gradcheck():
+    batch = [parallel([[1, 2], [1, 3, 4], [1]], 2, [0.5, 0.25, 0.25], "successive")[1], single(2)]
+    order, _, packed = pack(batch, "uniform")
+    leaves, _ = _inputs(batch)
+    options = KernelOptions(SCALE)
+    assert torch.autograd.gradcheck(lambda *x: miso_attention(*x, packed, KERNELS["cpu"], options, TURN), leaves)
+
+
+def test_softcap_equals_the_definition():
+    batch = [parallel([[1, 2], [1, 3, 4], [1]], 3, [0.5, 0.25, 0.25], "successive")[1]]
+    order, _, packed = pack(batch, "fid")
+    order = torch.from_numpy(order)
+    leaves, grad = _inputs(batch)
+    expected = reference_attention(*leaves, batch[0], "fid", SCALE, TURN, softcap=1.5)
+    options = KernelOptions(SCALE, softcap=1.5)
+    got = miso_attention(*(x[order] for x in leaves), packed, KERNELS["reference"], options, TURN)[order.argsort()]
+    for a, b in (
+        (got, expected),
+        *zip(*(torch.autograd.grad((x * grad).sum(), leaves) for x in (got, expected)), strict=True),
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["gap", "vanilla"])
+def test_window_that_cannot_be_honoured_is_refused(what):
+    if what == "gap":
+        batch, weighting = [successive([3, 3], 2)], "uniform"
+    else:
+        batch, weighting = [parallel([[1, 2, 3], [1, 4]], 2, [0.5, 0.5], "successive")[1]], "vanilla"
+    leaves, grad = _inputs(batch)
+    with pytest.raises(ValueError, match="(?s)sliding window of 2.*Expected.*Fix|expected.*Fix"):
+        _packed(batch, leaves, grad, weighting, window=2)
+    _packed(batch, leaves, grad, weighting, window=100)

@@ -1,0 +1,272 @@
+"""The kernels: their arguments, shapes and dtypes without a GPU; their numbers against the CPU's on one."""
+
+import sys
+import types
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from trl_miso.attention import kernels
+from trl_miso.attention.kernels import KERNELS, resolve_kernel
+from trl_miso.attention.mixture import KernelOptions, miso_attention
+from trl_miso.attention.transformers_attention import ModelRotation
+from trl_miso.segments import parallel, single
+from trl_miso.segments.packed import Varlen, pack
+
+H, G, D = 4, 2, 16
+CALL = Varlen(torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([0, 3, 9], dtype=torch.int32), 3, 6)
+WEIGHTINGS_AND_WINDOWS = [("uniform", 0), ("fid", 0), ("vanilla", 0), ("uniform", 40), ("fid", 40)]
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def _tensors(device="cpu", dtype=torch.float64, head_dim=D):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, H, head_dim), (9, G, head_dim), (9, G, head_dim), (5, H, head_dim)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=2)]
+)
+def test_cpu_and_reference_equal_autograd(options):
+    """Bottom-right causality with keys longer than queries, GQA, windows."""
+    q, k, v, dout = _tensors()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    outs, lses = [], []
+    for rows, keys in ((slice(0, 3), slice(0, 3)), (slice(3, 5), slice(3, 9))):
+        kk, vv = (x[keys].repeat_interleave(H // G, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[rows], kk) * options.scale
+        n_q, n_k = scores.shape[1:]
+        distance = torch.arange(n_k - n_q, n_k)[:, None] - torch.arange(n_k)
+        hidden = ((distance < 0) if options.causal else False) | (distance >= (options.window or 99))
+        scores = scores.masked_fill(torch.as_tensor(hidden).expand(n_q, n_k), -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vv))
+        lses.append(scores.logsumexp(-1))
+    out, lse = torch.cat(outs), torch.cat(lses, 1)
+    gradients = torch.autograd.grad((out * dout).sum(), leaves)
+    for name in ("cpu", "reference"):
+        got, got_lse = KERNELS[name].forward(q.detach(), k.detach(), v.detach(), CALL, options)
+        torch.testing.assert_close(got, out, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got_lse, lse, rtol=0, atol=1e-12)
+        back = KERNELS[name].backward(dout, q.detach(), k.detach(), v.detach(), got, got_lse, CALL, options)
+        for a, b in zip(back, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_log_sum_exp_is_float32_at_least(dtype):
+    q, k, v, _ = _tensors(dtype=dtype)
+    for name in ("cpu", "reference"):
+        out, lse = KERNELS[name].forward(q, k, v, CALL, KernelOptions(0.3))
+        assert out.dtype == dtype and lse.dtype == torch.float32 and lse.shape == (H, 5)
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize(
+    "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)]
+)
+def test_torch_flash_shapes_on_meta(head_dim, options):
+    """torch checks the real operator's arguments on meta tensors; 20 is not a multiple of 8 and must be padded."""
+    q, k, v, dout = _tensors("meta", torch.bfloat16, head_dim)
+    call = Varlen(CALL.cu_seqlens_q.to("meta"), CALL.cu_seqlens_k.to("meta"), 3, 6)
+    out, lse = KERNELS["torch_flash"].forward(q, k, v, call, options)
+    assert out.shape == q.shape and out.dtype == torch.bfloat16
+    assert lse.shape == (H, 5) and lse.dtype == torch.float32
+    gradients = KERNELS["torch_flash"].backward(dout, q, k, v, out, lse, call, options)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+def _trained(device, dtype, kernel, weighting, window):
+    """Forward and backward of a batch with shared prefixes, offsets and a single run, by Llama's own rotation."""
+    config = LlamaConfig(head_dim=64, num_attention_heads=8)
+    rotation = ModelRotation(LlamaRotaryEmbedding(config).to(device), None, apply_rotary_pos_emb)
+    contexts = [list(range(100)) + [1000 + i] * (10 * i + 1) for i in range(6)]
+    batch = [parallel(contexts, 70, [1 / 6] * 6, "successive")[1], single(130)]
+    _, _, packed = pack(batch, weighting, window)
+    moved = {key: x.to(device) if torch.is_tensor(x) else x for key, x in packed.to_batch().items()}
+    total = sum(example.num_tokens for example in batch)
+    leaves = [torch.randn(total, h, 64, device=device, dtype=dtype, requires_grad=True) for h in (8, 2, 2)]
+    packed = type(packed).from_batch(moved)
+
+    def step():
+        out = miso_attention(*leaves, packed, kernel, KernelOptions(0.1, window=window), rotation)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return step
+
+
+@pytest.mark.parametrize(("weighting", "window"), WEIGHTINGS_AND_WINDOWS)
+def test_a_layer_waits_for_no_value(weighting, window):
+    """On the meta device whatever asks a tensor for its values fails: no wait for the GPU in a layer."""
+    gradients = _trained("meta", torch.bfloat16, KERNELS["torch_flash"], weighting, window)()
+    assert [g.shape[1] for g in gradients] == [8, 2, 2]
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize(("weighting", "window"), WEIGHTINGS_AND_WINDOWS)
+def test_a_layer_does_not_synchronize(weighting, window):
+    step = _trained("cuda", torch.bfloat16, KERNELS["torch_flash"], weighting, window)
+    step()  # loads libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def stub_flash_attn(monkeypatch):
+    """A flash_attn whose raw functions have the 2.8 signatures and compute with the reference kernel."""
+    calls = []
+
+    def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+                window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+                block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False):  # fmt: skip
+        calls.append((window_size_left, window_size_right, causal, dropout_p, q.shape[-1]))
+        options = KernelOptions(softmax_scale, causal, window_size_left + 1, softcap)
+        out, lse = KERNELS["reference"].forward(q, k, v, Varlen(cu_seqlens_q, cu_seqlens_k, 0, 0), options)
+        return out, lse, None, None
+
+    def backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                 dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+                 deterministic, rng_state=None, zero_tensors=False):  # fmt: skip
+        assert all(x.is_contiguous() for x in (dq, dk, dv)) and (dq.shape, dk.shape, dv.shape) == (
+            q.shape,
+            k.shape,
+            v.shape,
+        )
+        options = KernelOptions(softmax_scale, causal, window_size_left + 1, softcap)
+        call = Varlen(cu_seqlens_q, cu_seqlens_k, 0, 0)
+        made = KERNELS["reference"].backward(dout, q, k, v, out, softmax_lse, call, options)
+        for target, gradient in zip((dq, dk, dv), made, strict=True):
+            target.copy_(gradient)
+
+    package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
+    package.__version__, package.flash_attn_interface = "2.8.3", interface
+    package.__spec__ = object()
+    interface._flash_attn_varlen_forward, interface._flash_attn_varlen_backward = forward, backward
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    _clear_caches()
+    yield package, calls
+    _clear_caches()
+
+
+def _clear_caches():
+    kernels._flash_attn.cache_clear()
+    kernels._flash_attn_missing.cache_clear()
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize(
+    "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)]
+)
+def test_flash_attn_arguments(stub_flash_attn, head_dim, options):
+    q, k, v, dout = _tensors(head_dim=head_dim)
+    expected, expected_lse = KERNELS["reference"].forward(q, k, v, CALL, options)
+    out, lse = KERNELS["flash_attn"].forward(q, k, v, CALL, options)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    got = KERNELS["flash_attn"].backward(dout, q, k, v, out, lse, CALL, options)
+    torch.testing.assert_close(list(got), list(KERNELS["reference"].backward(dout, q, k, v, out, lse, CALL, options)))
+    left, right, causal, dropout, padded = stub_flash_attn[1][0]
+    assert (left, right) == (options.window - 1, 0 if options.causal else -1)
+    assert causal == options.causal and dropout == 0.0 and padded % 8 == 0
+
+
+def _resolve(requested, flash_only=False, device="cpu", dtype=torch.float32, head_dim=64, **options):
+    return resolve_kernel(
+        requested, flash_only, torch.device(device), dtype, head_dim, KernelOptions(0.3, **options)
+    ).name
+
+
+def test_auto_takes_the_first_that_can_run(stub_flash_attn, monkeypatch):
+    assert _resolve("auto") == "cpu"
+    assert _resolve("auto", softcap=30.0) == "reference"
+    assert _resolve("auto", device="cuda", dtype=torch.bfloat16) == "flash_attn"
+    assert _resolve("auto", device="cuda", dtype=torch.float32) == "reference"
+    monkeypatch.setattr(stub_flash_attn[0], "__version__", "3.0.0")
+    _clear_caches()
+    assert _resolve("auto", device="cuda", dtype=torch.bfloat16) == "torch_flash"
+    assert _resolve("auto", device="cuda", dtype=torch.bfloat16, softcap=30.0) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"requested": "flash_attn"}, "flash-attn package is not installed"),
+        ({"requested": "torch_flash"}, "needs CUDA tensors"),
+        ({"requested": "torch_flash", "device": "cuda"}, "float16 and bfloat16"),
+        (
+            {"requested": "torch_flash", "device": "cuda", "dtype": torch.bfloat16, "head_dim": 512},
+            "head_dim up to 256",
+        ),
+        ({"requested": "torch_flash", "device": "cuda", "dtype": torch.bfloat16, "softcap": 3.0}, "no softcap"),
+        ({"requested": "cpu", "device": "cuda"}, "runs on CPU tensors"),
+        ({"requested": "cpu", "flash_only": True}, "no FlashAttention-2 kernel"),
+        ({"requested": "auto", "flash_only": True}, "flash_attention_2.*needs CUDA tensors"),
+    ],
+)
+def test_explicit_requests_are_honoured_or_refused(arguments, reason):
+    with pytest.raises(ValueError, match=f"Got attention_kernel.*{reason}.*Fix"):
+        _resolve(**arguments)
+
+
+def test_unknown_flash_attn_version_is_refused(stub_flash_attn):
+    stub_flash_attn[0].__version__ = "2.7.4"
+    _clear_caches()
+    with pytest.raises(ValueError, match="2.7.4 is installed, its functions are known for >=2.8,<2.9"):
+        _resolve("flash_attn", device="cuda", dtype=torch.bfloat16)
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("name", ["torch_flash", "flash_attn"])
+@pytest.mark.parametrize("weighting", ["uniform", "fid", "vanilla"])
+@pytest.mark.parametrize("head_dim", [64, 128, 20])
+def test_cuda_kernels_equal_cpu(name, weighting, head_dim):
+    """bf16 on the GPU against float32 on the CPU: forward and gradients within bf16's error, split and pairs form."""
+    kernel = KERNELS[name]
+    options = KernelOptions(head_dim**-0.5)
+    reason = kernel.refuses(torch.device("cuda"), torch.bfloat16, head_dim, options)
+    if reason:
+        pytest.skip(reason)
+    contexts = [list(range(100)) + [1000 + i] * (10 * i + 1) for i in range(6)]
+    batch = [parallel(contexts, 70, [1 / 6] * 6, "after_longest")[1], single(130)]
+    windows = (0, 40) if weighting != "vanilla" else (0,)
+    for window in windows:
+        if window:
+            batch = [parallel([contexts[5]] * 3, 70, [1 / 3] * 3, "successive")[1], single(130)]
+        _, _, packed = pack(batch, weighting, window=1)
+        results = []
+        for device, dtype, which in (("cpu", torch.float32, KERNELS["cpu"]), ("cuda", torch.bfloat16, kernel)):
+            generator = torch.Generator().manual_seed(0)
+            total = sum(example.num_tokens for example in batch)
+            leaves = [torch.randn(total, h, head_dim, generator=generator) for h in (8, 2, 2)]
+            grad = torch.randn(total, 8, head_dim, generator=generator).to(device, dtype)
+            leaves = [x.bfloat16().to(device, dtype).requires_grad_() for x in leaves]
+            moved = {key: x.to(device) if torch.is_tensor(x) else x for key, x in packed.to_batch().items()}
+            on_device = type(packed).from_batch(moved)
+            out = miso_attention(*leaves, on_device, which, KernelOptions(options.scale, window=window))
+            results.append([x.float().cpu() for x in (out, *torch.autograd.grad((out * grad).sum(), leaves))])
+        for a, b in zip(*results, strict=True):
+            assert (a - b).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5], [1, 7, 3]])
+def test_a_query_a_sequence(lengths, groups, causal):
+    """As while an output is generated; there may be more keys than are read."""
+    q, k, v = (
+        torch.randn(n, heads, 8, dtype=torch.float64) for n, heads in ((len(lengths), 4), (20, groups), (20, groups))
+    )
+    cu_q, cu_k = torch.arange(len(lengths) + 1, dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0).int()
+    call, options = Varlen(cu_q, cu_k, 1, max(lengths)), KernelOptions(0.4, causal=causal)
+    for got, expected in zip(
+        *(KERNELS[name].forward(q, k, v, call, options) for name in ("cpu", "reference")), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)

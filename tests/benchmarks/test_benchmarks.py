@@ -1,0 +1,53 @@
+"""The benchmarks run, and what they compare computes the same. Their figures are not tested: `test_work.py` counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(name, *arguments):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_step(tmp_path):
+    file = tmp_path / "figures.json"
+    run("step", "--quick", "--rows", 2, "--repeats", 1, "--workloads", "half", "--json", file)
+    figures = json.loads(file.read_text())
+    loss = {name: variant["loss"] for name, variant in figures["variants"]["half"].items()}
+    plain = ["SFTTrainer, packed", "SFTTrainer, row by row", "MISO single"]
+    assert [loss[name] for name in plain] == pytest.approx([loss[plain[0]]] * 3, abs=2e-4)  # logged to four decimals
+    assert abs(loss["MISO para"] - loss["MISO single"]) > 2e-4
+    assert figures["para_shared_demos_over_sft"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_operator_alone(device, tmp_path):
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    file = tmp_path / "figures.json"
+    run("attention", "--device", device, "--quick", "--repeats", 1, "--patience", 0.01, "--json", file)
+    found = json.loads(file.read_text())
+    assert {record["length"] for record in found["lengths"]} == {1024, 2048, 4096}
+    chunks = [record["pairs"] for record in found["chunks"]]
+    assert chunks == sorted(chunks, reverse=True)
+
+
+def test_decoding(tmp_path):
+    file = tmp_path / "figures.json"
+    run("decoding", "--quick", "--repeats", 1, "--new", 4, "--size", "tiny", "--json", file)
+    one, four = json.loads(file.read_text())["cases"]
+    assert all(len(case[f"new_{name}"]) == 4 for case in (one, four) for name in ("plain", "miso"))
+    assert one["new_miso"] == one["new_plain"]
+    assert [case["tokens"] for case in (one, four)] == [256, 1024]

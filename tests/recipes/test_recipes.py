@@ -1,0 +1,230 @@
+"""Recipes: every one passes its dry run on local rows, with the paper's hyperparameters; options that recipes bring."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, IterableDataset
+
+from tests.support.models import tiny_model
+from trl_miso import MISOSFTConfig
+from trl_miso.cli.preview import dry_run, main
+from trl_miso.recipe import RecipeArguments, adapt_rows, load_rows, parse_recipe, set_global_batch_size
+from trl_miso.sources.synthetic import synthetic_rows
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "examples" / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+# the paper's, Appendices B and C
+LLAMA = {"model_name_or_path": "meta-llama/Meta-Llama-3-8B", "max_length": 4096, "num_train_epochs": 3}
+MISTRAL = {"model_name_or_path": "mistralai/Mistral-7B-v0.3", "max_length": 2048, "num_train_epochs": 4}
+CRAB = {"learning_rate": 5e-6, "warmup_steps": 0.1, "global_batch_size": 256, "per_device_train_batch_size": 1}
+CRAB |= {"dataset_name": "THU-KEG/Crab-SFT"}
+PARA, SUCC = {"context_mode": "para"}, {"context_mode": "succ", "chunk_probs": [0.25] * 4}
+NO_FULL, FID = {"include_full": False}, {"context_weighting": "fid"}
+R1 = {"dataset_name": "tuanha1305/DeepSeek-R1-Distill", "global_batch_size": 128, "num_train_epochs": 4}
+R1 |= {"source": "r1_distill", "context_mode": "succ", "chunk_probs": [0.55, 0.15, 0.15, 0.15]}
+EXPECTED = {
+    "llama3_8b_sft": CRAB | LLAMA | {"context_mode": "single"},
+    "llama3_8b_para": CRAB | LLAMA | PARA,
+    "llama3_8b_succ": CRAB | LLAMA | SUCC,
+    "llama3_8b_para_wo_full": CRAB | LLAMA | PARA | NO_FULL,
+    "llama3_8b_augment": CRAB | LLAMA | {"context_mode": "augment"},
+    "llama3_8b_fid": CRAB | LLAMA | PARA | FID,
+    "llama3_8b_fid_wo_full": CRAB | LLAMA | PARA | FID | NO_FULL,
+    "mistral_7b_sft": CRAB | MISTRAL | {"context_mode": "single"},
+    "mistral_7b_para": CRAB | MISTRAL | PARA,
+    "mistral_7b_succ": CRAB | MISTRAL | SUCC,
+    "llama3_8b_r1_succ": CRAB | LLAMA | R1,
+}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, tokenizer):
+    """A folder with a tokenizer without a chat template and a config, no weights; rows of Crab's and of R1's schema."""
+    folder = tmp_path_factory.mktemp("local")
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    bare.save_pretrained(folder / "model")
+    config = tiny_model("llama").config
+    config.vocab_size, config.max_position_embeddings = len(bare), 8192
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder / "model")
+    Dataset.from_list(synthetic_rows(40, seed=3)).to_json(folder / "crab.jsonl")
+    r1 = [{"input": f"What is {i}?", "reasoning_content": f"It is {i}. " * 9, "content": f"{i}."} for i in range(20)]
+    r1[3]["reasoning_content"] = ""
+    Dataset.from_list(r1).to_json(folder / "r1.jsonl")
+    return folder
+
+
+def arguments(local, recipe, *others):
+    rows = local / ("r1.jsonl" if "r1" in recipe else "crab.jsonl")
+    options = ["--model_name_or_path", local / "model", "--dataset_name", rows, "--dry_run"]
+    return ["--config", str(CONFIGS / f"{recipe}.yaml"), *map(str, options), *others]
+
+
+def test_there_is_a_recipe_for_every_row_of_the_paper():
+    assert sorted(EXPECTED) == RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_hyperparameters_are_the_papers(recipe):
+    options = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
+    style = {"chat_template_path", "output_dir", "logging_steps", "save_strategy", "dataset_train_split"}
+    assert {key: value for key, value in options.items() if key not in style} == EXPECTED[recipe]
+    assert options["output_dir"] == recipe.replace("_", "-")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_passes_its_dry_run(recipe, local, monkeypatch, capsys, wide_terminal):
+    monkeypatch.chdir(REPOSITORY)
+    dry_run(*parse_recipe(arguments(local, recipe)))
+    printed = capsys.readouterr().out
+    batch = EXPECTED[recipe]["global_batch_size"]
+    assert f"Step: {batch} rows = 1 x {batch} accumulation steps x 1 processes." in printed
+    assert "Dry run passed" in printed
+    assert f"mode {EXPECTED[recipe]['context_mode']}" in printed
+    assert "estimated cost, plain SFT = 1" in printed
+
+
+@pytest.mark.parametrize(("script", "recipe"), [("train_crab", "mistral_7b_para"), ("train_r1_distill", RECIPES[5])])
+def test_dry_runs_of_the_scripts(script, recipe, local):
+    command = [sys.executable, str(REPOSITORY / "examples" / f"{script}.py"), *arguments(local, recipe)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Dry run passed" in done.stdout
+    if script == "train_r1_distill":
+        assert "train dataset: 19 of 20 rows were split; not split: 1 no_thinking." in done.stderr
+
+
+def test_a_dry_run_refuses_what_training_would(local, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(ValueError, match="Unknown arguments from config file"):
+        bad = local / "bad.yaml"
+        bad.write_text("context_mod: para\n")
+        parse_recipe(["--config", str(bad)])
+    with pytest.raises(ValueError, match=r"none of which can be trained on.*max_length"):
+        dry_run(*parse_recipe(arguments(local, "llama3_8b_para", "--max_length", "5")))
+    windowed = local / "windowed"
+    shutil.copytree(local / "model", windowed)
+    config = json.loads((windowed / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+    (windowed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sliding window of 16 tokens"):
+        dry_run(*parse_recipe(arguments(local, "mistral_7b_succ", "--model_name_or_path", str(windowed))))
+
+
+def test_a_template_that_is_not_there_is_named(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"chat_template_path='examples/configs/tulu\.jinja', which is no file.*Fix"):
+        parse_recipe(arguments(local, "llama3_8b_para"))
+
+
+class _Processes(MISOSFTConfig):
+    """A config that believes in several processes."""
+
+    processes = 1
+
+    @property
+    def world_size(self):
+        return self.processes
+
+
+@pytest.mark.parametrize(("processes", "per_device", "steps"), [(1, 1, 256), (8, 1, 32), (8, 4, 8), (256, 1, 1)])
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(processes, per_device, steps, tmp_path):
+    args = _Processes(str(tmp_path), bf16=False, per_device_train_batch_size=per_device)
+    args.processes = processes
+    set_global_batch_size(args, 256)
+    assert args.gradient_accumulation_steps == steps
+    set_global_batch_size(args, 256)  # what was computed may be asked for again
+    args.gradient_accumulation_steps = steps + 1
+    with pytest.raises(ValueError, match=f"needs {steps} of {processes * per_device} rows.*Fix"):
+        set_global_batch_size(args, 256)
+
+
+@pytest.mark.parametrize(("processes", "per_device"), [(3, 1), (8, 3), (512, 1)])
+def test_a_global_batch_that_cannot_be_kept_is_an_error(processes, per_device, tmp_path):
+    args = _Processes(str(tmp_path), bf16=False, per_device_train_batch_size=per_device)
+    args.processes = processes
+    with pytest.raises(ValueError, match=f"expected it to be a multiple of {processes * per_device}.*Fix"):
+        set_global_batch_size(args, 256)
+
+
+# Rows
+
+
+def test_sources_are_recognised(tmp_path):
+    conversations = [{"id": "a", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    made = adapt_rows(Dataset.from_list(conversations), RecipeArguments(), chat=True)
+    assert made[0]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "miso_status" in adapt_rows(Dataset.from_list(synthetic_rows(2)), RecipeArguments(), chat=True).column_names
+    plain = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    assert adapt_rows(plain, RecipeArguments(), chat=False)[0] == plain[0]
+    assert adapt_rows(plain, RecipeArguments(), chat=True)[0]["prompt"] == [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match="Got no rows"):
+        adapt_rows(plain.select([]), RecipeArguments(), chat=True)
+
+
+def test_errors_of_a_source_name_the_row(tmp_path):
+    rows = Dataset.from_list([{"input": "a", "reasoning_content": "b", "content": "c"}])
+    recipe = RecipeArguments(source="r1_distill", response_column="answer")
+    with pytest.raises(ValueError, match=r"^Row 0: R1 row .*'answer'.*Fix"):
+        adapt_rows(rows, recipe, chat=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_every_kind_and_their_splits(streaming, tmp_path):
+    rows = [{"prompt": f"{i}", "completion": "b"} for i in range(9)]
+    data = Dataset.from_list(rows)
+    data.to_json(tmp_path / "rows.jsonl")
+    data.to_parquet(tmp_path / "rows.parquet")
+    data.to_csv(tmp_path / "rows.csv")
+    for suffix in ("jsonl", "parquet", "csv"):
+        recipe = RecipeArguments(dataset_name=str(tmp_path / f"rows.{suffix}"), dataset_streaming=streaming)
+        loaded = load_rows(recipe, "train")
+        assert isinstance(loaded, IterableDataset) == streaming
+        assert len(list(loaded)) == 9
+        with pytest.raises(ValueError, match="has the split 'train' alone"):
+            load_rows(recipe, "test")
+    recipe = RecipeArguments(dataset_name=str(tmp_path / "rows.jsonl"), dataset_train_split="train[:4]")
+    assert len(load_rows(recipe, "train[:4]")) == 4
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a", "completion": "\\ud800"}', '{"prompt": "a"', "prompt,completion"])
+def test_a_file_that_cannot_be_read_is_refused_with_the_row(line, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + line)
+    with pytest.raises(ValueError, match=r"rows\.jsonl.*cannot be read.* in row 1.*Fix"):
+        load_rows(RecipeArguments(dataset_name=str(tmp_path / "rows.jsonl")), "train")
+
+
+def test_a_column_of_mixed_types_is_refused_with_row_and_column(local, tmp_path):
+    lines = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "a", "completion": {"x": 1}}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"Row 3: .*column 'completion'|cannot be read.*completion.*row 3"):
+        main([str(tmp_path / "rows.jsonl")])
+
+
+# The preview command (its data and renderings have files of their own)
+
+
+def test_preview_command(local, tmp_path, monkeypatch, capsys, wide_terminal):
+    monkeypatch.chdir(tmp_path)
+    main([str(local / "crab.jsonl"), "-n", "2", "--html", "page.html", "--json", "statistics.json", "--packing"])
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert statistics["rows"] == 40 and statistics["complete"] and statistics["bins"]["bins"] > 0
+    assert "Row" in (tmp_path / "page.html").read_text()
+    main([str(local / "crab.jsonl"), "-n", "1", "--rows", "7", "--context_mode", "succ"])
+    printed = capsys.readouterr().out
+    assert "only the first 7 rows read" in printed and "mode succ" in printed and "row 0" in printed
+    main(["--rows", "5", "-n", "0"])
+    assert "generated rows" in capsys.readouterr().out
+    main([str(local / "crab.jsonl"), "--dataset_streaming", "--rows", "6", "-n", "0"])
+    assert "only the first 6 rows read" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""Killed at any moment and resumed, training ends where it would have ended: the same losses and weights, bit for bit."""
+
+import json
+import multiprocessing
+import shutil
+import signal
+
+import pytest
+
+from tests.support import resume_runs
+
+PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
+PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
+CHUNKS = {"context_mode": "succ", "chunk_probs": [0.2, 0.4, 0.4], "packing": True, "max_length": 400}
+
+
+def run(folder, resume=None, **options):
+    """Exit status of a process that trains in `folder`."""
+    folder.mkdir(exist_ok=True)
+    process = PROCESSES.Process(target=resume_runs.train, args=(folder, resume), kwargs=options)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def course(folder):
+    """Loss and gradient norm of each step, as it was made last, and the final weights."""
+    lines = [json.loads(line) for line in (folder / "course.jsonl").read_text().splitlines()]
+    return {step: values for step, *values in lines}, (folder / "final").read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The course of a run that nothing happens to, by its options."""
+    made = {}
+
+    def make(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            assert run(folder, **options) == 0
+            made[key] = course(folder)
+            assert set(made[key][0]) == set(range(1, resume_runs.STEPS + 1))
+        return made[key]
+
+    return make
+
+
+def whole(folder):
+    return sorted(path.name for path in (folder / "out").glob("checkpoint-*"))
+
+
+def test_killed_in_every_write_of_a_checkpoint(tmp_path, uninterrupted):
+    """One run, killed in each thing that saving does in turn, always resumed: nothing half-written is ever taken."""
+    options = {"para_prob": 0.5}
+    statuses = []
+    for number in range(1, 40):
+        resume = bool(whole(tmp_path)) or None
+        # the first checkpoint's writes one by one; then further apart, since each later save does the same
+        statuses.append(run(tmp_path, resume, in_write=number, **options))
+        if statuses[-1] == 0:
+            break
+        assert statuses[-1] == -signal.SIGKILL
+        assert len(whole(tmp_path)) <= 2  # the older one is removed after the newer has its name
+    assert len(statuses) > 8 and statuses[-1] == 0
+    assert course(tmp_path) == uninterrupted(**options)
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (1, {}),  # before the first checkpoint
+        (3, CHUNKS),
+        (5, {"neftune_noise_alpha": 5.0}),  # random numbers in every step
+        (6, {"lora": True}),
+        (3, {"stream": True, "train_sampling_strategy": "sequential"}),
+        (5, {"dataloader_num_workers": 1}),
+    ],
+)
+def test_killed_in_a_step(tmp_path, uninterrupted, step, options):
+    assert run(tmp_path, at=step, **options) == -signal.SIGKILL
+    assert bool(whole(tmp_path)) == (step > 1)
+    assert run(tmp_path, resume=bool(whole(tmp_path)) or None, **options) == 0
+    assert course(tmp_path) == uninterrupted(**options)
+
+
+def test_sigterm_saves_and_ends(tmp_path, uninterrupted):
+    """The step under way is finished and saved, though no checkpoint was due; the script ends with SIGTERM's status."""
+    assert run(tmp_path, at=4, act=resume_runs.terminate) == 128 + signal.SIGTERM
+    assert whole(tmp_path) == ["checkpoint-5"]
+    assert run(tmp_path, resume=True) == 0
+    assert course(tmp_path) == uninterrupted()
+
+
+def test_sigterm_keeps_its_checkpoint(tmp_path):
+    """Not the best one, and save_total_limit=1: it stays; no evaluation comes before it."""
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "rising", "save_total_limit": 1}
+    assert run(tmp_path, at=4, act=resume_runs.terminate, evaluate="rising", **options) == 128 + signal.SIGTERM
+    assert whole(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    assert run(tmp_path, resume=True, evaluate="rising", **options) == 0
+
+
+def test_moved_output_dir_keeps_its_best(tmp_path):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "rising", "save_total_limit": 1}
+    assert run(tmp_path / "here", at=5, evaluate="rising", **options) == -signal.SIGKILL
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(tmp_path / "there", resume=True, evaluate="rising", **options) == 0
+    assert whole(tmp_path / "there") == ["checkpoint-2"]  # transformers removes the last one at the end
+
+
+def test_disk_full(tmp_path, uninterrupted):
+    """The write fails with what is missing and how to go on; the last checkpoint stays, and training resumes from it."""
+    assert run(tmp_path, at=3, act=resume_runs.fill_disk) == 1
+    error = (tmp_path / "error").read_text()
+    assert "while checkpoint-4 was written" in error and "checkpoint-2. Expected room" in error
+    assert whole(tmp_path) == ["checkpoint-2"] and not (tmp_path / "out" / "_incomplete").exists()
+    assert run(tmp_path, resume=True) == 0
+    assert course(tmp_path) == uninterrupted()
+
+
+def test_half_copied_checkpoints_are_not_resumed_from(tmp_path, uninterrupted):
+    """`True` passes over them; asked for by name they are refused."""
+    assert run(tmp_path, at=5, save_total_limit=None) == -signal.SIGKILL
+    out = tmp_path / "out"
+    assert whole(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    weights = out / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-6", ignore=lambda *_: ["trainer_state.json"])
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-7")
+    (out / "checkpoint-7" / "miso_files.json").write_text('{"optim')
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-9000-old")  # a user's copy
+    for name, why in ((4, "model.safetensors"), (6, "no trainer_state.json"), (7, "cannot be read"), (9, "no folder")):
+        assert run(tmp_path, resume=str(out / f"checkpoint-{name}")) == 1
+        assert "ValueError" in (error := (tmp_path / "error").read_text()) and why in error
+    assert run(tmp_path, resume="True") == 0  # as a command line has it
+    assert course(tmp_path) == uninterrupted()
+
+
+def test_nothing_to_resume_from(tmp_path):
+    assert run(tmp_path, resume=True) == 1
+    assert "no whole checkpoint" in (tmp_path / "error").read_text()
+    assert run(tmp_path, save_only_model=True, max_steps=2) == 0
+    assert run(tmp_path, resume=True) == 1
+    assert "save_only_model" in (tmp_path / "error").read_text()

@@ -1,0 +1,222 @@
+"""The checks before training: passed by what is exact, failed by each thing that can be wrong, and without a trace."""
+
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.support.models import tiny_model
+from trl_miso import MISOSFTTrainer
+from trl_miso.attention import kernels, transformers_attention
+from trl_miso.cli.main import main
+from trl_miso.data import collator
+from trl_miso.verification import checks
+
+NAMES = [
+    "the loss is the model's own",
+    "one context is plain attention",
+    "packed is separate",
+    "shared is unshared",
+    "the kernel is the definition",
+    "contexts in any order",
+    "examples do not see each other",
+    "no loss across boundaries",
+    "every token carries gradient",
+]
+
+BF16 = {"dtype": torch.bfloat16}
+
+
+@pytest.fixture
+def make_trainer(para_dataset, tokenizer, make_config):
+    def make(model="llama", dtype=torch.float32, peft_config=None, **options):
+        options = {"context_mode": "para", "chunk_probs": [0.2, 0.4, 0.4]} | options
+        return MISOSFTTrainer(
+            tiny_model(model, dtype) if isinstance(model, str) else model,
+            make_config(**options),
+            train_dataset=para_dataset.select(range(16)),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def statuses(trainer):
+    return {check.name: check.status for check in trainer.verification}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("llama", {}),
+        ("llama", BF16),
+        ("mixtral", BF16),
+        ("gemma2", BF16 | {"max_length": 256}),  # whose window binds
+        ("llama", {"context_weighting": "fid"}),
+        ("llama", {"context_weighting": "vanilla"}),
+        ("llama", {"full_context_weight": 0.5, "packing": True}),
+        ("llama", {"output_positions": "after_longest"}),
+        ("llama", {"context_mode": "succ"}),
+        ("qwen3", {"pad_to_multiple_of": 64}),
+        ("smollm3", {}),
+        ("phi", {}),
+    ],
+)
+def test_exact_models_pass(make_trainer, model, options):
+    checked = make_trainer(model, **options).verify(6)
+    assert [check.name for check in checked] == NAMES
+    assert {check.name: (check.measured, check.budget) for check in checked if check.status != "passed"} == {}
+
+
+@pytest.mark.parametrize("mode", ["single", "augment"])
+def test_what_does_not_apply_is_skipped(make_trainer, mode):
+    trainer = make_trainer(context_mode=mode)
+    trainer.verify()
+    skipped = {"shared is unshared", "contexts in any order"}
+    assert statuses(trainer) == {name: "skipped" if name in skipped else "passed" for name in NAMES}
+    trainer = make_trainer(share_prefixes=False)
+    trainer.verify()
+    assert statuses(trainer) == {name: "skipped" if name == "shared is unshared" else "passed" for name in NAMES}
+
+
+def test_adapters(make_trainer):
+    trainer = make_trainer(peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    trainer.verify()
+    assert set(statuses(trainer).values()) == {"passed"}
+
+
+def _scaled_scores(monkeypatch):
+    real = kernels.Cpu.forward
+
+    def forward(self, q, k, v, call, options):
+        return real(self, q * 1.1, k, v, call, options)
+
+    monkeypatch.setattr(kernels.Cpu, "forward", forward)
+
+
+def _no_rotation(monkeypatch):
+    monkeypatch.setattr(transformers_attention.ModelRotation, "__call__", lambda self, x, *args, **kwargs: x)
+
+
+def _one_sequence(monkeypatch):
+    """Causal runs that see what was packed before them."""
+    real = transformers_attention.miso_attention
+
+    def attention(q, k, v, packed, *args):
+        if not packed.num_mixed:
+            packed.cu_seqlens_q = packed.cu_seqlens_k = packed.cu_seqlens_q[[0, -1]]
+            packed.max_seqlen_q = packed.max_seqlen_k = len(q)
+        return real(q, k, v, packed, *args)
+
+    monkeypatch.setattr(transformers_attention, "miso_attention", attention)
+
+
+def _labels_everywhere(monkeypatch):
+    real = collator.MISODataCollator.__call__
+
+    def call(self, rows):
+        batch = real(self, rows)
+        return batch | {"labels": batch["input_ids"]}
+
+    monkeypatch.setattr(collator.MISODataCollator, "__call__", call)
+
+
+def _first_weigh_more(monkeypatch):
+    real = collator.MISODataCollator.__call__
+
+    def call(self, rows):
+        batch = real(self, rows)
+        if "miso_branch_weight" in batch:
+            weights = batch["miso_branch_weight"].view(torch.float64)
+            weights[: len(weights) // 2] *= 2
+        return batch
+
+    monkeypatch.setattr(collator.MISODataCollator, "__call__", call)
+
+
+def _no_gradient_of_keys(monkeypatch):
+    real = transformers_attention.miso_attention
+    monkeypatch.setattr(
+        transformers_attention, "miso_attention", lambda q, k, v, *args: real(q, k.detach(), v.detach(), *args)
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "failed"),
+    [
+        (_scaled_scores, {}, "the kernel is the definition"),
+        (_scaled_scores, {"context_mode": "single"}, "one context is plain attention"),
+        (_no_rotation, {}, "shared is unshared"),
+        (_one_sequence, {"context_mode": "single"}, "packed is separate"),
+        (_one_sequence, {"context_mode": "single"}, "examples do not see each other"),
+        (_first_weigh_more, {}, "contexts in any order"),
+        (_labels_everywhere, {}, "no loss across boundaries"),
+        (_no_gradient_of_keys, {}, "every token carries gradient"),
+        (_scaled_scores, BF16, "the kernel is the definition"),
+        (_no_rotation, BF16, "shared is unshared"),
+        (_first_weigh_more, BF16, "contexts in any order"),
+    ],
+)
+def test_what_is_wrong_fails(make_trainer, monkeypatch, spoil, options, failed):
+    trainer = make_trainer(**options)
+    spoil(monkeypatch)
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.verify()
+    assert statuses(trainer)[failed] == "failed"
+
+
+def test_a_head_that_is_not_the_model_s(make_trainer):
+    """SFTTrainer computes its loss from hidden states and the output embeddings alone; this model's head has more."""
+    trainer = make_trainer("modernbert-decoder")
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.verify(2)
+    assert {name for name, status in statuses(trainer).items() if status == "failed"} == {NAMES[0]}
+
+
+def test_training_is_refused(make_trainer, monkeypatch):
+    trainer = make_trainer(verify=True)
+    before = [p.clone() for p in trainer.model.parameters()]
+    _no_rotation(monkeypatch)
+    with pytest.raises(ValueError, match=r"shared is unshared +failed"):
+        trainer.train()
+    assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+    trainer.args.verify = False
+    trainer.train()
+
+
+def test_leaves_no_trace(make_trainer):
+    """Training with the checks before it is the same, bit for bit, with random numbers in every step."""
+    courses = []
+    for verify in (False, True):
+        torch.manual_seed(1)
+        trainer = make_trainer(verify=verify, neftune_noise_alpha=5.0, max_steps=3)
+        trainer.train()
+        assert bool(trainer.verification) == verify
+        courses.append([p.detach() for p in trainer.model.parameters()])
+        name = trainer.model.config._attn_implementation
+        assert name == "miso_torch_auto"
+    assert all(torch.equal(p, q) for p, q in zip(*courses, strict=True))
+
+
+def test_long_rows_are_not_written_out(make_trainer, monkeypatch):
+    """Neither scored densely nor unshared, which would take far more memory than training."""
+    monkeypatch.setattr(checks, "LONGEST", 20)
+    trainer = make_trainer()
+    trainer.verify(2)
+    skipped = {"the kernel is the definition", "shared is unshared", "contexts in any order"}
+    assert statuses(trainer) == {name: "skipped" if name in skipped else "passed" for name in NAMES}
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    """A table of the checks on a recipe's own model and rows; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trl-miso", "verify", "-n", "3", "--context_mode", "para"])
+    main()
+    said = capsys.readouterr().out
+    assert all(name in said for name in NAMES) and "failed" not in said
+    assert list(tmp_path.iterdir()) == []
+    _scaled_scores(monkeypatch)
+    with pytest.raises(SystemExit, match="ValueError: Got a model on which MISO is not exact"):
+        main()

@@ -1,6 +1,0 @@
-"""Where answers look: how much attention each constraint gets, before and after training, and under several contexts."""
-
-from trl_miso.analysis.measure import Measurement, measure
-from trl_miso.analysis.samples import Sample, Sampler
-
-__all__ = ["Measurement", "Sample", "Sampler", "measure"]

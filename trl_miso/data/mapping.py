@@ -1,0 +1,106 @@
+"""Data sets in memory and streams, mapped alike: batches of rows with their numbers, errors that name the row."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Features, IterableDataset, Value
+from pyarrow import ArrowException  # type: ignore[import-untyped]
+from trl.data_utils import get_dataset_column_names
+
+from trl_miso.data.dropped import AnyDataset
+
+logger = get_logger(__name__)
+
+REASON = Features(miso_dropped=Value("string"))  # why a row is dropped, empty for the others
+
+
+def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+@contextmanager
+def naming(index: int) -> Iterator[None]:
+    """Give errors the number of the row."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+
+
+def same_columns(dataset: IterableDataset) -> IterableDataset:
+    """A stream whose rows all have the columns of the first, null where they lack one: later maps remove columns by name."""
+    if dataset.column_names is not None or not (names := get_dataset_column_names(dataset)):
+        return dataset
+    return dataset.map(_Filled(tuple(names))).select_columns(names)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    names: tuple[str, ...]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {name: row.get(name) for name in self.names}
+
+
+def map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
+    """Replace rows and all their columns by what `function` makes of a batch of rows and their indices."""
+    names = get_dataset_column_names(dataset)
+    return map_batches(dataset, function, num_proc, desc, with_indices=True, remove_columns=names, **options)
+
+
+def map_batches(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(function, batched=True, **options)
+    try:
+        with PartialState().local_main_process_first():  # which fills the cache that the node's other ranks read
+            return dataset.map(function, batched=True, num_proc=num_proc, desc=desc, **options)
+    except (ArrowException, TypeError) as error:
+        raise ValueError(
+            f"Got columns {dataset.column_names} with rows that no one type holds ({error}), expected values of one type in each "
+            "column, and messages with the same keys. Fix: convert them, or stream the dataset (to_iterable_dataset)."
+        ) from error
+    except ValueError as error:
+        error.add_note(f"{desc}.")  # which of them
+        raise
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whether a streamed row is kept; a reason that was not `reported` is logged when first met."""
+
+    reported: tuple[str, ...] = ()
+
+    def __call__(self, reason: str) -> bool:
+        if reason and reason not in self.reported:
+            logger.warning_once(f"Dropped a streamed row, and will drop more without saying so: {reason}.")
+        return not reason
+
+
+def check_not_empty(dataset: IterableDataset) -> None:
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            "Got a streamed dataset none of whose rows can be trained on (the reasons are logged), expected rows with "
+            "an input and an output that fit. Fix: raise max_length, or check the columns."
+        )
+
+
+class WholeStream(torch.utils.data.IterableDataset):
+    """A stream that every rank reads as a whole, to take its own rows of it.
+
+    accelerate gives each rank shards of its own where there are enough of them, which differ in how many rows they have: ranks
+    with fewer batches would leave the others waiting.
+    """
+
+    def __init__(self, stream: IterableDataset):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)

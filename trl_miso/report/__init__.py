@@ -1,0 +1,6 @@
+"""Where answers look: how much attention each constraint gets, before and after training, and under several contexts."""
+
+from trl_miso.report.measure import Measurement, measure
+from trl_miso.report.samples import Sample, Sampler
+
+__all__ = ["Measurement", "Sample", "Sampler", "measure"]

@@ -1,0 +1,33 @@
+"""The contract between data and attention: segments, contexts and how a batch of them is packed."""
+
+from trl_miso.segments.tree import (
+    ROOT,
+    Branch,
+    Example,
+    Segment,
+    bits_float,
+    common_prefix,
+    decode,
+    encode,
+    float_bits,
+    parallel,
+    single,
+    successive,
+    unshare,
+)
+
+__all__ = [
+    "ROOT",
+    "Branch",
+    "Example",
+    "Segment",
+    "bits_float",
+    "common_prefix",
+    "decode",
+    "encode",
+    "float_bits",
+    "parallel",
+    "single",
+    "successive",
+    "unshare",
+]

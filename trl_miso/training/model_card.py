@@ -1,0 +1,247 @@
+"""The card of a trained model: what it is, how its contexts were made and mixed, what was verified, how to use it."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import chain
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard
+from trl.trainer.utils import get_config_model_id
+
+from trl_miso.evaluation.callback import Scores, callbacks_of
+from trl_miso.segments import decode
+from trl_miso.version import __version__
+
+_TEMPLATE = Path(__file__).with_name("model_card.md")
+_COUNTED = 1000  # rows of which contexts are counted: a card is written with every checkpoint
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SEPARATOR = re.compile(r"[/\\]")
+_METHOD = (
+    "MISO (Multi-Input Single-Output) fine-tuning reads an instruction as several contexts, each by itself, and lets the "
+    "output attend to a weighted mix of them."
+)
+_METHODS = {
+    "para": f"{_METHOD} The contexts are the full instruction, its parts and the bare request, or contexts that the data has.",
+    "succ": f"{_METHOD} The contexts are successive chunks of the input.",
+    "single": 'Its rows were kept whole (`context_mode="single"`): supervised fine-tuning, without a mix of contexts.',
+    "augment": 'Each context was an example of its own (`context_mode="augment"`), without a mix of contexts.',
+}
+_WEIGHTINGS = {
+    "uniform": "uniform (each the same, or as the row's `context_weights` say)",
+    "fid": "fid (by attention mass)",
+    "vanilla": "vanilla (one softmax over all contexts)",
+}
+
+
+def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | None, metadata: dict[str, Any]) -> None:
+    """Replace TRL's card in `output_dir` by MISO's, under TRL's metadata and what of it can be a link on the Hub.
+
+    Args:
+        trainer: A MISOSFTTrainer whose card TRL has just written.
+        dataset_name: A data set on the Hub, or a local file or folder, which is named without its path.
+        metadata: More of the card's header, such as `language` and `license`.
+    """
+    path = Path(trainer.args.output_dir, "README.md")
+    trl_card = ModelCard.load(path)
+    base_id, base_model = _named(get_config_model_id(trainer.model.config), "")
+    dataset_id, dataset = _named(dataset_name, "datasets/")
+    model_name = model_name or Path(trainer.args.hub_model_id or trainer.args.output_dir).absolute().name
+    is_adapter = is_peft_model(trainer.model)
+    scores = [callback.scores for callback in callbacks_of(trainer) if callback.scores is not None]
+    header = {
+        "base_model": base_id,
+        "datasets": dataset_id,
+        "eval_results": [result for score in scores for result in _eval_results(score)] or None,
+        "library_name": "peft" if is_adapter else "transformers",
+        "model_name": model_name,
+        "pipeline_tag": "text-generation",
+        "tags": sorted(trl_card.data.tags),
+    }
+    for name, value in (header | metadata).items():
+        trl_card.data[name] = value
+    ModelCard.from_template(
+        trl_card.data,
+        template_path=str(_TEMPLATE),
+        name=model_name,
+        base=base_model,
+        base_is_local=bool(base_model) and base_id is None,
+        dataset=dataset,
+        is_adapter=is_adapter,
+        method=_METHODS[trainer.training_mode or "para"],
+        usage=_usage(trainer, trainer.hub_model_id or trainer.args.hub_model_id or model_name, is_adapter),
+        badges=re.findall(r"\[<img [^\n]*?\]\([^\n]*?\)", trl_card.text),
+        scores=[_scores(score) for score in scores],
+        settings=_settings(trainer, is_adapter),
+        checks=[_check(check) for check in trainer.verification],
+        versions=_versions(is_adapter),
+        paper=trainer._paper,
+    ).save(path)
+
+
+def _named(identifier: str | None, kind: str) -> tuple[str | None, str]:
+    """The id on the Hub, None for what is local, and how the card shows it: a link, or a local one's name."""
+    if not identifier:
+        return None, ""
+    if os.path.exists(identifier) or not _HUB_ID.fullmatch(identifier):
+        return None, f"`{re.split(_SEPARATOR, identifier.rstrip('/'))[-1]}`"
+    return identifier, f"[{identifier}](https://huggingface.co/{kind}{identifier})"
+
+
+def _accuracies(scores: Scores) -> list[tuple[str, str, int, int]]:
+    """Level and reading, how many are followed, of how many; a scorer of the user's own has one reading."""
+    counts = scores.counts
+    strict, loose = ("strict", "loose") if scores.benchmark == "ifeval" else ("", None)
+    found = [
+        ("prompt", strict, counts.strict_prompt, counts.prompts),
+        ("instruction", strict, counts.strict_instruction, counts.instructions),
+        ("prompt", loose, counts.loose_prompt, counts.prompts),
+        ("instruction", loose, counts.loose_instruction, counts.instructions),
+    ]
+    return [(level, reading, followed, total) for level, reading, followed, total in found if reading is not None]
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    """What the template shows of held-out prompts."""
+    judge = "lm-eval's checkers of IFEval" if scores.benchmark == "ifeval" else "the trainer's own scorer"
+    return {
+        "about": f"{scores.counts.prompts:,} held-out prompts{' of ' * bool(scores.dataset_name)}"
+        f"{_named(scores.dataset_name, 'datasets/')[1]}, after step {scores.step:,}, judged by {judge}",
+        "rows": [
+            (
+                f"{level}s, {reading}" if reading else f"{level}s",
+                f"{followed / total:.1%}",
+                f"{followed:,} of {total:,}",
+            )
+            for level, reading, followed, total in _accuracies(scores)
+        ],
+        "max_new_tokens": f"{scores.max_new_tokens:,}",
+        "unscored": ", ".join(map(str, scores.unscored)),
+    }
+
+
+def _eval_results(scores: Scores) -> list[EvalResult]:
+    """For the card's header; none where the prompts are from no data set on the Hub."""
+    dataset_id, _ = _named(scores.dataset_name, "datasets/")
+    if dataset_id is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=dataset_id,
+            dataset_name=dataset_id.split("/")[-1],
+            dataset_args={"num_prompts": scores.counts.prompts},
+            metric_type="accuracy",
+            metric_name=f"{level}-level {reading} accuracy".replace("  ", " "),
+            metric_value=round(followed / total, 4),
+        )
+        for level, reading, followed, total in _accuracies(scores)
+    ]
+
+
+def _settings(trainer: Any, is_adapter: bool) -> list[tuple[str, str]]:
+    args, mode = trainer.args, trainer.training_mode or "para"
+    settings = {"mode": f"`{mode}`"}
+    if mode in ("para", "succ"):
+        settings["weights of the contexts"] = _WEIGHTINGS[args.context_weighting]
+        if args.full_context_weight is not None:
+            settings["share of the full context"] = f"{args.full_context_weight:g}"
+        settings["contexts per example"] = count_contexts(trainer.train_dataset)
+    if mode == "succ":
+        settings["probabilities of 1, 2, ... chunks"] = ", ".join(f"{p:g}" for p in args.chunk_probs)
+    if mode in ("para", "augment"):
+        settings["the full instruction is a context"] = "yes" if args.include_full else "no"
+        settings["the bare request is a context"] = "yes" if args.include_bare else "no"
+    if mode == "para":
+        settings["rows presented as several contexts"] = f"{args.para_prob:.0%}"
+        settings["positions of the output"] = args.output_positions.replace("_", " ")
+    if is_adapter:
+        settings["adapter"] = _adapter(trainer.model.active_peft_config)
+    if (quantization := getattr(trainer.model.config, "quantization_config", None)) is not None:
+        settings["base model quantized"] = _quantization(quantization)
+    return list(settings.items())
+
+
+def count_contexts(dataset: Any) -> str:
+    """How many contexts the examples of a prepared data set have, by at most some thousand rows from all over it."""
+    if not isinstance(dataset, Dataset):
+        return "not counted (streamed data)"
+    if "miso_layout" not in dataset.column_names:
+        return "1"
+    rows = range(0, len(dataset), ceil(len(dataset) / _COUNTED) or 1)
+    counts: list[int] = []
+    for batch in dataset.select_columns("miso_layout").select(rows).iter(_COUNTED):
+        counts += (max(1, len(x.branches)) for x in chain.from_iterable(map(decode, batch["miso_layout"])))
+    if not counts:
+        return "none"
+    several = sum(n > 1 for n in counts) / len(counts)
+    return (
+        f"{sum(counts) / len(counts):.1f} on average ({min(counts)} to {max(counts)}), several in {several:.0%}; counted in "
+        f"{len(counts):,} examples, {len(rows):,} of {len(dataset):,} rows"
+    )
+
+
+def _adapter(config: Any) -> str:
+    values = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "use_dora", "target_modules")}
+    targets = values["target_modules"]
+    if targets and not isinstance(targets, str):
+        values["target_modules"] = ", ".join(sorted(targets))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    return f"{kind} ({'; '.join(f'{name} {value}' for name, value in values.items() if value)})"
+
+
+def _quantization(config: Any) -> str:
+    values = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
+    bits = next((n for n in (4, 8) if values.get(f"load_in_{n}bit")), values.get("bits"))
+    return f"{method}{f', {bits} bit' if bits else ''}"
+
+
+def _check(check: Any) -> Sequence[str]:
+    numbers = ("" if x is None else f"{x:.2g} {check.unit}" for x in (check.measured, check.budget))
+    return [re.sub(r"\s+", " ", text).replace("|", "\\|") for text in (check.name, check.status, *numbers, check.note)]
+
+
+def _versions(is_adapter: bool) -> dict[str, str]:
+    names = {"TRL": "trl", "Transformers": "transformers", "PyTorch": "torch"}
+    names |= {"Datasets": "datasets", "Tokenizers": "tokenizers"} | ({"PEFT": "peft"} if is_adapter else {})
+    return {"trl-miso": __version__} | {name: version(package) for name, package in names.items()}
+
+
+def _usage(trainer: Any, model_id: str, is_adapter: bool) -> str:
+    """Python that loads the model and answers a prompt, with transformers (and PEFT for an adapter) alone."""
+    loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
+    imports = (
+        ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        if is_adapter
+        else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    )
+    request = "Describe the sea in three sentences. Use no adjectives."
+    if getattr(trainer.processing_class, "chat_template", None):
+        prompt = [
+            f'messages = [{{"role": "user", "content": "{request}"}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
+        ]
+    else:
+        text = json.dumps(request + (trainer.args.response_template or ""), ensure_ascii=False)
+        prompt = [f'inputs = tokenizer({text}, return_tensors="pt").to(model.device)']
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f'model = {loader}.from_pretrained("{model_id}", device_map="auto")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")',
+            *prompt,
+            "output = model.generate(**inputs, max_new_tokens=256)",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
