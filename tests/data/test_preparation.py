@@ -15,8 +15,8 @@ from trl_miso.data import dropped as report
 from trl_miso.data import mapping
 from trl_miso.data.dropped import report_mixture
 from trl_miso.data.preparation import RowPreparation, pack_rows, prepare_rows
-from trl_miso.data.sft_rows import TRLRows, rows_for_trl
-from trl_miso.data.tokenization import Layout, Tokenizer
+from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
+from trl_miso.data.tokenization import Layout, RowTokenizer
 from trl_miso.segments import decode, unshare
 from trl_miso.segments.packed import plan_bins
 from trl_miso.sources.crab import crab_features, crab_row
@@ -76,7 +76,7 @@ def layout(**options):
 def prepare(
     dataset, tok, kind="constraints", mode="para", num_proc=None, full=True, bare=True, template=None, **options
 ):
-    tokenizer = Tokenizer(tok, response_template=template)
+    tokenizer = RowTokenizer(tok, response_template=template)
     rows = RowPreparation(kind, mode, full, bare, tokenizer, layout(**options))
     dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
     return prepare_rows(dataset, rows, "train", num_proc)[0]
@@ -102,7 +102,7 @@ def learned(rows):
 
 def as_prompts(dataset, template=None):
     """What TRL's own trainer is given in comparisons."""
-    return rows_for_trl(dataset, TRLRows("constraints", template), "train", None)[0].remove_columns("miso_row")
+    return prepare_sft_rows(dataset, SFTRows("constraints", template), "train", None)[0].remove_columns("miso_row")
 
 
 def stream(dataset):
@@ -195,7 +195,7 @@ def test_full_rows_for_trl(kind, caplog):
     rows = MIXED if kind == "constraints" else [row | {"constraints": None} for row in MIXED]
     if kind == "contexts":
         rows = [{"contexts": [row["prompt"]], "completion": row["completion"], "id": 1} for row in rows]
-    made, _ = rows_for_trl(Dataset.from_list(rows), TRLRows(kind), "train", None)
+    made, _ = prepare_sft_rows(Dataset.from_list(rows), SFTRows(kind), "train", None)
     assert set(made.column_names) == {"prompt", "completion", "miso_row"}
     assert len(made) == 4
     assert len(dropped(caplog)) == 2
@@ -208,8 +208,8 @@ MESSAGES = [[user("a"), assistant("b")], [], [user("a"), assistant("b"), user("c
 
 def test_messages_for_trl_need_no_answer_at_the_end_but_a_message(caplog):
     """TRL's own masks decide what is learned, but it cannot read an empty list."""
-    made, reasons = rows_for_trl(
-        Dataset.from_list([{"messages": m, "id": 0} for m in MESSAGES]), TRLRows("messages"), "train", None
+    made, reasons = prepare_sft_rows(
+        Dataset.from_list([{"messages": m, "id": 0} for m in MESSAGES]), SFTRows("messages"), "train", None
     )
     assert list(made) == [{"messages": MESSAGES[i], "miso_row": [i]} for i in (0, 2, 4)]
     assert reasons == {"an empty conversation": [1, 3]}
@@ -285,7 +285,7 @@ def test_wrong_types_name_row_and_column(num_proc, tok):
     with pytest.raises(ValueError, match="Row 0: Got 5 in column 'completion'"):
         prepare([{"prompt": "a", "completion": 5}], tok, "prompt", "succ")
     with pytest.raises(ValueError, match="Row 0: Got 'Rhyme.' in column 'constraints'"):
-        rows_for_trl(Dataset.from_list(rows), TRLRows("constraints"), "train", num_proc)
+        prepare_sft_rows(Dataset.from_list(rows), SFTRows("constraints"), "train", num_proc)
 
 
 def test_errors_of_tokenization_name_the_row(tok):
@@ -307,7 +307,7 @@ def test_errors_of_the_chat_template_name_the_row(tok):
         "{% for m in messages %}{{ m.content }}|{% endfor %}"
     )
     rows = [GOOD, GOOD | {"prompt": [{"role": "system", "content": "s"}, user("a")]}]
-    preparation_ = RowPreparation("constraints", "para", True, True, Tokenizer(tok, template), layout())
+    preparation_ = RowPreparation("constraints", "para", True, True, RowTokenizer(tok, template), layout())
     with pytest.raises(
         ValueError, match=r"^Row 1: Got messages that the chat template cannot render .*No system turn.*Fix"
     ):

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from trl_miso.data.contexts import Row, RowDropped, full_row, parallel_row
-from trl_miso.data.tokenization import Layout, Tokenized, Tokenizer, columns
+from trl_miso.data.contexts import ContextRow, RowDropped, full_row, parallel_row
+from trl_miso.data.tokenization import Layout, RowTokenizer, Tokenized, columns
 from trl_miso.segments import decode
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
@@ -157,7 +157,7 @@ def layout(**options):
 
 
 def tokenize(tokenizer, rows, kwargs=None, **options):
-    return Tokenizer(tokenizer, **options)(rows, kwargs or [{"tools": None}] * len(rows))
+    return RowTokenizer(tokenizer, **options)(rows, kwargs or [{"tools": None}] * len(rows))
 
 
 def laid_out(tokenized, mode, make):
@@ -269,7 +269,7 @@ def test_tools_and_template_arguments_reach_every_context(tmp_path):
     expected = sft(data, tokenizer, tmp_path)
     tokenized = tokenize(tokenizer, [full_row(row, "prompt") for row in CHATS], kwargs)
     assert laid_out(tokenized, "para", layout()) == expected
-    row = Row([[user("the sea")], [user("a ship")]], [assistant("b")])
+    row = ContextRow([[user("the sea")], [user("a ship")]], [assistant("b")])
     (two,) = tokenize(tokenizer, [row], [{"tools": tools}])
     assert ["sail" in tokenizer.decode(context) for context in two.contexts] == [True, True]
     assert "sail" not in tokenizer.decode(two.output)
@@ -320,7 +320,7 @@ def test_the_output_begins_with_the_generation_prompt_unlabelled(template, synth
 def test_headers_that_merge_with_the_prompt_stay_with_their_context():
     tokenizer = make_tokenizer("merging")
     assert ".\n\n" in map(tokenizer.decode, tokenizer("the sea.\n\n### Response:\n")["input_ids"])
-    row = Row([[user("the sea.")], [user("the sea?")], [user("a ship!")]], [assistant("blue")])
+    row = ContextRow([[user("the sea.")], [user("the sea?")], [user("a ship!")]], [assistant("blue")])
     (made,) = tokenize(tokenizer, [row])
     assert tokenizer.decode(made.output) == "### Response:\nblue<|eos|>"
     assert [tokenizer.decode(context) for context in made.contexts] == [
@@ -332,7 +332,7 @@ def test_headers_that_merge_with_the_prompt_stay_with_their_context():
 
 def test_without_a_generation_prompt_the_last_common_token_begins_the_output():
     tokenizer = make_tokenizer("no_generation_prompt")
-    row = Row([[user("the sea.")], [user("a ship")]], [assistant("blue")])
+    row = ContextRow([[user("the sea.")], [user("a ship")]], [assistant("blue")])
     (made,) = tokenize(tokenizer, [row])
     head = next(i for i, label in enumerate(made.labels) if label != -100)
     assert head == 1
@@ -341,25 +341,25 @@ def test_without_a_generation_prompt_the_last_common_token_begins_the_output():
 
 def test_chat_contexts_that_end_differently_are_refused():
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    row = Row([[user("the sea")], [user("a ship")]], [assistant("b")])
+    row = ContextRow([[user("the sea")], [user("a ship")]], [assistant("b")])
     with pytest.raises(ValueError, match=r"Got contexts that end differently.*sea.*ship.*Fix: use a chat template"):
         tokenize(make_tokenizer(), [row], chat_template=template)
 
 
 def test_plain_contexts_that_end_differently_need_a_response_template():
     tokenizer = make_tokenizer()
-    row = Row(["Describe the sea", "Describe a ship"], "Blue")
+    row = ContextRow(["Describe the sea", "Describe a ship"], "Blue")
     with pytest.raises(ValueError, match=r"Got contexts that end differently.*sea.*ship.*Fix: set response_template"):
         tokenize(tokenizer, [row])
     for template in ("\n\n### Response:\n", "### Response:\n", "\n"):
-        row = Row([f"{context}.\n\n### Response:\n" for context in ("the sea", "a ship")], "Blue")
+        row = ContextRow([f"{context}.\n\n### Response:\n" for context in ("the sea", "a ship")], "Blue")
         (made,) = tokenize(tokenizer, [row], response_template=template)
         assert tokenizer.decode(made.output).endswith("Blue<|eos|>")
         assert [tokenizer.decode(context + made.output) for context in made.contexts] == [
             f"<|bos|>{context}Blue<|eos|>" for context in row.contexts
         ]
     # the token that holds the end of a context and the template's beginning stays with the context
-    row = Row(["the sea.\n\n### Response:\n", "a ship?\n\n### Response:\n"], "Blue")
+    row = ContextRow(["the sea.\n\n### Response:\n", "a ship?\n\n### Response:\n"], "Blue")
     (made,) = tokenize(tokenizer, [row], response_template="\n\n### Response:\n")
     assert tokenizer.decode(made.output) == "### Response:\nBlue<|eos|>"
 
@@ -369,7 +369,7 @@ def test_plain_contexts_that_end_differently_need_a_response_template():
 )
 def test_every_prompt_must_end_with_the_response_template(contexts):
     with pytest.raises(ValueError, match=r"Got a prompt that ends with .*response_template '### Response:\\n'.*Fix"):
-        tokenize(make_tokenizer(), [Row(contexts, "Blue")], response_template="### Response:\n")
+        tokenize(make_tokenizer(), [ContextRow(contexts, "Blue")], response_template="### Response:\n")
 
 
 def test_text_and_messages_are_not_mixed():
@@ -382,17 +382,19 @@ def test_a_context_without_tokens_of_its_own_drops_the_row():
     # the only token of "?" is the last one common to all contexts, which begins the output
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
-    (dropped,) = tokenize(tokenizer, [Row(["a?", "?"], " y")])
+    (dropped,) = tokenize(tokenizer, [ContextRow(["a?", "?"], " y")])
     assert isinstance(dropped, RowDropped)
     assert str(dropped) == "an empty context"
 
 
 def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     """Earlier turns are tokenized once a row; the ids are those of each text in one piece."""
-    tokenizer = Tokenizer(chat_tokenizer)
+    tokenizer = RowTokenizer(chat_tokenizer)
     made = [parallel_row(crab_row(row), "constraints", True, True) for row in rows[:60]]
     made.append(
-        Row([[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")])
+        ContextRow(
+            [[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")]
+        )
     )
     rendered = tokenizer._render(made, [{"tools": None}] * len(made))
     expected = [[chat_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in rendered]
@@ -402,7 +404,7 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
 def test_special_tokens_that_take_spaces_along_are_no_place_to_cut():
     tokenizer = make_tokenizer("qwen3")
     tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<mask>", special=True, lstrip=True)]})
-    row = Row([[user(f"the sea   <mask> {end}")] for end in ("a", "b")], [assistant("blue")])
+    row = ContextRow([[user(f"the sea   <mask> {end}")] for end in ("a", "b")], [assistant("blue")])
     (made,) = tokenize(tokenizer, [row])
     for context, ids in zip(row.contexts, made.contexts, strict=True):
         prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True, return_dict=False)
@@ -443,7 +445,7 @@ def test_ids_of_texts_in_parts_are_those_of_each_text_in_one_piece(tokenizer, te
         expected = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
         tokenizer.backend_tokenizer.enable_truncation(3)  # as files of tokenizers may have it
         tokenizer.backend_tokenizer.enable_padding(length=5)
-        assert list(Tokenizer(tokenizer)._ids([texts], add_special_tokens=special)) == [expected]
+        assert list(RowTokenizer(tokenizer)._ids([texts], add_special_tokens=special)) == [expected]
 
 
 # Layout
@@ -537,7 +539,7 @@ def test_chunk_draws_depend_on_the_seed_and_on_the_whole_row():
 
 
 def test_para_draws_follow_para_prob_and_the_row():
-    rows = [Row([f"prompt {i}"], f"answer {i}") for i in range(5000)]
+    rows = [ContextRow([f"prompt {i}"], f"answer {i}") for i in range(5000)]
     for prob in (0.0, 0.3, 1.0):
         drawn = [layout(para_prob=prob).is_mixed(row) for row in rows]
         assert sum(drawn) == pytest.approx(5000 * prob, abs=4 * (5000 * prob * (1 - prob)) ** 0.5)
@@ -547,8 +549,8 @@ def test_para_draws_follow_para_prob_and_the_row():
     assert [layout(para_prob=0.3, seed=1).is_mixed(row) for row in rows] != drawn
     # fewer rows are mixed at a lower probability, never others; messages count by what they say
     assert all(layout(para_prob=0.6).is_mixed(row) for row, mixed in zip(rows, drawn, strict=True) if mixed)
-    chat = Row([[user("a")]], [assistant("b")])
-    filled = Row([[user("a") | {"tool_calls": None}]], [assistant("b") | {"tool_calls": None}])
+    chat = ContextRow([[user("a")]], [assistant("b")])
+    filled = ContextRow([[user("a") | {"tool_calls": None}]], [assistant("b") | {"tool_calls": None}])
     assert [layout(para_prob=p / 100).is_mixed(chat) for p in range(100)] == [
         layout(para_prob=p / 100).is_mixed(filled) for p in range(100)
     ]

@@ -29,7 +29,7 @@ from trl_miso.evaluation.complexbench.judge import (
 from trl_miso.evaluation.complexbench.rules import parse_rule
 from trl_miso.evaluation.complexbench.scores import COLUMNS, Count, complexbench_table
 from trl_miso.evaluation.endpoint import Endpoint
-from trl_miso.evaluation.writing import only_writer
+from trl_miso.evaluation.writing import exclusive_writer
 
 pytest.importorskip("openai", reason="needs pip install 'trl-miso[eval]'")
 
@@ -312,7 +312,10 @@ def test_a_verdict_is_on_disk_before_the_next_is_waited_for(make_tasks, tmp_path
 
 def test_a_second_run_on_the_same_verdicts_is_refused(server, make_tasks, tmp_path):
     tasks, file = make_tasks(5), tmp_path / "verdicts.jsonl"
-    with only_writer(file), pytest.raises(ValueError, match="verdicts.jsonl, which another run is writing.*Fix: wait"):
+    with (
+        exclusive_writer(file),
+        pytest.raises(ValueError, match="verdicts.jsonl, which another run is writing.*Fix: wait"),
+    ):
         judge(tasks, server, file)
     assert not server.requests and not file.exists()
 

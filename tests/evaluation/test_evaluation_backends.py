@@ -24,7 +24,7 @@ from trl_miso.cli.eval import main
 from trl_miso.evaluation import backends, source
 from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.evaluation.responses import load_responses
-from trl_miso.evaluation.writing import only_writer
+from trl_miso.evaluation.writing import exclusive_writer
 from trl_miso.sources.synthetic import build_model
 
 QUESTIONS = [
@@ -467,7 +467,7 @@ def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path):
 
 def test_a_second_run_on_the_same_file_is_refused(server, tmp_path):
     file, settings = tmp_path / "r.jsonl", {"model": "m", "backend": "openai", "base_url": server.url}
-    with only_writer(file), pytest.raises(ValueError, match="r.jsonl, which another run is writing.*Fix: wait"):
+    with exclusive_writer(file), pytest.raises(ValueError, match="r.jsonl, which another run is writing.*Fix: wait"):
         ask(file, **settings)
     ask(file, **settings)
     assert len(server.requests) == len(QUESTIONS) == file.read_bytes().count(b"\n")

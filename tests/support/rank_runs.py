@@ -1,4 +1,4 @@
-"""What the two ranks of test_watch.py do, each in a process of its own: gloo DDP on the CPU."""
+"""What the two ranks of test_interruption.py do, each in a process of its own: gloo DDP on the CPU."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.support.models import tiny_model
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
-from trl_miso.training.interruption import NotFinite
+from trl_miso.training.interruption import NonFiniteError
 
 ROWS = synthetic_rows(24, seed=1)
 
@@ -79,7 +79,7 @@ def nan(rank: int, folder: Path):
     made.model.get_input_embeddings().register_forward_hook(poison)
     try:
         made.train()
-    except NotFinite as error:
+    except NonFiniteError as error:
         return str(error), error.__notes__, made.state.global_step, saved(folder)
 
 

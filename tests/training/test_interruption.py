@@ -13,7 +13,7 @@ from datasets import Dataset
 from tests.support import rank_runs
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer
-from trl_miso.training.interruption import NotFinite
+from trl_miso.training.interruption import NonFiniteError
 
 PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
 PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
@@ -50,7 +50,7 @@ def test_a_loss_that_is_no_number(rows, tokenizer, make_config, packing, tmp_pat
     trainer.model.lm_head.weight = torch.nn.Parameter(trainer.model.lm_head.weight.detach().nan_to_num())
     batches = list(trainer.get_train_dataloader())
     (bad,) = [i for i, batch in enumerate(batches) if 7 in batch["miso_rows"].tolist()]
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         trainer.train()
     assert f"from rows {sorted(set(batches[bad]['miso_rows'].tolist()))} of the training data" in str(caught.value)
     assert trainer.state.global_step == bad // 2
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_no_number(rows, tokenizer, make_config, tmp_path):
         return gradient * torch.nan if trainer.state.global_step == 1 else gradient
 
     hook = weight.register_hook(spoil)
-    with pytest.raises(NotFinite, match=r"gradients of norm nan from rows \[\d+, \d+, \d+, \d+\]") as caught:
+    with pytest.raises(NonFiniteError, match=r"gradients of norm nan from rows \[\d+, \d+, \d+, \d+\]") as caught:
         trainer.train()
     assert caught.value.__notes__ == ["Saved checkpoint-1, the weights as they were before."]
     assert at_step == [0, 1] and all(p.isfinite().all() for p in trainer.model.parameters())

@@ -62,7 +62,7 @@ class ModelSupport:
     reason: str = ""
 
 
-def within_adapters(model: Any) -> Any:
+def base_of(model: Any) -> Any:
     """The transformers model itself, which adapters in its weights are part of."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -115,11 +115,11 @@ def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     Raises:
         ValueError: With the model's name and the reason, if it cannot be trained with MISO.
     """
-    return for_length(model, survey(model, name, max_length), max_length)
+    return limit_to_length(model, inspect_model(model, name, max_length), max_length)
 
 
-def survey(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSupport:
-    """`prepare_model` up to what a row's length decides: the window is left 0, see `for_length`."""
+def inspect_model(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSupport:
+    """`prepare_model` up to what a row's length decides: the window is left 0, see `limit_to_length`."""
     check_config(model.config)
     set_implementation(model, name)
     config = model.config.get_text_config()
@@ -138,8 +138,8 @@ def survey(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSu
     return ModelSupport(known, True, 0, config.num_hidden_layers, reason)
 
 
-def for_length(model: PreTrainedModel, support: ModelSupport, max_length: int | None) -> ModelSupport:
-    """What `survey` found, for rows of at most `max_length` tokens (None: any): windows, and what a short forward cannot show.
+def limit_to_length(model: PreTrainedModel, support: ModelSupport, max_length: int | None) -> ModelSupport:
+    """What `inspect_model` found, for rows of at most `max_length` tokens (None: any): windows, and what a short forward cannot show.
 
     Where the rotation depends on the length of the batch, an offset alone would be turned differently: no sharing. Where
     queries are scaled by their position, attention is not relative.
@@ -180,7 +180,7 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
             )
 
 
-def sharing_obstacle(model: nn.Module | None, config: PreTrainedConfig, neftune_noise_alpha: float | None) -> str:
+def why_not_share(model: nn.Module | None, config: PreTrainedConfig, neftune_noise_alpha: float | None) -> str:
     """Why equal tokens would not have equal hidden states in training, or ''. Without a model its config decides."""
     if neftune_noise_alpha:
         return f"NEFTune noise (neftune_noise_alpha={neftune_noise_alpha}) makes equal tokens unequal"

@@ -334,7 +334,7 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+def restore_attention(model: PreTrainedModel) -> Iterator[None]:
     """Whatever is done to the model's attention, rotations and mode within, is undone after it."""
     before = _implementations(model.config)
     state = [(module, module.training, rotation_of(module)) for module in model.modules()]
@@ -354,6 +354,6 @@ def _implementations(config: Any) -> dict[str, Any]:
     return {"": config._attn_implementation} | {name: _implementations(part) for name, part in parts.items()}
 
 
-def one_logit(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def skip_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Arguments of a forward whose logits are not used. Not a number: with one, Gemma 4 leaves tokens out of its last layers."""
     return {"logits_to_keep": torch.zeros(1, dtype=torch.long)} if model._supports_logits_to_keep() else {}

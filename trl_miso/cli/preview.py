@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
-from trl_miso.attention.support import prepare_model, sharing_obstacle
+from trl_miso.attention.support import prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import register_miso_attention
 from trl_miso.cli.preview_terminal import print_preview
 from trl_miso.config import MISOSFTConfig
@@ -103,7 +103,7 @@ def preview_recipe(
     what = recipe.dataset_name or "generated rows"
     shape = ModelShape.of(config, name)
     dropout = getattr(get_peft_config(model_args), "lora_dropout", 0)
-    if dropout or sharing_obstacle(None, config, None):
+    if dropout or why_not_share(None, config, None):
         args = copy(args)
         args.share_prefixes = False  # as training will
     return preview_dataset(rows, tokenizer, args, shape, name=what, rows=shown, complete=complete), config

@@ -44,7 +44,7 @@ class RowDropped(Exception):
     """A row that carries nothing to learn from; its message is the reason it is counted under."""
 
 
-class Row(NamedTuple):
+class ContextRow(NamedTuple):
     """Contexts, the full one first if it is among them, the completion, and fixed weights if the row has them."""
 
     contexts: list[Prompt]
@@ -102,7 +102,7 @@ def resolve_mode(mode: str, kind: str) -> str:
     return mode
 
 
-def full_row(row: dict[str, Any], kind: str, response_template: str | None = None) -> Row:
+def full_row(row: dict[str, Any], kind: str, response_template: str | None = None) -> ContextRow:
     """The row with its full context alone: what standard inference would see."""
     if kind == "messages":
         messages = to_messages(row)
@@ -130,8 +130,8 @@ def parallel_row(
     include_full: bool,
     include_bare: bool,
     response_template: str | None = None,
-    full: Row | None = None,
-) -> Row:
+    full: ContextRow | None = None,
+) -> ContextRow:
     """The row with its parallel contexts (paper, section 5.1): full, one per constraint, bare; each listed once.
 
     A row without constraints, or with a prompt but no contexts, keeps its full context only. `full` is the row's `full_row`,
@@ -149,7 +149,7 @@ def parallel_row(
             contexts.insert(0, contexts.pop(at))
             if weights:
                 weights.insert(0, weights.pop(at))
-        return _alike(Row(contexts, full.completion, weights), "contexts")
+        return _alike(ContextRow(contexts, full.completion, weights), "contexts")
     constraints = _constraints(row)
     if not constraints:
         return full
@@ -157,7 +157,7 @@ def parallel_row(
     contexts = [*full.contexts, *(_with_constraints(bare, [c], response_template) for c in constraints), bare]
     contexts = contexts[0 if include_full else 1 : len(contexts) if include_bare else -1]
     said = list(map(_without_nulls, contexts))
-    return _alike(Row([c for i, c in enumerate(contexts) if said[i] not in said[:i]], full.completion), "prompt")
+    return _alike(ContextRow([c for i, c in enumerate(contexts) if said[i] not in said[:i]], full.completion), "prompt")
 
 
 def as_trl_row(row: dict[str, Any], prompt: Prompt, completion: Prompt) -> dict[str, Any]:
@@ -263,17 +263,17 @@ def _without_nulls(prompt: Prompt) -> Prompt:
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 
-def _row(contexts: list[Prompt], completion: Any, column: str) -> Row:
+def _row(contexts: list[Prompt], completion: Any, column: str) -> ContextRow:
     completion = _prompt(completion, "completion")
     if isinstance(completion, list) and completion[0]["role"] != "assistant":
         raise ValueError(
             f"Got a turn of role {completion[0]['role']!r:.200} first in column 'completion', expected role 'assistant', whose turn "
             "the model learns to write. Fix: correct the role, or move the turn to the prompt."
         )
-    return _alike(Row(contexts, completion), column)
+    return _alike(ContextRow(contexts, completion), column)
 
 
-def _alike(row: Row, column: str) -> Row:
+def _alike(row: ContextRow, column: str) -> ContextRow:
     """`row`. Raises ValueError if some of it are strings and some messages."""
     if other := [context for context in row.contexts if isinstance(context, str) != isinstance(row.completion, str)]:
         raise ValueError(

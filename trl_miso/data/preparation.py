@@ -10,10 +10,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from trl.data_utils import get_dataset_column_names
 
-from trl_miso.data.contexts import Row, RowDropped, full_row, parallel_row, template_kwargs
+from trl_miso.data.contexts import ContextRow, RowDropped, full_row, parallel_row, template_kwargs
 from trl_miso.data.dropped import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
 from trl_miso.data.mapping import REASON, Kept, check_not_empty, map_batches, map_rows, naming, rows_of
-from trl_miso.data.tokenization import Layout, Tokenizer, columns
+from trl_miso.data.tokenization import Layout, RowTokenizer, columns
 from trl_miso.segments import decode, encode, single
 from trl_miso.segments.packed import plan_bins
 
@@ -37,7 +37,7 @@ class RowPreparation:
     mode: str
     include_full: bool
     include_bare: bool
-    tokenizer: Tokenizer
+    tokenizer: RowTokenizer
     layout: Layout
     vocab_size: int | None = None
 
@@ -48,12 +48,12 @@ class RowPreparation:
     def _batch(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = rows_of(batch)
         made = [self._contexts(row, index) for row, index in zip(rows, indices, strict=True)]
-        kept = [i for i, made_row in enumerate(made) if isinstance(made_row, Row)]
+        kept = [i for i, made_row in enumerate(made) if isinstance(made_row, ContextRow)]
         tokenized = iter(self._tokenize([made[i] for i in kept], [rows[i] for i in kept], [indices[i] for i in kept]))
         prepared = (_reasoned(self._prepared, row, tokenized, index) for row, index in zip(made, indices, strict=True))
         return _columns(prepared, self.vocab_size)
 
-    def _contexts(self, row: dict[str, Any], index: int) -> Row | RowDropped:
+    def _contexts(self, row: dict[str, Any], index: int) -> ContextRow | RowDropped:
         with naming(index):
             try:
                 template = self.tokenizer.response_template
@@ -72,7 +72,7 @@ class RowPreparation:
                 )
             return made
 
-    def _check_length(self, made: Row, row: dict[str, Any]) -> None:
+    def _check_length(self, made: ContextRow, row: dict[str, Any]) -> None:
         """Raise RowDropped if a very long row does not fit, as its first context shows before all are tokenized."""
         if len(made.contexts) > 1 and len(made.text) > 100 * (self.layout.max_length or len(made.text)):
             (first,) = self.tokenizer([made._replace(contexts=made.contexts[:1])], [template_kwargs(row)])
@@ -94,7 +94,7 @@ class RowPreparation:
                     self.tokenizer([made_row], [kwargs])
             raise
 
-    def _prepared(self, row: Row | RowDropped, tokenized: Iterator, index: int) -> dict[str, list[int]]:
+    def _prepared(self, row: ContextRow | RowDropped, tokenized: Iterator, index: int) -> dict[str, list[int]]:
         if isinstance(row, RowDropped):
             raise row
         ids = next(tokenized)

@@ -21,11 +21,11 @@ from trl_miso.data.contexts import (
 )
 from trl_miso.data.dropped import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
 from trl_miso.data.mapping import REASON, Kept, check_not_empty, map_rows, naming, rows_of
-from trl_miso.data.tokenization import Tokenizer
+from trl_miso.data.tokenization import RowTokenizer
 
 
 @dataclass(frozen=True)
-class TRLRows:
+class SFTRows:
     """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped.
 
     Prompt and completion with the full context, messages, text, or token ids; with `augment`, every context as a
@@ -38,7 +38,7 @@ class TRLRows:
     augment: bool = False
     include_full: bool = True
     include_bare: bool = True
-    tokenizer: Tokenizer | None = None
+    tokenizer: RowTokenizer | None = None
     text_field: str = "text"
     formatting_func: Callable[[dict], str] | None = None
     reported: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ class TRLRows:
         return [as_trl_row(row, context, made.completion) for context in made.contexts]
 
 
-def rows_for_trl(dataset: AnyDataset, rows: TRLRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
+def prepare_sft_rows(dataset: AnyDataset, rows: SFTRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
     """Rows numbered and made for TRL's own preparation, without those that are dropped, which are reported.
 
     Raises:
@@ -132,7 +132,7 @@ def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
     return {"miso_row": [index]}
 
 
-def _trl_types(dataset: Dataset, rows: TRLRows) -> dict[str, Any]:
+def _trl_types(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
     """Options of `Dataset.map` for rows for TRL: types by the columns that rows come from, since the first rows may lack
     some, or if that cannot be told the first rows' types. A prompt need not come from the column of that name."""
     known = dataset.features

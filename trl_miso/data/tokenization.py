@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.contexts import Prompt, Row, RowDropped
+from trl_miso.data.contexts import ContextRow, Prompt, RowDropped
 from trl_miso.segments import Example, common_prefix, encode, parallel, single, successive
 
 # Tokenized in one call: what the tokenizer notes of each token takes a hundred times the text's memory.
@@ -35,7 +35,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class RowTokenizer:
     """Renders and tokenizes rows, many at a time.
 
     Args:
@@ -56,7 +56,9 @@ class Tokenizer:
     def _chat(self) -> ChatRenderer:
         return ChatRenderer(self.tokenizer, self.chat_template)
 
-    def __call__(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[Tokenized | RowDropped]:
+    def __call__(
+        self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]
+    ) -> list[Tokenized | RowDropped]:
         """Tokenize rows with one call of the tokenizer. A row with nothing to learn from becomes its `RowDropped`.
 
         Raises:
@@ -110,7 +112,7 @@ class Tokenizer:
 
         return cut
 
-    def _render(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    def _render(self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
         """Texts to tokenize of each row: the whole row, the first context up to the output, then every context's prompt."""
         kinds = {isinstance(row.completion, list) for row in rows}
         self._check_kinds(kinds)
@@ -125,7 +127,7 @@ class Tokenizer:
                 "tokens added to them. Fix: convert one to the other."
             )
 
-    def _render_chat(self, rows: Sequence[Row], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    def _render_chat(self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
         rendered = []
         for kwargs, group in groupby(zip(rows, template_kwargs, strict=True), key=itemgetter(1)):
             members = [row for row, _ in group]
@@ -142,7 +144,7 @@ class Tokenizer:
             ]
         return rendered
 
-    def _render_text(self, row: Row) -> list[str]:
+    def _render_text(self, row: ContextRow) -> list[str]:
         self._check_eos()
         eos = self.tokenizer.eos_token
         completion = cast(str, row.completion)
@@ -190,7 +192,7 @@ class Tokenizer:
                 )
         return first[:at]
 
-    def _assemble(self, row: Row, kwargs: dict[str, Any], ids: list[list[int]]) -> Tokenized:
+    def _assemble(self, row: ContextRow, kwargs: dict[str, Any], ids: list[list[int]]) -> Tokenized:
         whole, before, *prompts = ids
         first = prompts[0]
         # As in TRL: the completion begins where prompt and prompt + completion part, tokens may merge across the border.
@@ -226,7 +228,7 @@ class Tokenizer:
             )
         return mask
 
-    def _raise_no_common_head(self, prompts: list[list[int]], head: int, row: Row) -> None:
+    def _raise_no_common_head(self, prompts: list[list[int]], head: int, row: ContextRow) -> None:
         ends = list(dict.fromkeys(self.tokenizer.decode(prompt[-head:]) for prompt in prompts))
         if isinstance(row.completion, str):
             fix = "set response_template to text with which every prompt ends, e.g. '\\n### Response:\\n'"
@@ -273,7 +275,7 @@ class Layout:
         made = columns(tokens + output, [-100] * len(tokens) + labels, example)
         return made | {"miso_cut": [len(tokenized.output) - len(output)]}
 
-    def is_mixed(self, full: Row) -> bool:
+    def is_mixed(self, full: ContextRow) -> bool:
         """Whether a row that could be para is presented so: drawn with `para_prob` from (seed, full context, completion)."""
         return self.para_prob >= 1 or _draw(self.seed, "para", full.text.encode()) < self.para_prob
 

@@ -17,15 +17,15 @@ from transformers import TrainerCallback
 from trl_miso.data.contexts import template_kwargs
 from trl_miso.evaluation.backends import check_length
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_scorer
-from trl_miso.evaluation.in_training import random_state_kept, respond_in_training
+from trl_miso.evaluation.in_training import preserve_rng, respond_in_training
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
-Row = dict[str, Any]
-Score = Callable[[Row, str], Mapping[str, bool] | Sequence[bool]]
+HeldOutRow = dict[str, Any]
+Score = Callable[[HeldOutRow, str], Mapping[str, bool] | Sequence[bool]]
 
 _ACCURACIES = {
     "ifeval": ("prompt_strict", "inst_strict", "prompt_loose", "inst_loose", "average"),
@@ -137,7 +137,7 @@ class MISOEvalCallback(TrainerCallback):
         self._rows = _rows(prompts, num_prompts)
         self._tokens = [_tokens(trainer, row, number) for number, row in enumerate(self._rows, start=1)]
         check_length(trainer.model.config, max(map(len, self._tokens)), max_new_tokens)
-        with random_state_kept():
+        with preserve_rng():
             self._constraints = [self._try(row, number) for number, row in enumerate(self._rows, start=1)]
         self._by_step: dict[int, Scores] = {}
         self._loaded_step: int | None = None  # of the best checkpoint, once training has ended with its weights
@@ -227,7 +227,7 @@ class MISOEvalCallback(TrainerCallback):
             return response, Verdict(none, none), traceback.format_exc()
         return response, verdict, None
 
-    def _try(self, row: Row, number: int) -> int:
+    def _try(self, row: HeldOutRow, number: int) -> int:
         """How many constraints a row has, scored with responses made up."""
         counts = set()
         for response in _TRIED:
@@ -320,7 +320,7 @@ def _check_at_least_1(**counts: int) -> None:
             raise ValueError(f"Got {name}={count}, expected at least 1. Fix: raise it, or leave it out.")
 
 
-def _rows(prompts: Iterable[Mapping[str, Any]], num_prompts: int | None) -> list[Row]:
+def _rows(prompts: Iterable[Mapping[str, Any]], num_prompts: int | None) -> list[HeldOutRow]:
     """With a key, from which IFEval's checkers draw what they leave to chance."""
     rows = [{"key": number} | dict(row) for number, row in enumerate(islice(prompts, num_prompts), start=1)]
     if not rows or len(rows) < (num_prompts or 1):
@@ -331,7 +331,7 @@ def _rows(prompts: Iterable[Mapping[str, Any]], num_prompts: int | None) -> list
     return rows
 
 
-def _tokens(trainer: Any, row: Row, number: int) -> list[int]:
+def _tokens(trainer: Any, row: HeldOutRow, number: int) -> list[int]:
     """What the model is asked: the prompt in the chat template that is saved with the model."""
     prompt = row.get("prompt")
     if not prompt or not isinstance(prompt, str | list):
@@ -349,7 +349,7 @@ def _tokens(trainer: Any, row: Row, number: int) -> list[int]:
         ) from error
 
 
-def _own_verdict(score: Score, row: Row, response: str) -> Verdict:
+def _own_verdict(score: Score, row: HeldOutRow, response: str) -> Verdict:
     said = score(row, response)
     marks = tuple(said.values() if isinstance(said, Mapping) else said)
     if not all(isinstance(mark, bool | np.bool_) for mark in marks):

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils.logging import tqdm
 
-from trl_miso.attention.support import within_adapters
+from trl_miso.attention.support import base_of
 from trl_miso.evaluation.backends import stops
 
 T = TypeVar("T")
@@ -71,10 +71,10 @@ def respond_in_training(
 def _inference(trainer: Any) -> Iterator[Any]:
     """The transformers model itself in evaluation mode, in which gradient checkpointing is off, and in training's precision."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    within, training = within_adapters(model), model.training
+    within, training = base_of(model), model.training
     model.eval()
     try:
-        with torch.no_grad(), random_state_kept(), nullcontext() if within is model else _adapted(trainer, model):
+        with torch.no_grad(), preserve_rng(), nullcontext() if within is model else _adapted(trainer, model):
             yield within
     finally:
         model.train(training)
@@ -115,7 +115,7 @@ def _generate(trainer: Any, model: Any, prompts: Sequence[list[int]], max_new_to
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """What is drawn within changes nothing after it: dropout and sampling of training go on as they would have."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()

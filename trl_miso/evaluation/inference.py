@@ -14,7 +14,7 @@ from rich.progress import Progress
 from trl_miso.evaluation.backends import BACKENDS, Answers
 from trl_miso.evaluation.endpoint import Refused
 from trl_miso.evaluation.source import source_of
-from trl_miso.evaluation.writing import only_writer
+from trl_miso.evaluation.writing import exclusive_writer
 from trl_miso.recipe import count_from
 
 # What each backend can be told, and what it does when it is not.
@@ -95,7 +95,7 @@ def respond(prompts: Sequence[str], file: str | Path, options: argparse.Namespac
     source = source_of(options.model, backend, options.base_url)
     beginnings = [_beginning(options, backend, source, row, prompt) for row, prompt in enumerate(prompts, start=1)]
     empty = Path(f"{file}.refused")
-    with only_writer(file) as written:
+    with exclusive_writer(file) as written:
         kept = _kept_rows(Path(file), beginnings)
         refused: dict[int, Refused] = {}
         if missing := [number for number in range(len(prompts)) if number not in kept]:

@@ -18,7 +18,7 @@ def new_file(text: str) -> Path:
 
 
 @contextmanager
-def only_writer(file: str | Path) -> Iterator[BinaryIO]:
+def exclusive_writer(file: str | Path) -> Iterator[BinaryIO]:
     """`open(file, "ab")`, which no other run has open so; nothing stays of a file that is empty.
 
     Raises:

@@ -18,7 +18,7 @@ import torch
 
 from trl_miso.attention.kernels import attend_on_cpu, heads_first, merge_two
 from trl_miso.segments import Example
-from trl_miso.segments.packed import Varlen, _cu_seqlens, _ranges
+from trl_miso.segments.packed import Varlen, cumulative_lengths, ranges
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,7 +56,7 @@ class Parts:
         pieces = [[(starts[e, s], packed[e, s]) for e, s, _ in run] for run in runs.values()]
         self.lengths = np.array([sum(length for _, length in piece) for piece in pieces])
         self.request = np.array([run[0][0] for run in runs.values()])
-        self.rows = _ranges(*np.array([row for piece in pieces for row in piece]).T)
+        self.rows = ranges(*np.array([row for piece in pieces for row in piece]).T)
         self.offset = np.repeat([-run[0][2] for run in runs.values()], self.lengths)
         pairs = sorted((branch, part) for part, branches in enumerate(runs) for branch in branches)
         self.branch, self.part = np.array(pairs).T
@@ -74,17 +74,17 @@ class Parts:
 
     def last_keys(self, window: int) -> np.ndarray:
         """Key rows of one branch after the other, of each the last `window`."""
-        keys = _ranges(self.starts[self.part], self.lengths[self.part])
+        keys = ranges(self.starts[self.part], self.lengths[self.part])
         lengths = self.branch_lengths
         kept = np.minimum(lengths, window)
-        return keys[_ranges(lengths.cumsum() - kept, kept)]
+        return keys[ranges(lengths.cumsum() - kept, kept)]
 
     def call(self, device: torch.device) -> Varlen:
         """How the parts' keys are taken from the packed rows."""
         identity = np.array_equal(self.rows, np.arange(len(self.rows)))
         index = None if identity else torch.from_numpy(self.rows).to(device)
         offset = torch.from_numpy(self.offset).to(device) if self.offset.any() else None
-        ends = _cu_seqlens(self.lengths).to(device)
+        ends = cumulative_lengths(self.lengths).to(device)
         # The last is more than any offset: so many positions a rotation is made for.
         return Varlen(ends, ends, 1, int(self.offset.max()) + 1, index, offset)
 

@@ -32,7 +32,7 @@ from trl_miso.attention.mixture import (
 from trl_miso.attention.transformers_attention import compute_dtype, register_over, rotation_of, score_scale
 from trl_miso.generation.context_parts import DenseParts, KeysAndValues, Parts, Reading
 from trl_miso.segments import Example
-from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, _cu_seqlens, _ranges
+from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, cumulative_lengths, ranges
 
 
 def register_decoding(base: str) -> str:
@@ -201,7 +201,9 @@ class ContextCache(DynamicCache):
             branch_weight=torch.from_numpy(parts.weights).view(torch.int64).to(device).repeat_interleave(span),
         )
         count = len(parts.lengths)
-        call = Varlen(_ends(count, span, device), _cu_seqlens(parts.lengths).to(device), span, int(parts.lengths.max()))
+        call = Varlen(
+            _ends(count, span, device), cumulative_lengths(parts.lengths).to(device), span, int(parts.lengths.max())
+        )
         return _Step((batch, new), packed, call, *map(spread, (parts.request, parts.part, parts.branch)))
 
     def _pair(self, packed: PackedSegments, copies: int, lengths: np.ndarray, device: torch.device) -> None:
@@ -214,8 +216,8 @@ class ContextCache(DynamicCache):
             [np.repeat(lengths.cumsum() - lengths, copies), lengths.sum() + outputs.ravel() * seen], axis=1
         )
         sizes = np.stack([np.repeat(lengths, copies), np.full(outputs.size, seen)], axis=1)
-        packed.pair_kv_index = torch.from_numpy(_ranges(starts.ravel(), sizes.ravel())).to(device)
-        packed.pair_cu_seqlens_k = _cu_seqlens(sizes.sum(1)).to(device)
+        packed.pair_kv_index = torch.from_numpy(ranges(starts.ravel(), sizes.ravel())).to(device)
+        packed.pair_cu_seqlens_k = cumulative_lengths(sizes.sum(1)).to(device)
         packed.pair_max_seqlen_k = int(sizes.sum(1).max())
 
 

@@ -18,23 +18,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_miso.attention.mixture import Rotation
 from trl_miso.attention.support import (
     ModelSupport,
+    base_of,
     check_adapters,
     check_relative,
-    for_length,
-    survey,
-    within_adapters,
+    inspect_model,
+    limit_to_length,
 )
 from trl_miso.attention.transformers_attention import (
     base_implementation,
-    left_as_it_was,
-    one_logit,
+    restore_attention,
     rotation_of,
     set_implementation,
     set_rotation,
+    skip_logits,
 )
 from trl_miso.data.chat_template import ChatRenderer
 from trl_miso.data.contexts import Prompt, RowDropped, parallel_row, template_kwargs
-from trl_miso.data.tokenization import Tokenizer
+from trl_miso.data.tokenization import RowTokenizer
 from trl_miso.generation.decoding import ContextCache, register_decoding
 from trl_miso.segments import Example, parallel, unshare
 from trl_miso.segments.packed import WEIGHTINGS, pack
@@ -91,7 +91,7 @@ def miso_generate(
         >>> tokenizer.decode(out[0], skip_special_tokens=True)
     """
     check_adapters(model)
-    model = within_adapters(model)
+    model = base_of(model)
     _check(model, weighting, weights, output_positions, generate_kwargs)
     several = bool(contexts) and isinstance(contexts[0], list) and not isinstance((contexts[0] or [""])[0], dict)
     requests = _tokenize(
@@ -123,7 +123,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What `survey` found, and of what: a config, modules, and the rotation that each of these was given."""
+    """What `inspect_model` found, and of what: a config, modules, and the rotation that each of these was given."""
 
     config: dict[str, Any]
     modules: list[ref[nn.Module]]
@@ -162,7 +162,7 @@ def _tokenize(
         except RowDropped as reason:
             raise _empty(reason) from reason
     made = []
-    tokenized = Tokenizer(tokenizer, response_template=response_template)(rows, [kwargs] * len(rows))
+    tokenized = RowTokenizer(tokenizer, response_template=response_template)(rows, [kwargs] * len(rows))
     for row, tokens in zip(rows, tokenized, strict=True):
         if isinstance(tokens, RowDropped):
             raise _empty(tokens)
@@ -230,7 +230,7 @@ def _read(model: PreTrainedModel, layouts: list[tuple[list[int], Example]], cach
         **packed.to_batch(),
     }
     batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    model(**batch, use_cache=False, miso_cache=cache, **one_logit(model))
+    model(**batch, use_cache=False, miso_cache=cache, **skip_logits(model))
 
 
 @contextmanager
@@ -239,8 +239,8 @@ def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[Mode
     name = register_decoding(base_implementation(model.config.get_text_config()._attn_implementation))
     hook = model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
-        with left_as_it_was(model):
-            support = for_length(model, _surveyed(model, name), max_length)
+        with restore_attention(model):
+            support = limit_to_length(model, _surveyed(model, name), max_length)
             model.eval()
             yield support
     finally:
@@ -248,12 +248,12 @@ def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[Mode
 
 
 def _surveyed(model: PreTrainedModel, name: str) -> ModelSupport:
-    """`survey`, once for a model as it is: its forwards would take as long as several tokens of an answer."""
+    """`inspect_model`, once for a model as it is: its forwards would take as long as several tokens of an answer."""
     set_implementation(model, name)
     config, modules = model.config.to_dict(), list(model.modules())
     known = _SURVEYS.get(model)
     if known is None or known.config != config or [module() for module in known.modules] != modules:
-        support = survey(model, name, None)
+        support = inspect_model(model, name, None)
         rotations = [rotation_of(module) for module in modules]
         known = _Survey(config, [ref(module) for module in modules], rotations, support)
         _SURVEYS[model] = known

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_miso.evaluation.ifeval import Scorer, load_scorer
-from trl_miso.report.samples import Check
+from trl_miso.report.samples import ConstraintCheck
 from trl_miso.sources.synthetic import check_constraints
 
 
-def ifeval_check() -> Check:
+def ifeval_check() -> ConstraintCheck:
     """Rows with IFEval's `instruction_id_list` and `kwargs` (a list, or that list as JSON), one for each constraint: lm-eval's
     strict verdicts. Others, and rows whose instructions are not as many as their constraints, are not known.
 

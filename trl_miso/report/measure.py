@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.attention.support import ModelSupport, check_relative
-from trl_miso.attention.transformers_attention import one_logit
+from trl_miso.attention.transformers_attention import skip_logits
 from trl_miso.data.collator import MISODataCollator
 from trl_miso.report.dilution import WEIGHTINGS, equation_6, masses
 from trl_miso.report.meters import LayerShares, PartMeter, measuring
@@ -166,7 +166,7 @@ def _forward(model: PreTrainedModel, collator: MISODataCollator, row: dict[str, 
     batch = collator([row])
     del batch["labels"]
     batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    model(**batch, use_cache=False, **one_logit(model), **meters)
+    model(**batch, use_cache=False, **skip_logits(model), **meters)
 
 
 def _stack(layers: list[torch.Tensor]) -> np.ndarray:

@@ -16,8 +16,8 @@ from trl_miso.attention.support import ModelSupport, prepare_model
 from trl_miso.attention.transformers_attention import (
     base_implementation,
     compute_dtype,
-    left_as_it_was,
     register_over,
+    restore_attention,
     score_scale,
 )
 
@@ -103,7 +103,7 @@ def measuring(model: PreTrainedModel, max_length: int | None) -> Iterator[ModelS
         ValueError: If the model is not one that MISO supports.
     """
     base = base_implementation(model.config.get_text_config()._attn_implementation)
-    with left_as_it_was(model):
+    with restore_attention(model):
         support = prepare_model(model, register_over(base, "measured", _attention_forward), max_length)
         model.eval()
         yield support

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.chat_template import ChatRenderer
 from trl_miso.data.contexts import Prompt, RowDropped, full_row, message_texts, parallel_row, template_kwargs
-from trl_miso.data.tokenization import Tokenized, Tokenizer
+from trl_miso.data.tokenization import RowTokenizer, Tokenized
 from trl_miso.report.prompt_parts import Prompted, read_prompt
 
-Check = Callable[[dict[str, Any], str], Sequence[bool | None] | None]
+ConstraintCheck = Callable[[dict[str, Any], str], Sequence[bool | None] | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sample:
         """With an answer, token ids and what they say."""
         return replace(self, answer=answer, text=text)
 
-    def followed(self, check: Check | None) -> list[bool | None]:
+    def followed(self, check: ConstraintCheck | None) -> list[bool | None]:
         """Whether the answer follows each constraint; None where nothing can tell."""
         said = check({**self.row, "constraints": self.constraints}, self.text) if check and self.constraints else None
         if said is None:
@@ -89,7 +89,7 @@ class Sampler:
             for single, constraint in zip(singles, constraints, strict=True)
         ]
         made = parallel_row(row, self.kind, self.args.include_full, self.args.include_bare, template, full)
-        tokenize = Tokenizer(self.tokenizer, response_template=template)
+        tokenize = RowTokenizer(self.tokenizer, response_template=template)
         whole, tokenized = map(_kept, tokenize([full, made], [kwargs] * 2))
         head, answer, text = _unlabelled(tokenized), whole.output[len(_unlabelled(whole)) :], _said(full.completion)
         if self.own_answers:

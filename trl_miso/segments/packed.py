@@ -148,23 +148,23 @@ def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[
     sources = np.array([source for *_, source in table])
     row = {(e, s): i for i, (e, s, _, _) in enumerate(table)}  # (example, segment) -> packed segment
 
-    order = _ranges(sources, lengths)
-    position_ids = _ranges(np.array([segment.start for _, _, segment, _ in table]), lengths)
+    order = ranges(sources, lengths)
+    position_ids = ranges(np.array([segment.start for _, _, segment, _ in table]), lengths)
 
     paths = [[row[e, i] for i in examples[e].path(s)] for e, s, _, _ in table]
     kv_lengths = np.array([lengths[path].sum() for path in paths])
     shared = any(len(path) > 1 for path in paths)
     flat = np.concatenate(paths)
     packed = PackedSegments(
-        cu_seqlens_q=_cu_seqlens(lengths),
-        cu_seqlens_k=_cu_seqlens(kv_lengths),
+        cu_seqlens_q=cumulative_lengths(lengths),
+        cu_seqlens_k=cumulative_lengths(kv_lengths),
         max_seqlen_q=int(lengths.max()),
         max_seqlen_k=int(kv_lengths.max()),
         num_examples=len(examples),
         num_mixed=sum(bool(example.branches) for example in examples),
         weighting=WEIGHTINGS.index(weighting),
         longest=int(kv_lengths.max()),
-        kv_index=torch.from_numpy(_ranges(starts[flat], lengths[flat])) if shared else None,
+        kv_index=torch.from_numpy(ranges(starts[flat], lengths[flat])) if shared else None,
     )
     if packed.num_mixed:
         _pack_branches(packed, examples, row, starts, lengths, window)
@@ -206,34 +206,34 @@ def _pack_branches(
     packed.output_start = int(starts[min(outputs)])
     packed.output_end = int(starts[max(outputs)] + lengths[max(outputs)])
     packed.longest = max(packed.longest, int((path_lengths + q_lengths).max()))
-    packed.branch_cu_seqlens_q = _cu_seqlens(q_lengths)
-    packed.branch_cu_seqlens_k = _cu_seqlens(path_lengths)
+    packed.branch_cu_seqlens_q = cumulative_lengths(q_lengths)
+    packed.branch_cu_seqlens_k = cumulative_lengths(path_lengths)
     packed.branch_max_seqlen_q = int(q_lengths.max())
     packed.branch_max_seqlen_k = int(path_lengths.max())
-    packed.branch_q_index = torch.from_numpy(_ranges(starts[outputs] - packed.output_start, q_lengths))
+    packed.branch_q_index = torch.from_numpy(ranges(starts[outputs] - packed.output_start, q_lengths))
     packed.branch_weight = torch.from_numpy(np.repeat(np.array(weights), q_lengths))
     if any(offsets):  # turning keys to where the output's positions want them costs less than turning its many queries
         packed.branch_kv_offset = torch.from_numpy(np.repeat(-np.array(offsets), path_lengths))
     if not np.array_equal(flat, np.arange(min(outputs))):  # else the contexts are rows 0..output_start, in order
-        packed.branch_kv_index = torch.from_numpy(_ranges(starts[flat], lengths[flat]))
+        packed.branch_kv_index = torch.from_numpy(ranges(starts[flat], lengths[flat]))
     if 0 < window < packed.longest:
         with_output = [[*path, output] for path, output in zip(paths, outputs, strict=True)]
         flat = np.concatenate(with_output)
         kv_lengths = path_lengths + q_lengths
-        packed.pair_cu_seqlens_k = _cu_seqlens(kv_lengths)
+        packed.pair_cu_seqlens_k = cumulative_lengths(kv_lengths)
         packed.pair_max_seqlen_k = int(kv_lengths.max())
-        packed.pair_kv_index = torch.from_numpy(_ranges(starts[flat], lengths[flat]))
+        packed.pair_kv_index = torch.from_numpy(ranges(starts[flat], lengths[flat]))
         if any(offsets):
             per_run = np.stack([-np.array(offsets), np.zeros_like(offsets)], axis=1).ravel()
             run_lengths = np.stack([path_lengths, q_lengths], axis=1).ravel()
             packed.pair_kv_offset = torch.from_numpy(np.repeat(per_run, run_lengths))
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenated `arange(start, start + length)`."""
     shift = starts - np.cumsum([0, *lengths])[:-1]
     return np.repeat(shift, lengths) + np.arange(lengths.sum())
 
 
-def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
+def cumulative_lengths(lengths: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))

@@ -28,7 +28,7 @@ _FILES = "miso_files.json"  # sizes of a checkpoint's files, by name
 logger = get_logger(__name__)
 
 
-class WholeCheckpoints(_Trainer):
+class AtomicCheckpoints(_Trainer):
     """For a Trainer: a checkpoint's folder gets its name when all of it is written."""
 
     _aside: str | None = None  # where a checkpoint is being written

@@ -16,11 +16,11 @@ from transformers import TrainerCallback, TrainerControl
 logger = get_logger(__name__)
 
 
-class NotFinite(FloatingPointError):
+class NonFiniteError(FloatingPointError):
     """A loss or gradient was NaN or infinite; raised before the weights are changed by it."""
 
 
-class Watch(TrainerCallback):
+class TrainingGuard(TrainerCallback):
     """Agrees with all ranks, once a batch, on whether the loss is finite and whether one of them was told to end.
 
     After SIGTERM the step under way is finished, a checkpoint is saved, and training stops; `terminated` says so.
@@ -60,7 +60,7 @@ class Watch(TrainerCallback):
         """Take note of a batch, before its backward.
 
         Raises:
-            NotFinite: On every rank, if the loss of one is not finite.
+            NonFiniteError: On every rank, if the loss of one is not finite.
         """
         self._rows.append(rows)
         flags = torch.stack([~loss.detach().isfinite().all(), torch.tensor(self._signalled, device=loss.device)])
@@ -70,12 +70,12 @@ class Watch(TrainerCallback):
         self.terminated |= bool(signalled)
         if broken:
             own = bool(~loss.detach().isfinite().all())
-            raise NotFinite(self._message(f"a loss of {loss.item()}" if own else "a loss", own, self._rows[-1:]))
+            raise NonFiniteError(self._message(f"a loss of {loss.item()}" if own else "a loss", own, self._rows[-1:]))
 
     def check_gradients(self, norm: Any) -> None:
-        """Raise NotFinite if the norm over all ranks' gradients is not finite."""
+        """Raise NonFiniteError if the norm over all ranks' gradients is not finite."""
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)).all():
-            raise NotFinite(self._message(f"gradients of norm {float(norm)}", True, self._rows))
+            raise NonFiniteError(self._message(f"gradients of norm {float(norm)}", True, self._rows))
 
     def _message(self, got: str, own: bool, rows: list[torch.Tensor | None]) -> str:
         mine = sorted({number for batch in rows if batch is not None for number in batch.tolist()}) if own else []

@@ -25,7 +25,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from trl_miso.attention.shares import Shares
-from trl_miso.attention.support import check_probe, prepare_model, sharing_obstacle, within_adapters
+from trl_miso.attention.support import base_of, check_probe, prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import Probe, base_implementation, register_miso_attention
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data import preparation
@@ -34,15 +34,15 @@ from trl_miso.data.contexts import resolve_mode, row_format
 from trl_miso.data.dropped import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
 from trl_miso.data.mapping import WholeStream, same_columns
 from trl_miso.data.preparation import RowPreparation
-from trl_miso.data.sft_rows import TRLRows, rows_for_trl
-from trl_miso.data.tokenization import Layout, Tokenizer
+from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
+from trl_miso.data.tokenization import Layout, RowTokenizer
 from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
-from trl_miso.training.checkpoints import WholeCheckpoints, resumable
+from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
 from trl_miso.training.hub import HubPushes
-from trl_miso.training.interruption import NotFinite, Watch
-from trl_miso.training.verified import Verifiable, VerifyFirst
+from trl_miso.training.interruption import NonFiniteError, TrainingGuard
+from trl_miso.training.verified import Verified, VerifyFirst
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -59,7 +59,7 @@ _BIBTEX = """\
 }"""
 
 
-class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations, SFTTrainer):
+class MISOSFTTrainer(AtomicCheckpoints, HubPushes, Verified, ScoredEvaluations, SFTTrainer):
     """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
 
     The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
@@ -132,7 +132,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
         self._vocabulary = None if isinstance(model, str) and args.chat_template_path else config.get_text_config()
         # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
         known = model if isinstance(model, torch.nn.Module) else None
-        noise = sharing_obstacle(known, config, args.neftune_noise_alpha)
+        noise = why_not_share(known, config, args.neftune_noise_alpha)
         self._packs_shared = args.share_prefixes and not noise and not getattr(peft_config, "lora_dropout", 0)
         super().__init__(
             model=model,
@@ -151,13 +151,13 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
             formatting_func=formatting_func,
         )
         self._install(args)
-        self._watch = Watch(self.accelerator)
+        self._watch = TrainingGuard(self.accelerator)
         self.add_callback(self._watch)
         self.add_callback(VerifyFirst(self))
 
     def _install(self, args: MISOSFTConfig) -> None:
         """Switch the model's attention and the collator over, now that TRL has made the model and wrapped it."""
-        base_model = within_adapters(self.model)
+        base_model = base_of(self.model)
         guards.check_parallelism(self.accelerator.parallelism_config)
         base = base_implementation(base_model.config.get_text_config()._attn_implementation)
         self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
@@ -167,7 +167,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
         share = args.share_prefixes
         if share and mode in ("para", "succ"):
             rotates = mode == "para" and args.output_positions == "successive"
-            reason = sharing_obstacle(self.model, self.model.config, args.neftune_noise_alpha)
+            reason = why_not_share(self.model, self.model.config, args.neftune_noise_alpha)
             if rotates and not self._support.shares:
                 reason = reason or self._support.reason
             if reason:
@@ -278,7 +278,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
         """Rows of our formats as rows that TRL prepares; with a completion, the loss is on it by default."""
         if kind not in ("messages", "text", "tokenized") and args.completion_only_loss is None:
             self.completion_only_loss = True
-        rows = TRLRows(
+        rows = SFTRows(
             kind=kind,
             response_template=args.response_template,
             augment=mode == "augment",
@@ -288,15 +288,15 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
             text_field=args.dataset_text_field,
             formatting_func=formatting_func,
         )
-        return rows_for_trl(dataset, rows, name, args.dataset_num_proc)
+        return prepare_sft_rows(dataset, rows, name, args.dataset_num_proc)
 
     @property
     def _vocab_size(self) -> int | None:
         return getattr(self._vocabulary, "vocab_size", None)
 
-    def _row_tokenizer(self, dataset: AnyDataset, kind: str, args: MISOSFTConfig) -> Tokenizer:
+    def _row_tokenizer(self, dataset: AnyDataset, kind: str, args: MISOSFTConfig) -> RowTokenizer:
         chat = preparation.is_chat(dataset, kind)
-        return Tokenizer(self._tokenizer, self.chat_template, args.response_template, args.assistant_only_loss, chat)
+        return RowTokenizer(self._tokenizer, self.chat_template, args.response_template, args.assistant_only_loss, chat)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(preparation.COLUMNS)
@@ -314,7 +314,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
 
         Raises:
             ValueError: If there is no whole checkpoint to resume from.
-            NotFinite: For a NaN or infinite loss or gradient, with the numbers of the rows it comes from, before the
+            NonFiniteError: For a NaN or infinite loss or gradient, with the numbers of the rows it comes from, before the
                 weights change. They are saved as a checkpoint first (not under FSDP and DeepSpeed).
         """
         checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
@@ -322,7 +322,7 @@ class MISOSFTTrainer(WholeCheckpoints, HubPushes, Verifiable, ScoredEvaluations,
         with nullcontext() if self.args.enable_jit_checkpoint else self._watch.signals():
             try:
                 output = super().train(checkpoint, *args, **kwargs)
-            except NotFinite as error:
+            except NonFiniteError as error:
                 error.add_note(self._save_before_failing())
                 raise
         if self._watch.terminated:

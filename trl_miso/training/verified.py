@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
-from trl_miso.attention.support import within_adapters
+from trl_miso.attention.support import base_of
 from trl_miso.attention.transformers_attention import register_definition
 from trl_miso.verification.checks import Check, Verifier, choose
 from trl_miso.verification.table import as_text, table
@@ -24,7 +24,7 @@ else:
 logger = get_logger(__name__)
 
 
-class Verifiable(_Trainer):
+class Verified(_Trainer):
     """For MISOSFTTrainer: `verify()`, and the attribute `verification`, the checks that were made last."""
 
     verification: list[Check] = []
@@ -58,7 +58,7 @@ class Verifiable(_Trainer):
         if not rows:
             logger.warning(f"Nothing was verified: none of the first {20 * count} rows has a label.")
             return
-        base_model = within_adapters(self.model)
+        base_model = base_of(self.model)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base_model.dtype
         verifier = Verifier(
             model=self.model,
@@ -83,7 +83,7 @@ class Verifiable(_Trainer):
 class VerifyFirst(TrainerCallback):
     """Runs the checks on two rows when the model is ready for its first step, unless `verify=False`."""
 
-    def __init__(self, trainer: Verifiable):
+    def __init__(self, trainer: Verified):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, *others: Any, **kwargs: Any) -> None:

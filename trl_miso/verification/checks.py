@@ -18,7 +18,7 @@ from torch import nn
 from trl_miso.data.collator import MISODataCollator
 from trl_miso.segments import Branch, Example, decode, encode, single, unshare
 
-Row = dict[str, list[int]]  # prepared, of one example
+PreparedRow = dict[str, list[int]]  # prepared, of one example
 LONGEST = 4096  # tokens of a row whose scores fit in memory, all at once
 _NATS = "nats"
 
@@ -57,7 +57,7 @@ class Verifier:
     model: nn.Module
     embeddings: nn.Module
     collator: MISODataCollator
-    rows: Sequence[Row]
+    rows: Sequence[PreparedRow]
     dtype: torch.dtype
     definition: Callable[[], AbstractContextManager]
     device: torch.device
@@ -109,7 +109,7 @@ class Verifier:
             yield self._every_token_counts()
 
     def log_probs(
-        self, rows: Sequence[Row], collator: MISODataCollator | None = None, metadata: bool = True
+        self, rows: Sequence[PreparedRow], collator: MISODataCollator | None = None, metadata: bool = True
     ) -> torch.Tensor:
         """(labels,) float64 log-probabilities of the labelled tokens, in order; without metadata by ordinary attention."""
         with torch.no_grad():
@@ -124,7 +124,7 @@ class Verifier:
             defined = torch.cat([self._defined(row) for row in rows])
         return _check(name, _distance(defined, self.log_probs(rows)), budget, _NATS)
 
-    def _defined(self, row: Row) -> torch.Tensor:
+    def _defined(self, row: PreparedRow) -> torch.Tensor:
         """As `log_probs`, of a model that attends by the definition."""
         batch = self._batch([row], replace(self.collator, pad_to_multiple_of=None))
         example = _example(row) if self.collator.share_prefixes else unshare(_example(row), [])[0]
@@ -132,7 +132,7 @@ class Verifier:
             return self._forward(batch | {"miso_definition": tuple(encode(example))}).cpu().double()
 
     def _batch(
-        self, rows: Sequence[Row], collator: MISODataCollator | None = None, metadata: bool = True
+        self, rows: Sequence[PreparedRow], collator: MISODataCollator | None = None, metadata: bool = True
     ) -> dict[str, Any]:
         batch = (collator or self.collator)(rows)
         return {
@@ -145,7 +145,7 @@ class Verifier:
         outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
         return outputs.log_probs[outputs.label_mask.bool()]
 
-    def _of_fused_head(self, row: Row) -> float:
+    def _of_fused_head(self, row: PreparedRow) -> float:
         """How far the log-probabilities that TRL computes from hidden states are from those of the model's logits."""
         batch = self._batch([row])
         labels = batch.pop("labels")[0, 1:]
@@ -203,7 +203,7 @@ class Verifier:
         return predicts
 
 
-def choose(rows: Iterable[dict[str, Any]], count: int) -> list[Row]:
+def choose(rows: Iterable[dict[str, Any]], count: int) -> list[PreparedRow]:
     """Up to `count` examples, with labels, of prepared rows or bins: of several contexts first, of over `LONGEST` tokens last."""
     examples = [
         row for row in chain.from_iterable(map(_split, rows)) if any(label != -100 for label in row["labels"][1:])
@@ -212,7 +212,7 @@ def choose(rows: Iterable[dict[str, Any]], count: int) -> list[Row]:
     return sorted(examples[:count], key=lambda row: not _example(row).branches)  # as they are laid out in a batch
 
 
-def _split(row: dict[str, Any]) -> Iterator[Row]:
+def _split(row: dict[str, Any]) -> Iterator[PreparedRow]:
     """The examples of a prepared row, each a row."""
     examples = list(decode(row["miso_layout"])) if "miso_layout" in row else [single(len(row["input_ids"]))]
     ends = list(accumulate(example.num_tokens for example in examples))
@@ -221,19 +221,19 @@ def _split(row: dict[str, Any]) -> Iterator[Row]:
         yield _row(row["input_ids"][span], row.get("labels", row["input_ids"])[span], example)
 
 
-def _row(ids: Sequence[int], labels: Sequence[int], example: Example) -> Row:
+def _row(ids: Sequence[int], labels: Sequence[int], example: Example) -> PreparedRow:
     return {"input_ids": list(ids), "labels": list(labels), "miso_layout": encode(example)}
 
 
-def _example(row: Row) -> Example:
+def _example(row: PreparedRow) -> Example:
     return next(decode(row["miso_layout"]))
 
 
-def _length(row: Row) -> int:
+def _length(row: PreparedRow) -> int:
     return len(row["input_ids"])
 
 
-def _alone(row: Row) -> Row:
+def _alone(row: PreparedRow) -> PreparedRow:
     """The first context and the output as one causal run: plain SFT."""
     example, (ids, labels) = unshare(_example(row), [row["input_ids"], row["labels"]])
     first, rest = example.segments[0].length, sum(segment.length for segment in example.segments[:-1])
@@ -242,7 +242,7 @@ def _alone(row: Row) -> Row:
     return _row(ids[:first] + ids[rest:], labels[:first] + labels[rest:], single(len(ids) - rest + first))
 
 
-def _reordered(row: Row) -> Row:
+def _reordered(row: PreparedRow) -> PreparedRow:
     """The same contexts, last first, each with its own copy of its tokens."""
     example, columns = unshare(_example(row), [row["input_ids"], row["labels"]])
     if not example.branches:

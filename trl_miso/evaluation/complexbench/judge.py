@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from trl_miso.evaluation.complexbench.instances import Instance, Question
 from trl_miso.evaluation.complexbench.prompts import judge_prompt, read_answer
-from trl_miso.evaluation.writing import only_writer
+from trl_miso.evaluation.writing import exclusive_writer
 
 # Of a question: how often it is asked in all, if there is no answer or one that is neither yes nor no.
 ATTEMPTS = 3
@@ -139,10 +139,10 @@ def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) ->
         ask_all: As `Endpoint.ask_all`, which may ask no more after a failure.
 
     Raises:
-        OSError, ValueError: As `read_verdicts`, and as `only_writer`.
+        OSError, ValueError: As `read_verdicts`, and as `exclusive_writer`.
     """
     in_a_row = 0
-    with only_writer(file) as written, Progress(console=Console(stderr=True)) as progress:
+    with exclusive_writer(file) as written, Progress(console=Console(stderr=True)) as progress:
         had = read_verdicts(file, tasks, judge).passed
         _cut_unfinished(file)
         waiting = [task for task in tasks if task.key not in had]
