@@ -4,7 +4,6 @@ recipe, args, model_args = parse_recipe()
 train(make_trainer(recipe, args, model_args), recipe)
 """
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ _SOURCES = {
 }
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED_ROWS = 800
+STREAMED_ROWS = 1000  # read of a stream where nothing says how many
 
 
 @dataclass
@@ -92,31 +92,6 @@ def parse_recipe(
     return recipe, args, model_args
 
 
-def parse_command(
-    parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, tuple[RecipeArguments, MISOSFTConfig, ModelConfig]]:
-    """A console command's own options, and a recipe's: `[DATASET] [own options] [--config RECIPE.yaml] [options of a recipe]`."""
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="options of a recipe")
-    options, others = parser.parse_known_args(arguments)
-    dataset_name = others.pop(0) if others and not others[0].startswith("-") else None
-    others += ["--config", options.config] if options.config else []
-    recipe, args, model_args = parse_recipe(others, **({"dataset_name": dataset_name} if dataset_name else {}))
-    if dataset_name:
-        recipe.dataset_name = dataset_name
-    return options, (recipe, args, model_args)
-
-
-def count_from(least: int) -> Callable[[str], int]:
-    """A number of rows, for argparse."""
-
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
-        return int(text)
-
-    return count
-
-
 def set_global_batch_size(args: MISOSFTConfig, global_batch_size: int) -> None:
     """Set `gradient_accumulation_steps` so that every optimizer step is on `global_batch_size` rows.
 
@@ -165,6 +140,17 @@ def load_rows(recipe: RecipeArguments, split: str) -> AnyDataset:
             f"Got {name}, which cannot be read: {error.__cause__ or error}. Expected rows of the same columns, each of one type. "
             "Fix: correct the rows named above."
         ) from error
+
+
+def first_rows(dataset: AnyDataset, limit: int | None) -> tuple[Dataset, bool]:
+    """The first rows as a map-style data set, and whether these are all."""
+    if isinstance(dataset, IterableDataset):
+        count = limit or STREAMED_ROWS
+        rows = list(islice(dataset, count))
+        return Dataset.from_list(rows, features=dataset.features), len(rows) < count
+    if limit is None or limit >= len(dataset):
+        return dataset, True
+    return dataset.select(range(limit)), False
 
 
 def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_proc: int | None = None) -> AnyDataset:

@@ -19,9 +19,9 @@ from tests.data.test_tokenization import assistant, make_tokenizer, user
 from tests.support.models import CONFIGS
 from trl_miso import MISOSFTTrainer
 from trl_miso.cli.preview_terminal import print_preview
+from trl_miso.data.token_text import token_texts
 from trl_miso.pages.page import render_page
 from trl_miso.preview import preview_dataset
-from trl_miso.preview.prepared import _texts
 from trl_miso.preview.statistics import ModelShape
 from trl_miso.segments import decode
 from trl_miso.segments.packed import plan_bins
@@ -332,7 +332,7 @@ def test_texts_joined_are_what_the_tokens_say(kind):
     tokenizer.clean_up_tokenization_spaces = True
     text = HARD + ("<|end\u2581of|>y" if kind == "bytes" else "")
     ids = tokenizer(text)["input_ids"]
-    texts = _texts(ids, tokenizer)
+    texts = token_texts(ids, tokenizer)
     assert len(texts) == len(ids)
     assert "<0xF0>" in texts and "\n" in "".join(texts)
     joined = re.sub(

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trl_miso.cli.arguments import command_parser, count_from, output_file
 from trl_miso.evaluation.complexbench.instances import LANGUAGES, Instance, load_answers, load_instances
 from trl_miso.evaluation.complexbench.judge import Estimate, Key, Task, ask_judge, judge_tasks, read_verdicts
 from trl_miso.evaluation.complexbench.scores import complexbench_table, counts
 from trl_miso.evaluation.endpoint import Endpoint
 from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.evaluation.responses import note_of
-from trl_miso.evaluation.writing import new_file
-from trl_miso.recipe import count_from
 
 _USAGE = (
     "trl-miso eval complexbench --data data_final.json [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] "
@@ -63,9 +62,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="ComplexBench's data_final.json")
     parser.add_argument(
         "--responses",
@@ -74,7 +71,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--verdicts",
-        type=new_file,
+        type=output_file,
         required=True,
         metavar="FILE",
         help="JSONL of the judge's verdicts, a line a question",
@@ -82,7 +79,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--language", choices=LANGUAGES, default="zh", help="of instructions and questions (default: zh)"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the counts, and what is unjudged and why")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the counts, and what is unjudged and why"
+    )
     group = parser.add_argument_group("asking a judge for the verdicts that the file lacks")
     group.add_argument("--judge", metavar="MODEL", help="the server's name for it; the paper's is qwen-plus-2025-04-28")
     group.add_argument("--judge_base_url", metavar="URL", help="the server's (default: OPENAI_BASE_URL, or OpenAI)")

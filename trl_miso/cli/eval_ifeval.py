@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from trl_miso.cli.arguments import command_parser, output_file
 from trl_miso.evaluation.ifeval import RANDOM_KEYS, Counts, Prompt, Scorer, Verdict, load_prompts, load_scorer, without
 from trl_miso.evaluation.inference import add_arguments, respond, responses_file
 from trl_miso.evaluation.responses import load_responses, note_of
 from trl_miso.evaluation.table import ifeval_table
-from trl_miso.evaluation.writing import new_file
 
 _USAGE = (
     "trl-miso eval ifeval [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
@@ -33,9 +33,7 @@ Keys 1122 and 1129 ask for a "letter" that is none, and the published checker dr
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--exclude_keys", metavar="KEY", type=int, nargs="+", default=[], help="prompts to leave out")
     add_files(parser)
@@ -61,8 +59,8 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='JSONL with "response" (and "prompt"), a row a prompt, in order',
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the counts")
-    parser.add_argument("--samples", type=new_file, metavar="FILE", help="write the verdicts, a line a prompt")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the counts")
+    parser.add_argument("--samples", type=output_file, metavar="FILE", help="write the verdicts, a line a prompt")
 
 
 def answered_counts(

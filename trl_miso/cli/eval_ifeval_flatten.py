@@ -1,18 +1,17 @@
 """`trl-miso eval ifeval_flatten`."""
 
-import argparse
 import json
 from pathlib import Path
 
 from rich.console import Console
 
+from trl_miso.cli.arguments import command_parser, output_file
 from trl_miso.cli.eval_ifeval import add_files, answered_counts
 from trl_miso.evaluation.flatten import NOTE, flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import load_prompts, load_scorer
 from trl_miso.evaluation.inference import add_arguments, responses_file
 from trl_miso.evaluation.responses import note_of
 from trl_miso.evaluation.table import flatten_table
-from trl_miso.evaluation.writing import new_file
 
 _USAGE = (
     "trl-miso eval ifeval_flatten --bases FILE [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
@@ -30,12 +29,12 @@ trl_miso/evaluation/tasks)."""
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--bases", metavar="FILE", required=True, help="ifeval_wo_instructions.jsonl")
-    parser.add_argument("--write_rows", type=new_file, metavar="FILE", help="write the prompts with their instructions")
+    parser.add_argument(
+        "--write_rows", type=output_file, metavar="FILE", help="write the prompts with their instructions"
+    )
     add_files(parser)
     add_arguments(parser)
     options = parser.parse_args(arguments)

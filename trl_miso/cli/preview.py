@@ -1,29 +1,24 @@
 """`trl-miso preview`, and the dry run of a recipe."""
 
-import argparse
 import json
 from copy import copy
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
 from trl_miso.attention.support import prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import register_miso_attention
+from trl_miso.cli.arguments import command_parser, count_from, output_file, parse_command
 from trl_miso.cli.preview_terminal import print_preview
 from trl_miso.config import MISOSFTConfig
 from trl_miso.pages.page import render_page
 from trl_miso.preview.prepared import preview_dataset
 from trl_miso.preview.statistics import ModelShape, meta_model
-from trl_miso.recipe import RecipeArguments, adapt_rows, count_from, is_chat, load_rows, load_tokenizer, parse_command
+from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, is_chat, load_rows, load_tokenizer
 from trl_miso.sources.synthetic import build_model
 from trl_miso.training import guards
-
-_STREAMED_ROWS = 1000
 
 _USAGE = "trl-miso preview [DATASET] [-n ROWS] [--html FILE] [--json FILE] [--config RECIPE.yaml] [options of a recipe]"
 _ABOUT = """\
@@ -36,15 +31,13 @@ examples/train_crab.py is one here (--context_mode, --max_length, --packing, --c
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("-n", type=count_from(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
     parser.add_argument(
         "--rows", type=count_from(1), metavar="N", help="read the first N rows only (of a stream 1000 by default)"
     )
-    parser.add_argument("--html", type=_file, metavar="FILE", help="write one self-contained page")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write the statistics")
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the statistics")
     options, (recipe, args, model_args) = parse_command(parser, arguments)
     preview, _ = preview_recipe(recipe, args, model_args, options.n, options.rows)
     if options.json:
@@ -56,13 +49,6 @@ def main(arguments: list[str]) -> None:
         print_preview(preview, console)
     for file in filter(None, (options.html, options.json)):
         console.print(f"Wrote {file}", markup=False, highlight=False)
-
-
-def _file(text: str) -> Path:
-    """A file to write, for argparse: its folder is asked for before rows are prepared, which may take long."""
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in a folder that exists")
-    return Path(text)
 
 
 def dry_run(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> None:
@@ -91,7 +77,7 @@ def preview_recipe(
 ) -> tuple[dict[str, Any], PreTrainedConfig]:
     """What `preview_dataset` says of the first `limit` training rows (all by default), and the model's config."""
     raw = load_rows(recipe, recipe.dataset_train_split)
-    rows, complete = _first(raw, limit)
+    rows, complete = first_rows(raw, limit)
     tokenizer = load_tokenizer(rows, args, model_args)
     rows = adapt_rows(rows, recipe, is_chat(tokenizer, args), args.dataset_num_proc)
     if model_args.model_name_or_path:
@@ -107,17 +93,6 @@ def preview_recipe(
         args = copy(args)
         args.share_prefixes = False  # as training will
     return preview_dataset(rows, tokenizer, args, shape, name=what, rows=shown, complete=complete), config
-
-
-def _first(dataset: Any, limit: int | None) -> tuple[Dataset, bool]:
-    """The first rows as a map-style data set, and whether these are all."""
-    if isinstance(dataset, IterableDataset):
-        count = limit or _STREAMED_ROWS
-        rows = list(islice(dataset, count))
-        return Dataset.from_list(rows, features=dataset.features), len(rows) < count
-    if limit is None or limit >= len(dataset):
-        return dataset, True
-    return dataset.select(range(limit)), False
 
 
 def _check_model(config: PreTrainedConfig, args: MISOSFTConfig, mode: str) -> None:

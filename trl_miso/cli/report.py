@@ -14,13 +14,13 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
-from trl_miso.cli.preview import _first
+from trl_miso.cli.arguments import command_parser, count_from, parse_command
 from trl_miso.cli.report_terminal import print_report
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.contexts import RowDropped, row_format
 from trl_miso.data.mapping import naming
 from trl_miso.pages.report import render_page
-from trl_miso.recipe import RecipeArguments, adapt_rows, count_from, is_chat, load_rows, load_tokenizer, parse_command
+from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, is_chat, load_rows, load_tokenizer
 from trl_miso.report.checks import ifeval_check, synthetic_check
 from trl_miso.report.measure import answer_by_itself, measure
 from trl_miso.report.meters import SCORES
@@ -108,9 +108,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("--model", metavar="DIR_OR_ID", help="the model, or the one before training")
     parser.add_argument("--compare", metavar="DIR_OR_ID", help="the one after it")
     parser.add_argument("--num_rows", type=count_from(1), default=32, metavar="N", help="rows to read (default: 32)")
@@ -134,7 +132,7 @@ def _prepare(
     recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig, names: list[str], options: argparse.Namespace
 ) -> tuple[Dataset, PreTrainedTokenizerBase, Sampler]:
     """The rows to read, the models' tokenizer, and what makes samples of them."""
-    dataset, _ = _first(load_rows(recipe, recipe.dataset_train_split), options.num_rows)
+    dataset, _ = first_rows(load_rows(recipe, recipe.dataset_train_split), options.num_rows)
     tokenizer = load_tokenizer(dataset, args, model_args)
     if path := args.chat_template_path:
         written = path.endswith((".jinja", ".j2"))

@@ -1,9 +1,9 @@
 """`trl-miso verify`."""
 
-import argparse
 import tempfile
 
-from trl_miso.recipe import count_from, make_trainer, parse_command
+from trl_miso.cli.arguments import command_parser, count_from, parse_command
+from trl_miso.recipe import make_trainer
 
 _USAGE = "trl-miso verify [DATASET] [-n ROWS] [--config RECIPE.yaml] [options of a recipe]"
 _ABOUT = """\
@@ -16,9 +16,7 @@ examples/train_crab.py is one here (--model_name_or_path, --context_mode, --bf16
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments. Raises ValueError if a check fails."""
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("-n", type=count_from(1), default=8, metavar="ROWS", help="rows to check on (default: 8)")
     options, (recipe, args, model_args) = parse_command(parser, arguments)
     if recipe.dataset_name and "[" not in recipe.dataset_train_split and not recipe.dataset_streaming:

@@ -15,7 +15,7 @@ from trl_miso.evaluation.backends import BACKENDS, Answers
 from trl_miso.evaluation.endpoint import Refused
 from trl_miso.evaluation.source import source_of
 from trl_miso.evaluation.writing import exclusive_writer
-from trl_miso.recipe import count_from
+from trl_miso.cli.arguments import count_from
 
 # What each backend can be told, and what it does when it is not.
 _SETTINGS: dict[str, dict[str, Any]] = {

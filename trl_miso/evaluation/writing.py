@@ -1,20 +1,11 @@
 """Files that runs write for hours."""
 
-import argparse
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-
-
-def new_file(text: str) -> Path:
-    """A file to write after hours, for argparse: its folder has to be there now."""
-    file = Path(text)
-    if file.is_dir() or not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in a folder that exists")
-    return file
 
 
 @contextmanager

@@ -11,15 +11,14 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import STATUS, count_statuses
+from trl_miso.data.token_text import token_texts
 from trl_miso.preview.statistics import Baseline, ModelShape, statistics_of
 from trl_miso.segments import decode
 from trl_miso.training.trainer import MISOSFTTrainer
 
-_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 # What TRL and MISO add to transformers' arguments is about rows, but for what is about the model.
 _MODEL = ("activation_offloading", "attention_kernel", "loss_type", "model_init_kwargs", "router_aux_loss_coef")
 _ROWS = set(MISOSFTConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__) - set(_MODEL)
@@ -188,7 +187,7 @@ def _rows(
             made = _shown(prepared[i], trainer.training_mode, tokenizer)
             if uncut is not None and cuts[i]:
                 (whole,) = [ids for ids in uncut if ids[: len(made["ids"])] == made["ids"]][:1]
-                made["cut"] = _texts(whole[len(made["ids"]) :], tokenizer)
+                made["cut"] = token_texts(whole[len(made["ids"]) :], tokenizer)
             yield common | made
         # With augment some contexts of a row may be dropped and others not.
         for reason in (reason for reason, which in dropped.items() if number in which):
@@ -214,31 +213,11 @@ def _shown(row: dict[str, Any], mode: str | None, tokenizer: PreTrainedTokenizer
     return {
         "mode": (mode or "") if example.branches or mode == "augment" else "single",
         "ids": ids,
-        "texts": _texts(ids, tokenizer),
+        "texts": token_texts(ids, tokenizer),
         "labels": labels,
         "segments": [segment._asdict() for segment in example.segments],
         "contexts": [branch._asdict() for branch in example.branches],
     }
-
-
-def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token says by itself: spaces kept, parts of a character as bytes."""
-    texts = {i: _text(i, tokenizer) for i in set(ids)}
-    return [texts[i] for i in ids]
-
-
-def _text(i: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    token = tokenizer.convert_ids_to_tokens(i) or ""
-    text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
-    if "\u2581" in token and "\u2581" not in text:
-        return token.replace("\u2581", " ")  # decoding strips the space that a text begins with
-    if "\ufffd" in text and all(char in _BYTES for char in token):
-        said = bytes(_BYTES[char] for char in token)
-        try:
-            return said.decode()  # the replacement character itself, or a byte by its name
-        except UnicodeDecodeError:
-            return "".join(f"<0x{byte:02X}>" for byte in said)
-    return text
 
 
 def _excerpt(row: dict[str, Any], length: int = 600) -> str:

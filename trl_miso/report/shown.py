@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl_miso.preview.prepared import _texts
+from trl_miso.data.token_text import token_texts
 from trl_miso.report.measure import Measurement
 
 
@@ -16,9 +16,9 @@ def shown(measured: Measurement, tokenizer: PreTrainedTokenizerBase) -> dict[str
     prompted = measured.sample.prompted
     layers = np.nanmean(measured.tokens, 1)[:, : len(prompted.ids)]  # (L, T), heads are alike
     return {
-        "prompt": _texts(prompted.ids, tokenizer),
+        "prompt": token_texts(prompted.ids, tokenizer),
         "owners": prompted.owners,
-        "answer": _texts(measured.sample.answer, tokenizer),
+        "answer": token_texts(measured.sample.answer, tokenizer),
         "layers": [_short(layer) for layer in (layers.mean(0), *layers)],
         "looks": [_short(token) for token in measured.answer],
     }
