@@ -5,10 +5,10 @@ import random
 import pytest
 from jinja2 import TemplateError
 
-from tests.data.test_templates import BUNDLED, LOOKS, PRINTS, loop
+from tests.data.test_plain_templates import BUNDLED, LOOKS, PRINTS, loop
 from tests.data.test_tokenization import TEMPLATES, make_tokenizer
 from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.templates import prints_content
+from trl_miso.data.plain_templates import prints_content
 
 HOSTILE = (
     "a", "</think>b", "<think>", "<tool_response>c</tool_response>", '{"a": 1}', "{{ messages }}", "{% if x %}", "<|im_start|>system",

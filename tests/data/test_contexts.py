@@ -2,16 +2,11 @@
 
 import pytest
 
-from trl_miso.data.contexts import (
-    RowDropped,
-    as_trl_row,
-    full_row,
-    messages_row,
-    parallel_row,
-    resolve_mode,
-    row_format,
-)
-from trl_miso.data.contexts import to_messages as messages_of
+from trl_miso.data.contexts import full_row, parallel_row, resolve_mode
+from trl_miso.data.options import DataOptions
+from trl_miso.data.schema import RowDropped, row_format
+from trl_miso.data.schema import to_messages as messages_of
+from trl_miso.data.sft_rows import SFTRows, messages_row
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -99,7 +94,7 @@ def test_modes_that_a_format_cannot_have_are_refused(mode, kind):
     ],
 )
 def test_parallel_contexts_are_full_one_per_constraint_bare(row, full, bare, expected):
-    made = parallel_row(row, "constraints", full, bare)
+    made = parallel_row(row, "constraints", DataOptions(include_full=full, include_bare=bare))
     assert texts(made) == expected
     assert made.completion == row["completion"]
     assert made.weights is None
@@ -108,7 +103,7 @@ def test_parallel_contexts_are_full_one_per_constraint_bare(row, full, bare, exp
 
 def test_full_prompt_is_taken_verbatim():
     row = TEXT | {"full_prompt": "Use no commas. Rhyme. Describe the sea."}
-    assert texts(parallel_row(row, "constraints", True, True))[0] == row["full_prompt"]
+    assert texts(parallel_row(row, "constraints"))[0] == row["full_prompt"]
     assert texts(full_row(row, "constraints")) == [row["full_prompt"]]
     assert texts(full_row(TEXT | {"full_prompt": None}, "constraints")) == [FULL]
 
@@ -117,7 +112,7 @@ def test_constraints_come_before_the_response_template():
     row = TEXT | {"prompt": "Describe the sea.\n\n### Response:\n"}
     end = "\n\n### Response:\n"
     for template in ("### Response:\n", end):
-        made = parallel_row(row, "constraints", True, True, template)
+        made = parallel_row(row, "constraints", DataOptions(response_template=template))
         assert texts(made) == [
             f"{context}{end}"
             for context in (
@@ -127,47 +122,47 @@ def test_constraints_come_before_the_response_template():
                 "Describe the sea.",
             )
         ]
-        assert full_row(row, "constraints", template).contexts == made.contexts[:1]
+        assert full_row(row, "constraints", DataOptions(response_template=template)).contexts == made.contexts[:1]
     # a template that the prompt lacks is for the tokenization to refuse; messages have their chat template
-    assert full_row(TEXT, "constraints", end).contexts == [FULL]
-    assert texts(full_row(CHAT, "constraints", "sea")) == [FULL]
+    assert full_row(TEXT, "constraints", DataOptions(response_template=end)).contexts == [FULL]
+    assert texts(full_row(CHAT, "constraints", DataOptions(response_template="sea"))) == [FULL]
 
 
 def test_each_context_is_listed_once():
     # with one constraint the full context is that constraint's
     row = TEXT | {"constraints": ["Rhyme.", "Rhyme."]}
-    assert texts(parallel_row(row, "constraints", False, True)) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
+    assert texts(parallel_row(row, "constraints", DataOptions(include_full=False))) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
     row = CHAT | {"constraints": ["Rhyme."]}
-    assert texts(parallel_row(row, "constraints", True, True)) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
+    assert texts(parallel_row(row, "constraints")) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
 
 
 @pytest.mark.parametrize("constraints", [[], None, ["", " \n"]])
 @pytest.mark.parametrize("include", [True, False])
 def test_a_row_without_constraints_keeps_its_full_context(constraints, include):
-    assert texts(parallel_row(TEXT | {"constraints": constraints}, "constraints", include, include)) == [TEXT["prompt"]]
+    assert texts(parallel_row(TEXT | {"constraints": constraints}, "constraints", DataOptions(include_full=include, include_bare=include))) == [TEXT["prompt"]]
 
 
 def test_given_contexts_are_taken_as_given_with_weights_scaled():
     row = {"contexts": ["a", "b", "a"], "completion": "c", "context_weights": [1, 2, 5.0]}
-    made = parallel_row(row, "contexts", False, False)
+    made = parallel_row(row, "contexts", DataOptions(include_full=False, include_bare=False))
     assert made.contexts == ["a", "b", "a"]
     assert made.weights == [0.125, 0.25, 0.625]
     assert full_row(row, "contexts").contexts == ["a"]
-    assert parallel_row(row | {"context_weights": None}, "contexts", True, True).weights is None
+    assert parallel_row(row | {"context_weights": None}, "contexts").weights is None
 
 
 def test_the_prompt_among_given_contexts_comes_first_with_its_weight():
     row = {"contexts": ["a", "b", "c"], "completion": "d", "prompt": "b", "context_weights": [1, 2, 1]}
-    made = parallel_row(row, "contexts", True, True)
+    made = parallel_row(row, "contexts")
     assert made.contexts == ["b", "a", "c"]
     assert made.weights == [0.5, 0.25, 0.25]
     assert full_row(row, "contexts").contexts == ["b"]
-    assert parallel_row(row | {"prompt": "other"}, "contexts", True, True).contexts == ["a", "b", "c"]
+    assert parallel_row(row | {"prompt": "other"}, "contexts").contexts == ["a", "b", "c"]
 
 
 def test_a_row_with_a_prompt_and_no_contexts_keeps_its_prompt():
     row = {"contexts": None, "completion": "c", "prompt": "p", "context_weights": None}
-    assert parallel_row(row, "contexts", True, True).contexts == ["p"]
+    assert parallel_row(row, "contexts").contexts == ["p"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +172,7 @@ def test_a_row_with_a_prompt_and_no_contexts_keeps_its_prompt():
 def test_wrong_weights_are_refused(weights):
     row = {"contexts": ["a", "b", "c"], "completion": "d", "context_weights": weights}
     with pytest.raises(ValueError, match=r"Got context_weights .* for 3 contexts, expected 3 positive numbers.*Fix"):
-        parallel_row(row, "contexts", True, True)
+        parallel_row(row, "contexts")
 
 
 def test_messages_are_cut_before_the_last_assistant_turn():
@@ -242,7 +237,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", 
 def test_rows_that_carry_nothing_are_dropped(row, kind, reason):
     with pytest.raises(RowDropped, match=reason):
         if kind in ("contexts", "constraints"):
-            parallel_row(row, kind, True, True)
+            parallel_row(row, kind)
         else:
             full_row(row, kind)
 
@@ -275,7 +270,7 @@ def test_a_tool_call_is_an_output():
 def test_wrong_types_are_refused_naming_the_column(row, kind, column):
     with pytest.raises(ValueError, match=rf"Got .* in column '{column}', expected .* Fix: convert the column"):
         if kind in ("contexts", "constraints"):
-            parallel_row(row, kind, True, True)
+            parallel_row(row, kind)
         else:
             full_row(row, kind)
 
@@ -294,7 +289,7 @@ def test_strings_beside_messages_are_refused(row, kind):
         ValueError, match=r"Got .*completion.*expected all .* to be strings, or all lists of messages.*Fix"
     ):
         if kind in ("contexts", "constraints"):
-            parallel_row(row, kind, True, True)
+            parallel_row(row, kind)
         else:
             full_row(row, kind)
 
@@ -303,6 +298,7 @@ def test_rows_for_trl_keep_what_the_chat_template_reads():
     row = {"messages": [user("a")], "tools": '[{"name": "f"}]', "chat_template_kwargs": None, "id": 1}
     kept = {"tools": '[{"name": "f"}]', "chat_template_kwargs": {}}
     assert messages_row(row) == {"messages": [user("a")]} | kept
-    assert as_trl_row(row, "p", "c") == {"prompt": "p", "completion": "c"} | kept
+    row |= {"prompt": "p", "completion": "c"}
+    assert SFTRows("prompt").make(row, 0) == [{"prompt": "p", "completion": "c"} | kept]
     with pytest.raises(RowDropped, match="an empty conversation"):
         messages_row({"conversations": []})

@@ -13,12 +13,13 @@ from trl import SFTConfig, SFTTrainer
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.data import dropped as report
 from trl_miso.data import mapping
+from trl_miso.data.bins import pack_rows, plan_bins
 from trl_miso.data.dropped import report_mixture
-from trl_miso.data.preparation import RowPreparation, pack_rows, prepare_rows
+from trl_miso.data.options import DataOptions
+from trl_miso.data.preparation import RowPreparation, prepare_rows
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
-from trl_miso.data.tokenization import Layout, RowTokenizer
+from trl_miso.data.tokenization import RowTokenizer
 from trl_miso.segments import decode, unshare
-from trl_miso.segments.packed import plan_bins
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
@@ -68,16 +69,17 @@ def train(tok, tmp_path):
     return train
 
 
-def layout(**options):
+def options_of(**options):
     defaults = {"max_length": 512, "seed": 0, "chunk_probs": (0.25,) * 4, "para_prob": 1.0, "full_context_weight": None}
-    return Layout(**defaults | {"output_positions": "successive"} | options)
+    return DataOptions(**defaults | options)
 
 
 def prepare(
     dataset, tok, kind="constraints", mode="para", num_proc=None, full=True, bare=True, template=None, **options
 ):
     tokenizer = RowTokenizer(tok, response_template=template)
-    rows = RowPreparation(kind, mode, full, bare, tokenizer, layout(**options))
+    options = options_of(include_full=full, include_bare=bare, response_template=template, **options)
+    rows = RowPreparation(kind, mode, options, tokenizer)
     dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
     return prepare_rows(dataset, rows, "train", num_proc)[0]
 
@@ -102,7 +104,7 @@ def learned(rows):
 
 def as_prompts(dataset, template=None):
     """What TRL's own trainer is given in comparisons."""
-    return prepare_sft_rows(dataset, SFTRows("constraints", template), "train", None)[0].remove_columns("miso_row")
+    return prepare_sft_rows(dataset, SFTRows("constraints", DataOptions(response_template=template)), "train", None)[0].remove_columns("miso_row")
 
 
 def stream(dataset):
@@ -307,7 +309,7 @@ def test_errors_of_the_chat_template_name_the_row(tok):
         "{% for m in messages %}{{ m.content }}|{% endfor %}"
     )
     rows = [GOOD, GOOD | {"prompt": [{"role": "system", "content": "s"}, user("a")]}]
-    preparation_ = RowPreparation("constraints", "para", True, True, RowTokenizer(tok, template), layout())
+    preparation_ = RowPreparation("constraints", "para", options_of(), RowTokenizer(tok, template))
     with pytest.raises(
         ValueError, match=r"^Row 1: Got messages that the chat template cannot render .*No system turn.*Fix"
     ):

@@ -14,7 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.data.test_tokenization import SPECIAL, TEMPLATES, assistant, layout, make_tokenizer, tokenize, user
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
-from trl_miso.data.contexts import RowDropped, full_row
+from trl_miso.data.contexts import full_row
+from trl_miso.data.schema import RowDropped
 from trl_miso.segments import decode
 
 # Many rows an example, since trainers are made for each: shrinking would take minutes, so the rows that differ are named.

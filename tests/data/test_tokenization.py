@@ -12,8 +12,11 @@ from tokenizers import Tokenizer as Backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from trl_miso.data.contexts import ContextRow, RowDropped, full_row, parallel_row
-from trl_miso.data.tokenization import Layout, RowTokenizer, Tokenized, columns
+from trl_miso.data.contexts import ContextRow, full_row, parallel_row
+from trl_miso.data.layout import Layout, columns
+from trl_miso.data.options import DataOptions
+from trl_miso.data.schema import RowDropped
+from trl_miso.data.tokenization import RowTokenizer, Tokenized
 from trl_miso.segments import decode
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
@@ -153,7 +156,7 @@ def sft(rows, tokenizer, tmp_path, max_length=1000, **config):
 
 def layout(**options):
     defaults = {"max_length": 1000, "seed": 0, "chunk_probs": (1.0,), "para_prob": 1.0, "full_context_weight": None}
-    return Layout(**defaults | {"output_positions": "successive"} | options)
+    return Layout(DataOptions(**defaults | {"output_positions": "successive"} | options))
 
 
 def tokenize(tokenizer, rows, kwargs=None, **options):
@@ -225,7 +228,7 @@ def test_one_context_is_what_sft_trains_on_in_plain_text(tmp_path, response_temp
 def test_a_template_with_a_bos_token_gets_no_second_one(rows):
     tokenizer = make_tokenizer("merging")
     assert tokenizer("the sea")["input_ids"][0] == tokenizer.bos_token_id
-    for tokenized in tokenize(tokenizer, [parallel_row(crab_row(row), "constraints", True, True) for row in rows[:20]]):
+    for tokenized in tokenize(tokenizer, [parallel_row(crab_row(row), "constraints") for row in rows[:20]]):
         assert [context.count(tokenizer.bos_token_id) for context in tokenized.contexts] == [1] * len(
             tokenized.contexts
         )
@@ -294,7 +297,7 @@ GENERATION_PROMPTS = {
 @pytest.mark.parametrize("template", GENERATION_PROMPTS)
 def test_the_output_begins_with_the_generation_prompt_unlabelled(template, synthetic, rows):
     tokenizer = synthetic if template == "synthetic" else make_tokenizer(template)
-    made = [parallel_row(crab_row(row), "constraints", True, True) for row in rows[:40]]
+    made = [parallel_row(crab_row(row), "constraints") for row in rows[:40]]
     heads = Counter()
     for row, tokenized in zip(made, tokenize(tokenizer, made), strict=True):
         assert len(tokenized.contexts) == len(row.contexts)
@@ -390,7 +393,7 @@ def test_a_context_without_tokens_of_its_own_drops_the_row():
 def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     """Earlier turns are tokenized once a row; the ids are those of each text in one piece."""
     tokenizer = RowTokenizer(chat_tokenizer)
-    made = [parallel_row(crab_row(row), "constraints", True, True) for row in rows[:60]]
+    made = [parallel_row(crab_row(row), "constraints") for row in rows[:60]]
     made.append(
         ContextRow(
             [[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")]
@@ -398,7 +401,7 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     )
     rendered = tokenizer._render(made, [{"tools": None}] * len(made))
     expected = [[chat_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in rendered]
-    assert list(tokenizer._ids(rendered, add_special_tokens=False)) == expected
+    assert list(tokenizer.token_ids(rendered, add_special_tokens=False)) == expected
 
 
 def test_special_tokens_that_take_spaces_along_are_no_place_to_cut():
@@ -445,7 +448,7 @@ def test_ids_of_texts_in_parts_are_those_of_each_text_in_one_piece(tokenizer, te
         expected = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
         tokenizer.backend_tokenizer.enable_truncation(3)  # as files of tokenizers may have it
         tokenizer.backend_tokenizer.enable_padding(length=5)
-        assert list(RowTokenizer(tokenizer)._ids([texts], add_special_tokens=special)) == [expected]
+        assert list(RowTokenizer(tokenizer).token_ids([texts], add_special_tokens=special)) == [expected]
 
 
 # Layout

@@ -19,12 +19,12 @@ from tests.data.test_tokenization import assistant, make_tokenizer, user
 from tests.support.models import CONFIGS
 from trl_miso import MISOSFTTrainer
 from trl_miso.cli.preview_terminal import print_preview
+from trl_miso.data.bins import plan_bins
 from trl_miso.data.token_text import token_texts
 from trl_miso.pages.page import render_page
 from trl_miso.preview import preview_dataset
 from trl_miso.preview.statistics import ModelShape
 from trl_miso.segments import decode
-from trl_miso.segments.packed import plan_bins
 
 SHAPE = ModelShape("a model", weights=1000, width=24)
 # No output; too long without a constraint, cut; too long with all of them, whose contexts fit one by one.
@@ -253,7 +253,7 @@ def test_rows_are_those_of_the_training_set(name, rows, train, preview):
 
 def check_plain(shown):
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
-    assert "</html>" in render_page(shown)
+    assert "</html>" in render_page("preview", shown)
     print_preview(shown, Console(file=io.StringIO(), width=100))
 
 

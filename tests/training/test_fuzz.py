@@ -1,7 +1,7 @@
-"""Whatever rows and settings are: the loss of one-row-per-context execution, or an error that says why; nothing else.
+"""Any rows and settings give the loss of one-row-per-context execution, or an error that says why, and nothing else.
 
-Each case draws rows of one format, often spoiled, and settings, and goes the way of the trainer: its preparation of a stream,
-its collator, its loss, on a trainer that is made once. Of rows that were not spoiled it is also known what they should become.
+Each case draws settings and rows of one format, often with bad values, and takes the trainer's path: its preparation of a stream,
+its collator and its loss, on a trainer that is made once. For rows without bad values the prepared rows are checked too.
 """
 
 import importlib.metadata
@@ -30,16 +30,20 @@ from tests.training.test_bad_input import as_dataset
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.attention.support import prepare_model
 from trl_miso.attention.transformers_attention import set_implementation
+from trl_miso.data.pipeline import check_first_row
 from trl_miso.segments.packed import WEIGHTINGS
+from trl_miso.data.pipeline import check_first_row
 from trl_miso.training import guards
 
-TOLERANCE = 512 * torch.finfo(torch.float32).eps  # of a loss, and of a gradient beside the parameter's largest
+TOLERANCE = (
+    512 * torch.finfo(torch.float32).eps
+)  # relative for a loss; for a gradient, relative to the parameter's largest
 CLEAR = re.compile("Got .*xpected .*Fix: ", re.DOTALL)
 
 
 @contextmanager
 def within(seconds):
-    """Whatever hangs is an error."""
+    """Raise TimeoutError if the block takes longer."""
 
     def stop(*_):
         raise TimeoutError(f"nothing for {seconds} seconds")
@@ -58,7 +62,7 @@ def tiny(window):
     sizes |= {"num_key_value_heads": 1, "vocab_size": 640, "sliding_window": 24 if window else None}
     model = tiny_model("mistral", **sizes)
     for parameter in model.parameters():
-        parameter.data *= 3 if parameter.dim() > 1 else 1  # attention far from uniform
+        parameter.data *= 3 if parameter.dim() > 1 else 1  # makes attention far from uniform
     return model
 
 
@@ -68,12 +72,12 @@ def defaults(folder):
 
 
 def reference(model, rows, case, mode):
-    """The loss over all rows by one-row-per-context execution, with the weights and positions that the settings ask for."""
+    """The loss over all rows by one-row-per-context execution, with the weights and positions of the settings."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in rows:
         for contexts, output, labels, weights in parts_of(row):
-            where = "chunks" if mode == "succ" else case.options["output_positions"]
-            positions = positions_of(contexts, output, where if len(contexts) > 1 else "successive")
+            layout = "chunks" if mode == "succ" else case.options["output_positions"]
+            positions = positions_of(contexts, output, layout if len(contexts) > 1 else "successive")
             assert min(weights) > 0 and sum(weights) == pytest.approx(1)
             total += rows_loss(model, contexts, output, labels, weights, case.options["context_weighting"], positions)
             count += sum(label != -100 for label in labels[1:])
@@ -81,7 +85,7 @@ def reference(model, rows, case, mode):
 
 
 class Lab:
-    """A trainer that takes on other rows, settings and tokenizers; what its constructor does with them, in the same order."""
+    """A trainer that is made once and takes other rows, settings and tokenizers as its constructor would, in the same order."""
 
     def __init__(self, window, folder):
         self.defaults = defaults(folder)
@@ -90,24 +94,22 @@ class Lab:
         self.trainer = MISOSFTTrainer(tiny(window), args, train_dataset=dataset, processing_class=tokenizer)
 
     def prepare(self, case):
-        """Prepared rows of a stream of the case's, as evaluation rows if it says so."""
-        state = dict(AcceleratorState._shared_state)  # which a new configuration empties
+        """Prepared rows of the case's stream, prepared as evaluation rows if the case is evaluated."""
+        state = dict(AcceleratorState._shared_state)  # a new configuration empties it
         try:
             args = MISOSFTConfig(**self.defaults | case.options)
         finally:
             AcceleratorState._shared_state |= state
         trainer, tokenizer = self.trainer, tokenizer_of(case.tokenizer)
-        stream = IterableDataset(
-            ExamplesIterable(lambda: enumerate(case.rows), {})
-        )  # as from_generator's, made quicker
+        stream = IterableDataset(ExamplesIterable(lambda: enumerate(case.rows), {}))  # like from_generator, but quicker
         guards.check_request(args, trainer.model, None, tokenizer, None)
-        guards.check_first_row(stream, args)
+        check_first_row(stream, args.assistant_only_loss)
         trainer.args, trainer._tokenizer, trainer.training_mode, trainer.dropped_rows = args, tokenizer, None, {}
-        trainer.completion_only_loss, trainer._packs_shared = args.completion_only_loss, args.share_prefixes
+        trainer.completion_only_loss, trainer._bins_share_prefixes = args.completion_only_loss, args.share_prefixes
         rows = trainer._prepare_dataset(stream, tokenizer, args, args.packing, None, "train")
         if case.evaluated:
             rows = trainer._prepare_dataset(stream, tokenizer, args, args.packing, None, "eval")
-        trainer.model.set_attn_implementation("sdpa")  # as it was given
+        trainer.model.set_attn_implementation("sdpa")  # as a user gives the model
         trainer._install(args)
         return list(rows)
 
@@ -126,7 +128,7 @@ class Lab:
 
 
 def refusal(case, error):
-    """What a case whose trainer raises an error is; AssertionError if it should not, or if the error does not say why."""
+    """Outcome of a case whose trainer raises. AssertionError if it should not raise, or if the error does not say why."""
     assert CLEAR.search(str(error)), str(error)
     none_left = "none of whose rows can be trained on" in str(error) or "rows none of which can be" in str(error)
     assert not (case.clean and case.usual and not case.window) or (none_left and not fits(case)), str(error)
@@ -138,7 +140,7 @@ def mode_of(case, trainer):
 
 
 def outcomes(lab, case):
-    """What becomes of a case; AssertionError for anything but what is allowed."""
+    """Outcomes of a case. AssertionError for outcomes that are not allowed."""
     try:
         rows = lab.prepare(case)
     except ValueError as error:
@@ -153,24 +155,30 @@ def outcomes(lab, case):
     for name, gradient in lab.gradients(expected).items() if gradients else ():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=TOLERANCE * max(1, gradient.abs().max()))
     mixed = any(len(parts.contexts) > 1 for row in rows for parts in parts_of(row))
-    told = {case.options["context_weighting"]: mixed, "gradients": mixed and gradients, "window": mixed and case.window}
-    told |= {"dropped": any(trainer.dropped_rows.values()), "evaluated": case.evaluated, "mixed": mixed}
-    return [f"trained {trainer.training_mode}", *(name for name, is_so in told.items() if is_so)]
+    features = {
+        case.options["context_weighting"]: mixed,
+        "gradients": mixed and gradients,
+        "window": mixed and case.window,
+        "dropped": any(trainer.dropped_rows.values()),
+        "evaluated": case.evaluated,
+        "mixed": mixed,
+    }
+    return [f"trained {trainer.training_mode}", *(name for name, present in features.items() if present)]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Nothing is said of thousands of dropped rows, and nothing done again that gives the same in every case."""
-    known = {}
+    """Silence the log of thousands of dropped rows, and cache what is the same in every case."""
+    supports = {}
 
     def prepare(model, name, max_length):
         set_implementation(model, name)
-        if (model, max_length) not in known:
-            known[model, max_length] = prepare_model(model, name, max_length)
-        return known[model, max_length]
+        if (model, max_length) not in supports:
+            supports[model, max_length] = prepare_model(model, name, max_length)
+        return supports[model, max_length]
 
     monkeypatch.setattr("trl_miso.training.trainer.prepare_model", prepare)
-    monkeypatch.setattr(DatasetInfo, "copy", copy)  # deep copies, many for each stream
+    monkeypatch.setattr(DatasetInfo, "copy", copy)  # the original makes many deep copies per stream
     monkeypatch.setattr(importlib.metadata, "metadata", cache(importlib.metadata.metadata))
     monkeypatch.setattr(PrinterCallback, "on_log", lambda *args, **kwargs: None)
     disable_progress_bars()
@@ -214,18 +222,18 @@ def test_any_rows_and_settings(tmp_path, quick):
         "window",
         "gradients",
     ]:
-        assert counts[name], counts  # how often depends on hypothesis' version
+        assert counts[name], counts  # the numbers depend on hypothesis' version
     assert sum(counts[name] for name in trained) > 800 and counts["mixed"] > 300, counts
 
 
 def test_any_rows_in_a_step_of_the_trainer(tmp_path, quick):
-    """The loss that is logged for a step over all rows is that of one-row-per-context execution."""
+    """The logged loss of one step over all rows equals that of one-row-per-context execution."""
     counts = Counter()
 
     @many(30)
     @given(cases(), st.booleans())
     def check(case, streamed):
-        # Of a stream with fewer batches than accumulation steps transformers' Trainer never comes to the end of a step.
+        # transformers' Trainer never ends a step on a stream with fewer batches than accumulation steps.
         size, batches = (24, 1) if streamed else (3, 8)
         step = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
         step |= {

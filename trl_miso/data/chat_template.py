@@ -1,28 +1,31 @@
-"""Conversations to text by a chat template, and whether a turn got lost on the way.
+"""Conversations to text by a chat template, and the turns that a template loses.
 
-Rendering would be half of the time of preparing rows. Where a template is proved to print text as it is, one rendering
-serves all conversations with the same roles.
+A row whose turn is missing from the rendered text would be trained on without it, so every turn is looked for. Rendering
+would take half the time of preparing rows: a template that is proved to print text unchanged (`plain_templates.py`) is
+rendered once per sequence of roles, with placeholders for the text of the messages.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from secrets import token_hex
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_miso.data.contexts import TEMPLATE_ROLES, message_texts
-from trl_miso.data.templates import prints_content
+from trl_miso.data.plain_templates import prints_content
+from trl_miso.data.schema import TEMPLATE_ROLES, message_texts
 
 Conversation = list[dict[str, Any]]
+Roles = tuple[str, ...]
 
-_MARK = f"\ue000{token_hex(8)}\ue000"  # around the number of a message whose text is to stand there; in no data
+# Surrounds the number of a message, as a placeholder for its text. Random, so that no data contains it.
+_MARK = f"\ue000{token_hex(8)}\ue000"
+_LONG_ENOUGH = 12  # characters beyond which a text is not found in a rendering by chance
 
 
 @dataclass(frozen=True)
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template, or with another in its place."""
+    """Renders conversations with a tokenizer's chat template, or with `chat_template` in its place."""
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
@@ -38,26 +41,30 @@ class ChatRenderer:
 
         Args:
             conversations: Lists of messages.
-            kwargs: What rows give their template.
-            checked_from: For each conversation the turn from which on, at least, all are looked for; by default none are.
+            kwargs: The rows' arguments of the template, see `schema.template_kwargs`.
+            checked_from: For each conversation the index of the first turn to look for in the rendered text. Without it
+                no turn is looked for.
             options: Arguments of `apply_chat_template`.
 
         Raises:
-            ValueError: If the template cannot render a conversation, or passes over a turn (a role or a call) of one.
+            ValueError: If the template cannot render a conversation, or leaves out a turn, a role or a tool call.
         """
         options = {"chat_template": self.chat_template, **kwargs, **options}
         template = options["chat_template"] or self.tokenizer.chat_template
-        prints = isinstance(template, str) and prints_content(template)
-        roles = [_roles(conversation) if prints else None for conversation in conversations]
-        marked = {known: _marked(known) for known in roles if known}
-        others = [conversation for conversation, known in zip(conversations, roles, strict=True) if not known]
-        rendered = self._apply([*marked.values(), *others], template, options)
-        patterns = {known: text.split(_MARK) for known, text in zip(marked, rendered, strict=False)}
-        rest = iter(rendered[len(marked) :])
+        is_plain = isinstance(template, str) and prints_content(template)
+        roles = [_plain_roles(conversation) if is_plain else None for conversation in conversations]
+
+        # One call renders a pattern per sequence of roles, and the conversations that no pattern covers.
+        with_marks = {sequence: _with_marks(sequence) for sequence in roles if sequence}
+        others = [conversation for conversation, sequence in zip(conversations, roles, strict=True) if not sequence]
+        rendered = self._apply([*with_marks.values(), *others], template, options)
+        patterns = {sequence: text.split(_MARK) for sequence, text in zip(with_marks, rendered, strict=False)}
+        other_texts = iter(rendered[len(with_marks) :])
+
         texts = []
-        for i, (conversation, known) in enumerate(zip(conversations, roles, strict=True)):
-            texts.append(_filled(patterns[known], conversation) if known else next(rest))
-            if checked_from is not None and not known:
+        for i, (conversation, sequence) in enumerate(zip(conversations, roles, strict=True)):
+            texts.append(_fill(patterns[sequence], conversation) if sequence else next(other_texts))
+            if checked_from is not None and not sequence:
                 self._check_turns(conversation, texts[-1], checked_from[i], kwargs, options)
         if checked_from is not None:
             _check_patterns(patterns, dict(zip(roles, conversations, strict=True)))
@@ -73,36 +80,42 @@ class ChatRenderer:
             )
         try:
             return self.tokenizer.apply_chat_template(conversations, tokenize=False, **options)
-        except Exception as error:  # whatever a template's own code raises
+        except Exception as error:  # a template's own code can raise anything
             raise ValueError(
                 f"Got messages that the chat template cannot render ({type(error).__name__}: {error}), expected roles, an order of "
-                "turns and content that it knows. Fix: correct the messages, or set chat_template_path to a template that takes "
-                "them."
+                "turns and content that it supports. Fix: correct the messages, or set chat_template_path to a template that "
+                "accepts them."
             ) from error
 
     def _check_turns(
         self, messages: Conversation, text: str, start: int, kwargs: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        """What a turn says is looked for. Where it is not found (a template may also trim it, or drop thinking), or could be
-        there by chance, another rendering shows whether it makes a difference."""
-        at = 0
-        for i, message in islice(enumerate(messages), start, None):
+        """Raise ValueError if a turn from `start` on is missing from `text`.
+
+        A text that is not found may still be there: a template may trim it, or drop thinking. A short text may be found by
+        chance. In these cases the turn is rendered with another text: if that changes nothing, the turn was left out.
+        """
+        end = 0
+        for i in range(start, len(messages)):
+            message = messages[i]
             if isinstance(message.get("content"), list) and str(message["content"]) in text:
                 raise ValueError(
                     f"Got content in parts ({message['content']!r:.200}), which the chat template prints as a Python list, expected "
                     "text. Fix: give the content as a string, or set chat_template_path to a template that reads parts."
                 )
-            for said, other in _otherwise(message):
-                found = text.find(said, at)
-                at = found + len(said) if found >= 0 else at
-                if (found >= 0 or said in text) and message["role"] in TEMPLATE_ROLES and len(said) > 12:
+            for part, changed in _changed_parts(message):
+                place = text.find(part, end)
+                if place >= 0:
+                    end = place + len(part)
+                is_found = place >= 0 or part in text
+                if is_found and message["role"] in TEMPLATE_ROLES and len(part) > _LONG_ENOUGH:
                     continue
-                if self([[*messages[:i], other, *messages[i + 1 :]]], kwargs, **options) == [text]:
-                    raise _left_out(message, said)
+                if self([[*messages[:i], changed, *messages[i + 1 :]]], kwargs, **options) == [text]:
+                    raise _turn_left_out(message, part)
 
 
-def _roles(conversation: Conversation) -> tuple[str, ...] | None:
-    """The roles of a conversation that has nothing else but text, which trimming would not change."""
+def _plain_roles(conversation: Conversation) -> Roles | None:
+    """The roles of a conversation whose messages are text that trimming does not change, and nothing else; or None."""
     for message in conversation:
         content = message.get("content")
         if len(message) != 2 or not isinstance(content, str) or not content or content != content.strip():
@@ -110,41 +123,45 @@ def _roles(conversation: Conversation) -> tuple[str, ...] | None:
     return tuple([message["role"] for message in conversation])
 
 
-def _marked(roles: Sequence[str]) -> Conversation:
+def _with_marks(roles: Roles) -> Conversation:
+    """A conversation with these roles whose texts are placeholders."""
     return [{"role": role, "content": f"{_MARK}{i}{_MARK}"} for i, role in enumerate(roles)]
 
 
-def _filled(pattern: list[str], conversation: Conversation) -> str:
-    """Every other item of a pattern is the number of a message."""
-    return "".join([conversation[int(part)]["content"] if i % 2 else part for i, part in enumerate(pattern)])
+def _fill(pattern: list[str], conversation: Conversation) -> str:
+    """A rendered text: every second item of a pattern is the number of the message whose text stands there."""
+    return "".join([conversation[int(item)]["content"] if i % 2 else item for i, item in enumerate(pattern)])
 
 
-def _check_patterns(patterns: dict[tuple[str, ...], list[str]], conversations: dict[Any, Conversation]) -> None:
+def _check_patterns(patterns: dict[Roles, list[str]], conversations: dict[Any, Conversation]) -> None:
+    """Raise ValueError if a pattern lacks the placeholder of a message."""
     for roles, pattern in patterns.items():
         for i, message in enumerate(conversations[roles]):
             if str(i) not in pattern[1::2]:
-                raise _left_out(message, message["content"])
+                raise _turn_left_out(message, message["content"])
 
 
-def _left_out(message: dict[str, Any], said: str) -> ValueError:
+def _turn_left_out(message: dict[str, Any], part: str) -> ValueError:
     return ValueError(
-        f"Got a turn of role {message['role']!r:.200} from which the chat template leaves out {said!r:.200}, expected "
-        "turns that it renders. Fix: rename the role to one that the template knows, remove the turn, or set "
+        f"Got a turn of role {message['role']!r:.200} from which the chat template leaves out {part!r:.200}, expected "
+        "turns that it renders. Fix: rename the role to one that the template supports, remove the turn, or set "
         "chat_template_path to another template."
     )
 
 
-def _otherwise(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each thing that a message says, with the message saying something else instead."""
+def _changed_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each text and tool name of a message, with the message in which that part is replaced by another."""
     content = message.get("content")
     for i, text in enumerate(message_texts(message)):
-        if text.strip():
-            other = text + " x"
-            parts = isinstance(content, list) and [*content[:i], content[i] | {"text": other}, *content[i + 1 :]]
-            yield text.strip(), message | {"content": parts or other}
+        if not text.strip():
+            continue
+        changed: Any = text + " x"
+        if isinstance(content, list):
+            changed = [*content[:i], content[i] | {"text": changed}, *content[i + 1 :]]
+        yield text.strip(), message | {"content": changed}
     calls = message.get("tool_calls") or []
     for i, call in enumerate(calls):
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("name"), str):
-            other = call | {"function": function | {"name": function["name"] + "x"}}
-            yield function["name"], message | {"tool_calls": [*calls[:i], other, *calls[i + 1 :]]}
+            changed = call | {"function": function | {"name": function["name"] + "x"}}
+            yield function["name"], message | {"tool_calls": [*calls[:i], changed, *calls[i + 1 :]]}

@@ -9,23 +9,28 @@ import torch
 from trl_miso.segments import Example, decode, single, unshare
 from trl_miso.segments.packed import pack
 
-ROWS = "miso_rows"  # the batch's raw rows, which the trainer takes out again
+ROWS = "miso_rows"  # numbers of the batch's raw rows, which the trainer removes before the forward pass
 
 
 @dataclass
 class MISODataCollator:
     """Flattens rows of one or more examples each into a batch of one row.
 
-    Every row has `input_ids`, `labels` and `miso_layout` (see `segments.encode`); a row without a layout is one causal
-    run. The batch has `input_ids`, `labels`, `position_ids` of shape (1, T) and the integer fields of
-    `packing.PackedSegments` under the prefix `miso_`. It is laid out `[contexts | outputs | single runs]`. Where the rows
-    say in `miso_row` which raw rows they are of, the batch says so in `miso_rows`, for the trainer's messages.
+    A prepared row has `input_ids`, `labels` and `miso_layout` (see `segments.encode`); a row without a layout is one
+    causal run. The batch has `input_ids`, `labels` and `position_ids` of shape (1, T), and the integer fields of
+    `segments.packed.PackedSegments` under the prefix `miso_`. Its tokens are laid out `[contexts | outputs | single runs]`.
+    If every row has the number of its raw row in `miso_row`, the batch lists these numbers in `miso_rows`.
 
     Args:
-        pad_token_id: Fills up to `pad_to_multiple_of`, as a causal run of its own without labels.
+        pad_token_id: Pads up to `pad_to_multiple_of`, as a causal run of its own without labels.
         weighting: `context_weighting` of the config.
-        share_prefixes: Compute the common prefixes of contexts once.
-        window: The model's smallest sliding window, 0 for none: batches in which it binds get the pairs form's fields.
+        share_prefixes: Whether to compute the common prefixes of contexts once.
+        window: The model's smallest sliding window in tokens, 0 for none. A batch in which the window binds also gets the
+            fields of the pairs form.
+        pad_to_multiple_of: The batch's number of tokens is padded to a multiple of this.
+
+    Raises:
+        ValueError: For a row whose layout does not fit its tokens.
 
     Example:
         >>> collator = MISODataCollator(pad_token_id=0)
@@ -43,11 +48,11 @@ class MISODataCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         examples, input_ids, labels = self._flatten(rows)
         num_examples = len(examples)
-        short = -len(input_ids) % (self.pad_to_multiple_of or 1)
-        if short:
-            examples.append(single(short))
-            input_ids += [self.pad_token_id] * short
-            labels += [-100] * short
+        padding = -len(input_ids) % (self.pad_to_multiple_of or 1)
+        if padding:
+            examples.append(single(padding))
+            input_ids += [self.pad_token_id] * padding
+            labels += [-100] * padding
         order, position_ids, packed = pack(examples, self.weighting, self.window)
         packed.num_examples = num_examples
         batch = {
@@ -55,32 +60,35 @@ class MISODataCollator:
             "labels": torch.tensor(labels)[order][None],
             "position_ids": torch.from_numpy(position_ids)[None],
         }
-        # A label is predicted from the row before it, which for the first token of a segment is another segment's.
+        # A token is predicted from the one before it. For the first token of a segment that is another segment's token.
         batch["labels"][0, packed.cu_seqlens_q[:-1].long()] = -100
         if all(row.get("miso_row") for row in rows):
             batch[ROWS] = torch.tensor([number for row in rows for number in row["miso_row"]])
         return batch | packed.to_batch()
 
     def _flatten(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Example], list[int], list[int]]:
+        """The examples of all rows, with their token ids and labels concatenated."""
         examples: list[Example] = []
         input_ids: list[int] = []
         labels: list[int] = []
         for row in rows:
-            at = 0
-            ids = list(row["input_ids"])
-            row_labels = list(row.get("labels", ids))
+            row_ids = list(row["input_ids"])
+            row_labels = list(row.get("labels", row_ids))
             layout = row.get("miso_layout")
-            for example in decode(layout) if layout else [single(len(ids))]:
-                span = slice(at, at := at + example.num_tokens)
-                parts = [ids[span], row_labels[span]]
+            row_examples = decode(layout) if layout else [single(len(row_ids))]
+            start = 0
+            for example in row_examples:
+                end = start + example.num_tokens
+                columns = [row_ids[start:end], row_labels[start:end]]
+                start = end
                 if not self.share_prefixes:
-                    example, parts = unshare(example, parts)
+                    example, columns = unshare(example, columns)
                 examples.append(example)
-                input_ids += parts[0]
-                labels += parts[1]
-            if not ids or at != len(ids) or len(row_labels) != len(ids):
+                input_ids += columns[0]
+                labels += columns[1]
+            if not row_ids or start != len(row_ids) or len(row_labels) != len(row_ids):
                 raise ValueError(
-                    f"Got a row of {len(ids)} tokens and {len(row_labels)} labels whose layout has {at} tokens, expected equal "
+                    f"Got a row of {len(row_ids)} tokens and {len(row_labels)} labels whose layout has {start} tokens, expected equal "
                     "numbers above 0. Fix: prepare the dataset again, or drop its miso_layout column and its empty rows."
                 )
         return examples, input_ids, labels

@@ -1,4 +1,4 @@
-"""What became of a dataset's rows, counted and logged once."""
+"""What became of a dataset's rows: counts and log lines for dropped, split and mixed rows."""
 
 import logging
 from collections import Counter
@@ -15,12 +15,12 @@ logger = get_logger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Dropped: TypeAlias = dict[str, list[int]]  # reason -> numbers of the raw rows
-STATUS = "miso_status"  # what a source says of each row: "split", or why it keeps one context
-SAMPLE = 500  # rows of a stream that are counted, since it has no end at which all could be
+STATUS = "miso_status"  # column in which a source says "split", or why a row keeps one context
+SAMPLE = 500  # rows counted of a stream, which may have no end
 
 
 def dropped_rows(numbers: Iterable[int], reasons: Iterable[str]) -> Dropped:
-    """Row numbers by reason, of the rows that have one."""
+    """Group the numbers of dropped rows by reason. Rows with an empty reason were kept."""
     dropped: Dropped = {}
     for number, reason in zip(numbers, reasons, strict=True):
         if reason:
@@ -29,11 +29,11 @@ def dropped_rows(numbers: Iterable[int], reasons: Iterable[str]) -> Dropped:
 
 
 def report_dropped(dropped: Dropped, rows: int, name: str, streamed: bool = False) -> None:
-    """Log each reason once with its count and first row. Raises ValueError if every row was dropped."""
-    of = f"the first {rows} streamed" if streamed else f"{rows}"
+    """Log each reason once with its count and its first row. Raises ValueError if every row was dropped."""
+    total = f"the first {rows} streamed" if streamed else f"{rows}"
     for reason, numbers in dropped.items():
         logger.warning(
-            f"Dropped {len(numbers)} of {of} rows of the {name} dataset (first: row {numbers[0]}): {reason}."
+            f"Dropped {len(numbers)} of {total} rows of the {name} dataset (first: row {numbers[0]}): {reason}."
         )
     if rows and not streamed and sum(map(len, dropped.values())) == rows:
         counts = {reason: len(numbers) for reason, numbers in dropped.items()}
@@ -44,37 +44,39 @@ def report_dropped(dropped: Dropped, rows: int, name: str, streamed: bool = Fals
 
 
 def count_statuses(dataset: AnyDataset) -> Counter[str]:
-    """How often each status was given by the source that made the rows; of a stream, by its first `SAMPLE` rows."""
+    """Count the statuses that the source gave the rows; of a stream, those of its first `SAMPLE` rows."""
     rows = dataset.select_columns(STATUS)
-    rows = rows.take(SAMPLE) if isinstance(rows, IterableDataset) else rows
+    if isinstance(rows, IterableDataset):
+        rows = rows.take(SAMPLE)
     statuses = chain.from_iterable(batch[STATUS] for batch in rows.iter(1000))
     return Counter(status for status in statuses if isinstance(status, str))
 
 
 def report_statuses(statuses: Mapping[str, int], name: str, streamed: bool = False) -> None:
-    """Log how many rows were split, and for each reason how many keep one context; loudly if none was split."""
+    """Log how many rows were split, and how many keep one context, by reason; as a warning if no row was split."""
     rows = sum(statuses.values())
-    others = ", ".join(f"{count} {status}" for status, count in statuses.items() if status != "split")
     split = statuses.get("split", 0)
-    of = f"the first {rows} streamed" if streamed else f"{rows}"
+    others = ", ".join(f"{count} {status}" for status, count in statuses.items() if status != "split")
+    total = f"the first {rows} streamed" if streamed else f"{rows}"
     level = logging.INFO if split or not rows else logging.WARNING
-    logger.log(level, f"{name} dataset: {split} of {of} rows were split{f'; not split: {others}' if others else ''}.")
+    logger.log(
+        level, f"{name} dataset: {split} of {total} rows were split{f'; not split: {others}' if others else ''}."
+    )
 
 
 def report_mixture(dataset: AnyDataset, name: str) -> None:
-    """Log how many examples mix contexts and what sharing saves."""
+    """Log how many examples mix contexts, and how many tokens shared prefixes save."""
     if not isinstance(dataset, Dataset) or not logger.isEnabledFor(logging.INFO):
         return
-    count = Counter[str]()
+    examples = mixed = contexts = tokens = unshared_tokens = 0
     for batch in dataset.select_columns("miso_layout").iter(1000):
         for example in chain.from_iterable(map(decode, batch["miso_layout"])):
-            count["examples"] += 1
-            count["mixed"] += bool(example.branches)
-            count["contexts"] += len(example.branches)
-            count["tokens"] += example.num_tokens
-            count["unshared"] += example.num_unshared_tokens
+            examples += 1
+            mixed += bool(example.branches)
+            contexts += len(example.branches)
+            tokens += example.num_tokens
+            unshared_tokens += example.num_unshared_tokens
     logger.info(
-        f"{name} dataset: {count['examples']} examples, {count['mixed'] / max(count['examples'], 1):.0%} with several contexts "
-        f"({count['contexts'] / max(count['mixed'], 1):.1f} on average), {count['tokens']} tokens ({count['unshared']} without "
-        "shared prefixes)."
+        f"{name} dataset: {examples} examples, {mixed / max(examples, 1):.0%} with several contexts "
+        f"({contexts / max(mixed, 1):.1f} on average), {tokens} tokens ({unshared_tokens} without shared prefixes)."
     )

@@ -1,4 +1,4 @@
-"""Data sets in memory and streams, mapped alike: batches of rows with their numbers, errors that name the row."""
+"""`map` over datasets in memory and streams alike: batches of rows with their numbers, and errors that name the row."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,16 +16,17 @@ from trl_miso.data.dropped import AnyDataset
 
 logger = get_logger(__name__)
 
-REASON = Features(miso_dropped=Value("string"))  # why a row is dropped, empty for the others
+REASON = Features(miso_dropped=Value("string"))  # why a row is dropped; empty for rows that are kept
 
 
 def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
+    """The rows of a batch of columns."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 @contextmanager
 def naming(index: int) -> Iterator[None]:
-    """Give errors the number of the row."""
+    """Prefix a ValueError with the number of the row."""
     try:
         yield
     except ValueError as error:
@@ -33,14 +34,14 @@ def naming(index: int) -> Iterator[None]:
 
 
 def same_columns(dataset: IterableDataset) -> IterableDataset:
-    """A stream whose rows all have the columns of the first, null where they lack one: later maps remove columns by name."""
+    """A stream whose rows all have the columns of the first row, null where absent: later maps remove columns by name."""
     if dataset.column_names is not None or not (names := get_dataset_column_names(dataset)):
         return dataset
-    return dataset.map(_Filled(tuple(names))).select_columns(names)
+    return dataset.map(_FillColumns(tuple(names))).select_columns(names)
 
 
 @dataclass(frozen=True)
-class _Filled:
+class _FillColumns:
     names: tuple[str, ...]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -48,40 +49,43 @@ class _Filled:
 
 
 def map_rows(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
-    """Replace rows and all their columns by what `function` makes of a batch of rows and their indices."""
+    """Replace all columns by what `function` returns for a batch of rows and their indices."""
     names = get_dataset_column_names(dataset)
     return map_batches(dataset, function, num_proc, desc, with_indices=True, remove_columns=names, **options)
 
 
 def map_batches(dataset: AnyDataset, function: Callable, num_proc: int | None, desc: str, **options: Any) -> AnyDataset:
+    """`Dataset.map(batched=True)`, or the same of a stream. Raises ValueError for rows whose types differ."""
     if isinstance(dataset, IterableDataset):
         return dataset.map(function, batched=True, **options)
     try:
-        with PartialState().local_main_process_first():  # which fills the cache that the node's other ranks read
+        # One process per node fills the cache that the other ranks of the node then read.
+        with PartialState().local_main_process_first():
             return dataset.map(function, batched=True, num_proc=num_proc, desc=desc, **options)
     except (ArrowException, TypeError) as error:
         raise ValueError(
-            f"Got columns {dataset.column_names} with rows that no one type holds ({error}), expected values of one type in each "
-            "column, and messages with the same keys. Fix: convert them, or stream the dataset (to_iterable_dataset)."
+            f"Got columns {dataset.column_names} with rows that no single type holds ({error}), expected values of one type in "
+            "each column, and messages with the same keys. Fix: convert them, or stream the dataset (to_iterable_dataset)."
         ) from error
     except ValueError as error:
-        error.add_note(f"{desc}.")  # which of them
+        error.add_note(f"{desc}.")  # names the dataset and the step
         raise
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Whether a streamed row is kept; a reason that was not `reported` is logged when first met."""
+class KeepRow:
+    """Filter of a stream: True for an empty reason. Logs a reason that is not in `reported` when it first occurs."""
 
     reported: tuple[str, ...] = ()
 
     def __call__(self, reason: str) -> bool:
         if reason and reason not in self.reported:
-            logger.warning_once(f"Dropped a streamed row, and will drop more without saying so: {reason}.")
+            logger.warning_once(f"Dropped a streamed row; further rows are dropped without a message: {reason}.")
         return not reason
 
 
 def check_not_empty(dataset: IterableDataset) -> None:
+    """Raise ValueError if a stream has no rows left."""
     if next(iter(dataset), None) is None:
         raise ValueError(
             "Got a streamed dataset none of whose rows can be trained on (the reasons are logged), expected rows with "
@@ -89,10 +93,10 @@ def check_not_empty(dataset: IterableDataset) -> None:
         )
 
 
-class WholeStream(torch.utils.data.IterableDataset):
-    """A stream that every rank reads as a whole, to take its own rows of it.
+class UnshardedStream(torch.utils.data.IterableDataset):
+    """A stream that every rank reads in full, to take its own rows from it.
 
-    accelerate gives each rank shards of its own where there are enough of them, which differ in how many rows they have: ranks
+    accelerate would give each rank shards of its own where there are enough of them. Shards differ in length, and ranks
     with fewer batches would leave the others waiting.
     """
 

@@ -1,4 +1,4 @@
-"""Rows of every format as rows that TRL's own preparation takes: checked, numbered, with the types of their columns."""
+"""Rows for TRL's own preparation (modes single and augment): checked, numbered, with declared column types."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,62 +7,69 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from trl_miso.data.contexts import (
-    KEPT,
-    TOKENS,
-    RowDropped,
-    as_trl_row,
-    full_row,
-    messages_row,
-    parallel_row,
-    template_kwargs,
-    text_row,
-    token_row,
-)
+from trl_miso.data.contexts import full_row, parallel_row
 from trl_miso.data.dropped import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
-from trl_miso.data.mapping import REASON, Kept, check_not_empty, map_rows, naming, rows_of
+from trl_miso.data.mapping import REASON, KeepRow, check_not_empty, map_rows, naming, rows_of
+from trl_miso.data.options import DEFAULTS, DataOptions
+from trl_miso.data.schema import (
+    TEMPLATE_COLUMNS,
+    TOKEN_COLUMNS,
+    RowDropped,
+    check_text,
+    has_content,
+    integer_column,
+    template_kwargs,
+    to_messages,
+    wrong_type,
+)
 from trl_miso.data.tokenization import RowTokenizer
 
 
 @dataclass(frozen=True)
 class SFTRows:
-    """Maps batches of raw rows to rows for TRL's preparation, without the rows that are dropped.
+    """Maps batches of raw rows to rows that TRL prepares, without the rows that are dropped.
 
-    Prompt and completion with the full context, messages, text, or token ids; with `augment`, every context as a
-    prompt-completion row of its own (the paper's "no MISO" ablation). Rows are checked with the `tokenizer` that TRL is to
-    render them with, unless it is None. `formatting_func` makes the `text_field`.
+    A row becomes prompt and completion with the full context, messages, text, or token ids.
+
+    Args:
+        kind: The format of the rows, see `schema.row_format`.
+        options: `include_full`, `include_bare` and `response_template` are read.
+        augment: Make every context a prompt-completion row of its own (the paper's "no MISO" ablation).
+        tokenizer: Checks rows as TRL will render them; None skips the check.
+        text_field: The column of plain text.
+        formatting_func: Makes the plain text of a row.
+        reported: Reasons to drop rows that were logged before.
     """
 
     kind: str
-    response_template: str | None = None
+    options: DataOptions = DEFAULTS
     augment: bool = False
-    include_full: bool = True
-    include_bare: bool = True
     tokenizer: RowTokenizer | None = None
     text_field: str = "text"
     formatting_func: Callable[[dict], str] | None = None
     reported: tuple[str, ...] = ()
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows, kept = [], Kept(self.reported)
+        rows: list[dict[str, Any]] = []
+        keep = KeepRow(self.reported)
         for row, index in zip(rows_of(batch), indices, strict=True):
             try:
-                rows += [made | {"miso_row": row["miso_row"]} for made in self.make(row, index)]
+                rows += [sft_row | {"miso_row": row["miso_row"]} for sft_row in self.make(row, index)]
             except RowDropped as reason:
-                kept(str(reason))
+                keep(str(reason))
         return {name: [row[name] for row in rows] for name in [*self.columns(list(batch)), "miso_row"]}
 
     def columns(self, names: list[str]) -> list[str]:
-        """What rows with columns `names` have for TRL."""
+        """The columns that TRL gets from rows with columns `names`."""
         if self.kind == "text":
             return [self.text_field]
         if self.kind == "tokenized":
-            return [name for name in TOKENS if name in names]
-        made = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
-        return made + [name for name in KEPT if name in names]
+            return [name for name in TOKEN_COLUMNS if name in names]
+        content = ["messages"] if self.kind == "messages" else ["prompt", "completion"]
+        return content + [name for name in TEMPLATE_COLUMNS if name in names]
 
     def reasons(self, batch: dict[str, list], indices: list[int]) -> dict[str, list[str]]:
-        """Why rows are dropped, empty for the others."""
+        """For each row the reason why it is dropped; empty for rows that are kept."""
         return {"miso_dropped": [self._reason(row, index) for row, index in zip(rows_of(batch), indices, strict=True)]}
 
     def _reason(self, row: dict[str, Any], index: int) -> str:
@@ -73,56 +80,105 @@ class SFTRows:
         return ""
 
     def make(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        """The row as one or more rows for TRL. Raises RowDropped if it carries nothing to learn from."""
+        """One or more rows for TRL. Raises RowDropped if nothing can be learned from the row."""
         with naming(index):
-            made = self._make(row)
+            sft_rows = self._make(row)
             if self.tokenizer is not None and self.kind != "tokenized":
                 kwargs = template_kwargs(row)
-                for one in made:
-                    prompt = one.get("prompt")
-                    whole = one[self.columns([])[0]] if prompt is None else prompt + one["completion"]
+                for sft_row in sft_rows:
+                    prompt = sft_row.get("prompt")
+                    whole = sft_row[self.columns([])[0]] if prompt is None else prompt + sft_row["completion"]
                     self.tokenizer.check(whole, prompt, kwargs)
-            return made
+            return sft_rows
 
     def _make(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         if self.kind == "messages":
-            return [messages_row(row)]  # TRL's masks apply, which need no assistant turn at the end
+            return [messages_row(row)]  # the conversation may end in any turn: TRL's masks apply
         if self.kind == "text":
             row = {self.text_field: self.formatting_func(row)} if self.formatting_func else row
             return [text_row(row, self.text_field)]
         if self.kind == "tokenized":
             return [token_row(row)]
-        made = full_row(row, self.kind, self.response_template)
+        context_row = full_row(row, self.kind, self.options)
         if self.augment:
-            made = parallel_row(row, self.kind, self.include_full, self.include_bare, self.response_template, made)
-        return [as_trl_row(row, context, made.completion) for context in made.contexts]
+            context_row = parallel_row(row, self.kind, self.options, context_row)
+        template_columns = _template_columns(row)
+        return [
+            {"prompt": context, "completion": context_row.completion} | template_columns
+            for context in context_row.contexts
+        ]
+
+
+def messages_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A conversation for TRL's own preparation."""
+    messages = to_messages(row)
+    if not any(map(has_content, messages)):
+        raise RowDropped("an empty conversation")
+    return {"messages": messages} | _template_columns(row)
+
+
+def text_row(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """Plain text for TRL's own preparation."""
+    text = row.get(field)
+    if not isinstance(text, str | None):
+        raise wrong_type(text, field, "a string")
+    if not text or not text.strip():
+        raise RowDropped("an empty text")
+    return {field: check_text(text, field)}
+
+
+def token_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a tokenized row as lists of integers."""
+    columns = {name: integer_column(row[name], name) for name in TOKEN_COLUMNS if name in row}
+    ids = columns["input_ids"]
+    if not ids:
+        raise RowDropped("no tokens")
+    for name, values in columns.items():
+        if name != "seq_lengths" and len(values) != len(ids):
+            raise ValueError(
+                f"Got {len(values)} values in column {name!r} beside {len(ids)} in column 'input_ids', expected one for each token. "
+                f"Fix: make {name!r} as long as 'input_ids'."
+            )
+    return columns
+
+
+def _template_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that TRL passes to the chat template, in forms that TRL can read."""
+    kwargs = template_kwargs(row)
+    columns = {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
+    if "tools" in columns and kwargs["tools"] is None:
+        columns["tools"] = None
+    if columns.get("chat_template_kwargs", {}) is None:
+        columns["chat_template_kwargs"] = {}
+    return columns
 
 
 def prepare_sft_rows(dataset: AnyDataset, rows: SFTRows, name: str, num_proc: int | None) -> tuple[AnyDataset, Dropped]:
-    """Rows numbered and made for TRL's own preparation, without those that are dropped, which are reported.
+    """Number the rows, convert them for TRL, and drop and report those that cannot be trained on.
 
     Raises:
-        ValueError: If a row is malformed, or of a stream, if no row is left.
+        ValueError: If a row is malformed, or if no row of a stream is left.
     """
     desc = f"Making prompts of {name} dataset"
-    dataset = _numbered(dataset)
-    reasons = map_rows(dataset, rows.reasons, num_proc, desc, features=REASON)
     streamed = isinstance(dataset, IterableDataset)
-    reasons = [row["miso_dropped"] for row in reasons.take(SAMPLE)] if streamed else reasons["miso_dropped"][:]
+    dataset = _with_numbers(dataset)
+    checked = map_rows(dataset, rows.reasons, num_proc, desc, features=REASON)
+    reasons = [row["miso_dropped"] for row in checked.take(SAMPLE)] if streamed else checked["miso_dropped"][:]
     dropped = dropped_rows(range(len(reasons)), reasons)
     report_dropped(dropped, len(reasons), name, streamed)
-    if dropped and not streamed:
-        dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
-    rows = replace(rows, reported=tuple(dropped), tokenizer=rows.tokenizer if streamed else None)  # checked above
-    options = {} if streamed else _trl_types(dataset, rows)
-    dataset = map_rows(dataset, rows, num_proc, desc, **options)
     if streamed:
+        rows = replace(rows, reported=tuple(dropped))
+        dataset = map_rows(dataset, rows, num_proc, desc)
         check_not_empty(dataset)
-    return dataset, dropped
+        return dataset, dropped
+    if dropped:
+        dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
+    rows = replace(rows, reported=tuple(dropped), tokenizer=None)  # all rows were checked above
+    return map_rows(dataset, rows, num_proc, desc, **_type_options(dataset, rows)), dropped
 
 
-def _numbered(dataset: AnyDataset) -> AnyDataset:
-    """Rows with their number, which survives what TRL does to them."""
+def _with_numbers(dataset: AnyDataset) -> AnyDataset:
+    """Rows with their number in a column that TRL's preparation keeps."""
     if isinstance(dataset, Dataset):
         return dataset.add_column("miso_row", [[i] for i in range(len(dataset))])
     return dataset.map(_number, with_indices=True)
@@ -132,40 +188,52 @@ def _number(row: dict[str, Any], index: int) -> dict[str, list[int]]:
     return {"miso_row": [index]}
 
 
-def _trl_types(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
-    """Options of `Dataset.map` for rows for TRL: types by the columns that rows come from, since the first rows may lack
-    some, or if that cannot be told the first rows' types. A prompt need not come from the column of that name."""
-    known = dataset.features
-    sources = {name: [List(Value("int64"))] for name in (*TOKENS, "miso_row")} | {rows.text_field: [Value("string")]}
-    sources |= {name: [known[name]] for name in ("completion", *KEPT) if name in known}
-    sources["prompt"] = [known[name] for name in ("prompt", "full_prompt") if name in known]
+def _type_options(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
+    """The arguments of `Dataset.map` that declare the types of rows for TRL.
+
+    The types are those of the raw columns from which the rows are made, since the first rows may lack some keys. Where
+    that does not decide a type, `datasets` infers all types from the first rows. A prompt need not come from the column
+    of that name.
+    """
+    raw = dataset.features
+    sources = {name: [List(Value("int64"))] for name in (*TOKEN_COLUMNS, "miso_row")}
+    sources[rows.text_field] = [Value("string")]
+    for name in ("completion", *TEMPLATE_COLUMNS):
+        if name in raw:
+            sources[name] = [raw[name]]
+    sources["prompt"] = [raw[name] for name in ("prompt", "full_prompt") if name in raw]
     if rows.kind == "contexts":
-        sources["prompt"] += [getattr(known["contexts"], "feature", None)]
-    sources["messages"] = [_message_types(known[name]) for name in ("messages", "conversations") if name in known]
-    if known.get("chat_template_kwargs") == Value("null"):
-        sources["chat_template_kwargs"] = [None]  # a null one is made an empty dict
-    types = {name: _merged(sources[name]) for name in [*rows.columns(list(known)), "miso_row"]}
+        sources["prompt"] += [getattr(raw["contexts"], "feature", None)]
+    sources["messages"] = [_message_types(raw[name]) for name in ("messages", "conversations") if name in raw]
+    if raw.get("chat_template_kwargs") == Value("null"):
+        sources["chat_template_kwargs"] = [None]  # null becomes an empty dict
+    types = {name: _merge_types(sources[name]) for name in [*rows.columns(list(raw)), "miso_row"]}
     features = Features(types) if None not in types.values() else None
     return {"features": features, "try_original_type": rows.kind not in ("constraints", "contexts")}
 
 
 def _message_types(types: Any) -> Any:
-    """Types of messages made of turns of these types; see `to_messages`."""
+    """The types of messages converted from turns of these types; see `schema.to_messages`."""
     turn = getattr(types, "feature", None)
     if not isinstance(turn, dict):
         return types
-    keys = {"role": ("role", "from"), "content": ("content", "value")}
-    named = {name: _merged([turn[key] for key in either if key in turn]) for name, either in keys.items()}
-    return List(named | {key: kind for key, kind in turn.items() if not any(key in either for either in keys.values())})
+    alternatives = {"role": ("role", "from"), "content": ("content", "value")}
+    merged = {}
+    for name, keys in alternatives.items():
+        merged[name] = _merge_types([turn[key] for key in keys if key in turn])
+    converted = set(chain.from_iterable(alternatives.values()))
+    return List(merged | {key: kind for key, kind in turn.items() if key not in converted})
 
 
-def _merged(types: list) -> Any:
-    """A type for values of all these types, or None."""
+def _merge_types(types: list) -> Any:
+    """A type that holds values of all these types, or None if there is none."""
     types = [t for t in types if t != Value("null")] or types[:1] or [None]
     if all(isinstance(t, dict) for t in types):
-        made = {key: _merged([t[key] for t in types if key in t]) for key in chain.from_iterable(types)}
-        return None if None in made.values() else made
+        merged = {key: _merge_types([t[key] for t in types if key in t]) for key in chain.from_iterable(types)}
+        return None if None in merged.values() else merged
     if all(isinstance(t, List) for t in types):
-        item = _merged([t.feature for t in types])
+        item = _merge_types([t.feature for t in types])
         return None if item is None else List(item)
-    return types[0] if isinstance(types[0], Value) and all(t == types[0] for t in types) else None
+    if isinstance(types[0], Value) and all(t == types[0] for t in types):
+        return types[0]
+    return None

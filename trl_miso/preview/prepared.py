@@ -1,27 +1,27 @@
-"""Rows as `MISOSFTTrainer` prepares them, as plain data for the renderings."""
+"""Rows as `MISOSFTTrainer` prepares them, as plain data for the terminal and the page."""
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import SFTTrainer, clone_chat_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational
 
+from trl_miso.attention.support import why_not_share
 from trl_miso.config import MISOSFTConfig
-from trl_miso.data.dropped import STATUS, count_statuses
+from trl_miso.data.dropped import STATUS, AnyDataset, Dropped, count_statuses
+from trl_miso.data.pipeline import Pipeline, check_dataset, first_row
 from trl_miso.data.token_text import token_texts
-from trl_miso.preview.statistics import Baseline, ModelShape, statistics_of
+from trl_miso.preview.statistics import Baseline, ModelShape, dataset_statistics
 from trl_miso.segments import decode
-from trl_miso.training.trainer import MISOSFTTrainer
-
-# What TRL and MISO add to transformers' arguments is about rows, but for what is about the model.
-_MODEL = ("activation_offloading", "attention_kernel", "loss_type", "model_init_kwargs", "router_aux_loss_coef")
-_ROWS = set(MISOSFTConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__) - set(_MODEL)
 
 
 def preview_dataset(
@@ -34,32 +34,40 @@ def preview_dataset(
     rows: int = 5,
     complete: bool = True,
 ) -> dict[str, Any]:
-    """Prepare a data set as training would and say what became of it.
+    """Prepare a dataset as training would, through the same pipeline, and describe the result.
 
     Args:
-        dataset: Rows in any format of `trl_miso.data.contexts`.
-        shape: Of the model, to estimate the cost of its compute.
-        name: What to call the data set.
-        rows: How many to show. The first row dropped for each reason, and the first cut, are shown besides.
-        complete: Whether `dataset` is the whole data set.
+        dataset: Rows in any format of `trl_miso.data.schema`.
+        shape: The model's shape, to estimate the cost of a step.
+        name: What to call the dataset.
+        rows: How many rows to show. The first row dropped for each reason, and the first row cut, are shown besides.
+        complete: Whether `dataset` is the whole dataset.
 
     Returns:
-        `{"statistics": ..., "rows": [...]}`, values that JSON can hold. A row has its `ids`, `texts` and `labels` in packed
-        order, its `segments` and `contexts` (the branches of `trl_miso.segments`), and the texts that were `cut`; or the
-        reason it was `dropped`.
+        `{"statistics": ..., "rows": [...]}`, all values JSON-compatible. A row has its `ids`, `texts` and `labels` in
+        packed order, its `segments` and `contexts` (the branches of `trl_miso.segments`), and the texts of the tokens that
+        were `cut`; or the reason why it was `dropped`.
 
     Raises:
-        ValueError: As `MISOSFTTrainer`, for settings or rows that cannot be trained on; for a stream; for rows prepared
-            before.
+        ValueError: As `MISOSFTTrainer`, for settings or rows that cannot be trained on; for a stream; for rows that were
+            prepared before.
     """
     _check(dataset, args, name)
-    tokenizer = deepcopy(tokenizer)  # training gives it a chat template, a pad token, ...
-    with _state_of_its_own():
-        return _preview(dataset, tokenizer, args, shape, name, rows, complete)
+    # Training sets a chat template, a pad token, ... on the tokenizer it is given.
+    tokenizer, chat_template = _training_tokenizer(deepcopy(tokenizer), args, first_row(dataset, name))
+    pipeline = Pipeline.of(
+        args,
+        tokenizer,
+        _SFTPreparation(tokenizer, chat_template, args, dataset.column_names),
+        chat_template=chat_template,
+        vocab_size=1 + max(tokenizer.get_vocab().values()),  # some vocabularies have gaps
+        shares_prefixes=args.share_prefixes and not _noise(args),
+    )
+    return _Preview(dataset, pipeline, args, shape, name, rows, complete).build()
 
 
 def _check(dataset: Dataset, args: MISOSFTConfig, name: str) -> None:
-    """Refuse what has no rows to show, or none to prepare."""
+    """Refuse a dataset without rows to show, or without rows to prepare."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"Got {name} as {type(dataset).__name__}, expected a Dataset, whose rows can be counted. Fix: preview the first rows of "
@@ -69,155 +77,203 @@ def _check(dataset: Dataset, args: MISOSFTConfig, name: str) -> None:
         raise ValueError(f"Got no rows in {name}, expected at least one. Fix: check the file or the split.")
     if "miso_layout" in dataset.column_names or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise ValueError(
-            f"Got {name}, which is prepared already and no longer says what its rows were, expected raw rows. Fix: preview the "
-            "data set it was prepared from, without skip_prepare_dataset."
+            f"Got {name}, which is prepared already and no longer has its raw rows, expected raw rows. Fix: preview the "
+            "dataset it was prepared from, without skip_prepare_dataset."
         )
+    check_dataset(dataset, name)
     if args.packing and args.max_length is None:
         raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
 
 
-@contextmanager
-def _state_of_its_own() -> Iterator[None]:
-    """Keep what accelerate knows of the process, device and plugins as it was: the first trainer to be made decides it."""
-    states = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
-    try:
-        yield
-    finally:
-        for state, before in states:
-            state.clear()
-            state.update(before)
+def _noise(args: MISOSFTConfig) -> str:
+    """Why noise of the settings, apart from the model's, forbids shared prefixes; empty if it does not."""
+    return why_not_share(None, LlamaConfig(), args.neftune_noise_alpha)
 
 
-def _preview(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: MISOSFTConfig,
-    shape: ModelShape,
-    name: str,
-    rows: int,
-    complete: bool,
-) -> dict[str, Any]:
-    trainer = _stand_in(dataset, tokenizer, args)
-    if trainer.training_mode == "single":
-        baseline = Baseline.of(trainer.train_dataset)
-    else:
-        # Uncut, since plain SFT may not be able to train on any of the rows: the full context is the longest.
-        sft = _again(dataset, tokenizer, args, context_mode="single")
-        baseline = Baseline.of(sft.train_dataset, args.max_length)
-    statistics = statistics_of(
-        trainer.train_dataset,
-        mode=trainer.training_mode or "",
-        baseline=baseline,
-        shape=shape,
-        shared=trainer.data_collator.share_prefixes,
-    )
-    if args.packing:
-        layouts = trainer.train_dataset.select_columns("miso_layout")
-        for column in ("input_ids", "labels"):  # which need not be copied to be counted
+def _training_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, row: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """The tokenizer as SFTTrainer sets it up, and the chat template that replaces its own, in the same order.
+
+    Raises:
+        ValueError: As SFTTrainer, for tokens that the vocabulary lacks and rows without assistant turns to label.
+    """
+    if args.eos_token is not None:
+        _check_token(tokenizer, "eos_token", args.eos_token)
+        tokenizer.eos_token = args.eos_token
+    path = args.chat_template_path
+    if path is not None and path.endswith((".jinja", ".j2")) and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path is not None:
+        # TRL adds the tokens of the other tokenizer, and fills the vocabulary up to the model's resized embeddings.
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+        _, tokenizer, _ = clone_chat_template(model, tokenizer, path)
+    chat_template = None
+    if args.assistant_only_loss:
+        if not is_conversational(row):
+            raise ValueError(
+                "Got assistant_only_loss=True and rows that are not conversations, expected messages. Fix: leave "
+                "assistant_only_loss out, or convert the rows."
+            )
+        if not has_generation_markers(tokenizer.chat_template):
+            chat_template = get_training_chat_template(tokenizer)
+    pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    _check_token(tokenizer, "pad_token", pad_token)
+    tokenizer.pad_token = pad_token
+    return tokenizer, chat_template
+
+
+def _check_token(tokenizer: PreTrainedTokenizerBase, name: str, token: str | None) -> None:
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"Got {name}={token!r}, expected a token of the vocabulary. Fix: correct {name}.")
+
+
+@dataclass
+class _SFTPreparation:
+    """TRL's own preparation of rows without a trainer: the attributes that `SFTTrainer._prepare_dataset` reads."""
+
+    _tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None
+    args: MISOSFTConfig
+    columns: list[str]
+    completion_only_loss: bool = False
+
+    def __call__(self, rows: AnyDataset, name: str, completions_only: bool) -> AnyDataset:
+        has_both = {"prompt", "completion"} <= set(self.columns)
+        setting = self.args.completion_only_loss
+        self.completion_only_loss = completions_only or (has_both if setting is None else setting)
+        uncut = copy(self.args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        return SFTTrainer._prepare_dataset(self, rows, self._tokenizer, uncut, False, None, name)
+
+
+@dataclass(frozen=True)
+class _Preview:
+    """Everything that a preview is built from."""
+
+    dataset: Dataset
+    pipeline: Pipeline
+    args: MISOSFTConfig
+    shape: ModelShape
+    name: str
+    num_rows: int
+    complete: bool
+
+    def build(self) -> dict[str, Any]:
+        # Neither shuffled nor packed, so that prepared rows keep the order of the raw rows.
+        prepared = replace(self.pipeline, shuffle_seed=None)(self.dataset, "train")
+        dropped = prepared.dropped or {}
+        if prepared.mode == "single":
+            baseline = Baseline.of(prepared.rows)
+        else:
+            # Plain SFT may be unable to train on some rows, whose full context is the longest: cut by the baseline itself.
+            baseline = Baseline.of(self._uncut(self.dataset, prepared.mode, as_sft=True), self.args.max_length)
+        statistics = dataset_statistics(
+            prepared.rows,
+            mode=prepared.mode,
+            baseline=baseline,
+            shape=self.shape,
+            shared=self.pipeline.shares_prefixes,
+        )
+        if self.args.packing:
+            statistics["bins"] = self._bins(prepared.rows, statistics)
+        statuses = count_statuses(self.dataset) if STATUS in self.dataset.column_names else {}
+        statistics |= {
+            "dataset": self.name,
+            "model": self.shape.name,
+            "rows": len(self.dataset),
+            "complete": self.complete,
+            "statuses": dict(statuses),
+            "dropped": {why: {"rows": len(set(which)), "first_row": which[0]} for why, which in dropped.items()},
+        }
+        return {"statistics": statistics, "rows": list(self._rows(prepared.rows, prepared.mode, dropped))}
+
+    def _bins(self, prepared: Dataset, statistics: dict[str, Any]) -> dict[str, Any]:
+        layouts = prepared.select_columns("miso_layout")
+        for column in ("input_ids", "labels"):  # tokens need not be copied to count bins
             layouts = layouts.add_column(column, [[]] * len(layouts))
-        bins, tokens = len(trainer._pack(layouts, args)), statistics["tokens"]["unique"]
-        statistics["bins"] = {
-            "max_length": args.max_length,
+        bins, max_length = len(self.pipeline.pack(layouts)), self.args.max_length
+        return {
+            "max_length": max_length,
             "bins": bins,
-            "filled": tokens / (bins * args.max_length),
+            "filled": statistics["tokens"]["unique"] / (bins * max_length),
             "examples_per_bin": round(statistics["examples"] / bins, 1),
         }
-    dropped = trainer.dropped_rows.get("train", {})
-    statistics |= {
-        "dataset": name,
-        "model": shape.name,
-        "rows": len(dataset),
-        "complete": complete,
-        "statuses": dict(count_statuses(dataset)) if STATUS in dataset.column_names else {},
-        "dropped": {why: {"rows": len(set(which)), "first_row": which[0]} for why, which in dropped.items()},
-    }
-    return {"statistics": statistics, "rows": list(_rows(dataset, trainer, tokenizer, args, rows))}
+
+    def _uncut(self, dataset: Dataset, mode: str, as_sft: bool = False) -> Dataset:
+        """Rows prepared in `mode`, or as plain SFT on the full prompts, whose ends are not cut off."""
+        options = replace(self.pipeline.options, context_mode=mode, max_length=None)
+        pipeline = replace(self.pipeline, options=options, shuffle_seed=None, eval_contexts="standard")
+        with _quiet():
+            # Evaluation rows of standard inference are the full contexts that plain SFT trains on.
+            return pipeline(dataset, "train", training_mode=mode if as_sft else None).rows
+
+    def _rows(self, prepared: Dataset, mode: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
+        """The first rows, then one dropped for each reason, then the first that was cut."""
+        numbers = [
+            number for batch in prepared.select_columns("miso_row").iter(1000) for (number,) in batch["miso_row"]
+        ]
+        cuts = [cut for batch in prepared.select_columns("miso_cut").iter(1000) for (cut,) in batch["miso_cut"]]
+        to_show = list(range(min(self.num_rows, len(self.dataset))))
+        if self.num_rows:
+            to_show += [which[0] for which in dropped.values()]
+            to_show += [number for number, cut in zip(numbers, cuts, strict=True) if cut][:1]
+        dataset = self.dataset.with_format(None)
+        for number in dict.fromkeys(to_show):
+            raw = dataset[number]
+            common: dict[str, Any] = {
+                "index": number,
+                "status": raw.get(STATUS) or "",
+                "dropped": "",
+                "raw": "",
+                "cut": [],
+            }
+            for i, row_number in enumerate(numbers):
+                if row_number == number:
+                    row = self._prepared_row(prepared[i], mode)
+                    if cuts[i]:
+                        row["cut"] = self._cut_texts(dataset, mode, number, row["ids"])
+                    yield common | row
+            # In augment mode some contexts of a row may be dropped and others not.
+            for reason, which in dropped.items():
+                if number in which:
+                    empty: dict[str, list] = {key: [] for key in ("ids", "texts", "labels", "segments", "contexts")}
+                    yield common | {"mode": mode, "dropped": reason, "raw": _excerpt(raw)} | empty
+
+    def _cut_texts(self, dataset: Dataset, mode: str, number: int, ids: list[int]) -> list[str]:
+        """The texts of the tokens that were cut off after `ids`; none where the start of rows is cut."""
+        if self.args.truncation_mode != "keep_start":
+            return []
+        for uncut_ids in self._uncut(dataset.select([number]), mode)["input_ids"]:
+            if uncut_ids[: len(ids)] == ids:
+                return token_texts(uncut_ids[len(ids) :], self.pipeline.tokenizer)
+        raise AssertionError("a cut row is the beginning of the row before it was cut")
+
+    def _prepared_row(self, row: dict[str, Any], mode: str) -> dict[str, Any]:
+        # A row that TRL packed before holds several runs: the first of them is shown.
+        example = next(decode(row["miso_layout"]))
+        ids, labels = row["input_ids"][: example.num_tokens], row["labels"][: example.num_tokens]
+        return {
+            "mode": mode if example.branches or mode == "augment" else "single",
+            "ids": ids,
+            "texts": token_texts(ids, self.pipeline.tokenizer),
+            "labels": labels,
+            "segments": [segment._asdict() for segment in example.segments],
+            "contexts": [branch._asdict() for branch in example.branches],
+        }
 
 
-def _stand_in(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, **changes: Any
-) -> MISOSFTTrainer:
-    """A trainer that prepares rows as the user's would, around a model too small to matter, on no device that is in use."""
-    settings = {field: deepcopy(getattr(args, field)) for field in _ROWS}
-    settings |= {field: getattr(args, field) for field in ("seed", "data_seed", "neftune_noise_alpha", "ddp_backend")}
-    settings |= {"use_cpu": args.use_cpu or args.world_size == 1, "bf16": False, "gradient_checkpointing": False}
-    # Neither packed nor shuffled, so that rows keep their numbers; TRL refuses padding_free where it is not packed.
-    settings |= {"packing": False, "padding_free": args.padding_free and not args.packing, "shuffle_dataset": False}
-    size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))  # some vocabularies have gaps
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        own = MISOSFTConfig(folder, report_to=[], **settings | changes)
-        return MISOSFTTrainer(LlamaForCausalLM(config), own, train_dataset=dataset, processing_class=tokenizer)
-
-
-def _again(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, context_mode: str | None
-) -> MISOSFTTrainer:
-    """A further stand-in, whose rows are not cut: it logs nothing a second time, and the tokenizer has its template."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log nothing a second time where rows are prepared again."""
     logger = logging.getLogger("trl_miso")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        changes = {"context_mode": context_mode, "max_length": None, "chat_template_path": None}
-        return _stand_in(dataset, tokenizer, args, **changes)
+        yield
     finally:
         logger.setLevel(level)
-
-
-def _rows(
-    dataset: Dataset, trainer: MISOSFTTrainer, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, count: int
-) -> Iterator[dict[str, Any]]:
-    """The first rows, then one dropped for each reason, then the first that was cut."""
-    prepared, dropped = trainer.train_dataset, trainer.dropped_rows.get("train", {})
-    numbers = [number for batch in prepared.select_columns("miso_row").iter(1000) for (number,) in batch["miso_row"]]
-    cuts = [cut for batch in prepared.select_columns("miso_cut").iter(1000) for (cut,) in batch["miso_cut"]]
-    shown = list(range(min(count, len(dataset))))
-    if count:
-        shown += [which[0] for which in dropped.values()]
-        shown += [number for number, cut in zip(numbers, cuts, strict=True) if cut][:1]
-    dataset = dataset.with_format(None)
-    for number in dict.fromkeys(shown):
-        raw = dataset[number]
-        common: dict[str, Any] = {"index": number, "status": raw.get(STATUS) or "", "dropped": "", "raw": "", "cut": []}
-        examples = [i for i, row in enumerate(numbers) if row == number]
-        uncut = _uncut(dataset, trainer, tokenizer, args, number) if any(cuts[i] for i in examples) else None
-        for i in examples:
-            made = _shown(prepared[i], trainer.training_mode, tokenizer)
-            if uncut is not None and cuts[i]:
-                (whole,) = [ids for ids in uncut if ids[: len(made["ids"])] == made["ids"]][:1]
-                made["cut"] = token_texts(whole[len(made["ids"]) :], tokenizer)
-            yield common | made
-        # With augment some contexts of a row may be dropped and others not.
-        for reason in (reason for reason, which in dropped.items() if number in which):
-            mode = {"mode": trainer.training_mode or "", "dropped": reason, "raw": _excerpt(raw)}
-            empty: dict[str, list] = {key: [] for key in ("ids", "texts", "labels", "segments", "contexts")}
-            yield common | mode | empty
-
-
-def _uncut(
-    dataset: Dataset, trainer: MISOSFTTrainer, tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, number: int
-) -> list[list[int]] | None:
-    """The ids of a row's examples as they are before their ends are cut off."""
-    if args.truncation_mode != "keep_start":
-        return None
-    whole = _again(dataset.select([number]), tokenizer, args, context_mode=trainer.training_mode)
-    return list(whole.train_dataset["input_ids"])
-
-
-def _shown(row: dict[str, Any], mode: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    # A row that TRL packed before holds several runs: shown as the first of them.
-    example = next(decode(row["miso_layout"]))
-    ids, labels = row["input_ids"][: example.num_tokens], row["labels"][: example.num_tokens]
-    return {
-        "mode": (mode or "") if example.branches or mode == "augment" else "single",
-        "ids": ids,
-        "texts": token_texts(ids, tokenizer),
-        "labels": labels,
-        "segments": [segment._asdict() for segment in example.segments],
-        "contexts": [branch._asdict() for branch in example.branches],
-    }
 
 
 def _excerpt(row: dict[str, Any], length: int = 600) -> str:

@@ -76,7 +76,9 @@ def score_pairs(example: Example) -> int:
     return within + ahead + mixed
 
 
-def statistics_of(prepared: Dataset, mode: str, baseline: Baseline, shape: ModelShape, shared: bool) -> dict[str, Any]:
+def dataset_statistics(
+    prepared: Dataset, mode: str, baseline: Baseline, shape: ModelShape, shared: bool
+) -> dict[str, Any]:
     """Counts over a whole prepared data set; see `preview_dataset`.
 
     Args:

@@ -1,9 +1,11 @@
-"""Packing: examples laid out in one row, and the integer tensors with which attention finds its way in it."""
+"""Packing: examples laid out in one row, and the integer tensors that tell attention which rows see which keys.
 
-import bisect
+Shapes: T packed tokens, Q branch rows (an output row for each of its branches).
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,32 +16,14 @@ PREFIX = "miso_"
 WEIGHTINGS = ("uniform", "fid", "vanilla")  # the batch carries the index; "uniform" stands for any fixed weights
 
 
-def plan_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of the examples in each bin; one larger than `capacity` gets a bin of its own.
-
-    TRL's `bfd` does the same but cuts what overflows, which would cut a context.
-    """
-    room: list[tuple[int, int]] = []  # (room left, bin), sorted
-    bins: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        at = bisect.bisect_left(room, (sizes[index], -1))
-        if at == len(room):
-            left, which = capacity, len(bins)
-            bins.append([])
-        else:
-            left, which = room.pop(at)
-        bins[which].append(index)
-        if left > sizes[index]:
-            bisect.insort(room, (left - sizes[index], which))
-    return bins
-
-
 @dataclass
 class Varlen:
     """Arguments of one variable-length attention call over packed rows.
 
-    `cu_seqlens_*` are int32 of shape (sequences + 1,). `kv_index` (int64) gathers the key rows; without it the keys
-    are the leading rows, in order. Keys are turned by `kv_offset` positions (int64, one a gathered row), if it is given.
+    Args:
+        cu_seqlens_q, cu_seqlens_k: int32, (sequences + 1,).
+        kv_index: int64, the row of each key. None: the keys are the leading rows, in order.
+        kv_offset: int64, the positions by which each key is turned. None: no key is turned.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -50,21 +34,28 @@ class Varlen:
     kv_offset: torch.Tensor | None = None
 
     def score_pairs(self, causal: bool) -> int:
-        """Query-key pairs that the call scores, per head; a causal call aligns the last query with the last key."""
+        """Number of query-key pairs that the call scores, per head. A causal call aligns the last query with the last key."""
         q, k = self.cu_seqlens_q.diff().long(), self.cu_seqlens_k.diff().long()
-        return int((q * k - q * (q - 1) // 2 if causal else q * k).sum())
+        pairs = q * k
+        if causal:
+            pairs = pairs - q * (q - 1) // 2
+        return int(pairs.sum())
 
 
 @dataclass
 class PackedSegments:
     """Segment metadata of one packed batch: integers and integer tensors only, made on the CPU by the collator.
 
-    The self call is `(cu_seqlens_q, cu_seqlens_k, ...)`: each segment against its own path root..self. The fields that
-    start with `branch_` and `pair_` exist only if some example mixes contexts. Rows `output_start:output_end` of the
-    batch are the mixing outputs; `branch_q_index` counts from `output_start`.
+    The rows are `[contexts | outputs | single runs]`; `output_start:output_end` are the mixing outputs. Three kernel calls:
 
-    Absent `kv_index`: keys are the rows themselves. Absent `branch_kv_index`: keys are rows `0:output_start`. Absent
-    `*_offset`: nothing to rotate.
+    - self call: each segment against its own path root..self, causal (the fields without a prefix).
+    - cross call: each output once per branch, against the path of the branch (`branch_`). `branch_q_index` counts rows from
+      `output_start`.
+    - pairs call: each output once per branch, against the path and then the output itself, causal (`branch_` for queries,
+      `pair_` for keys). Only where a sliding window binds.
+
+    The `branch_` and `pair_` fields exist only if some example mixes contexts. Without `kv_index`, the keys are the rows
+    themselves; without `branch_kv_index`, rows `0:output_start`; without an `*_offset`, no key is turned.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -74,7 +65,7 @@ class PackedSegments:
     num_examples: int
     num_mixed: int
     weighting: int = 0
-    longest: int = 0  # tokens of the longest path + output: a window at least this long does not bind
+    longest: int = 0  # tokens of the longest path with its output; a window of at least this length does not bind
     gap: int = 0  # 1 if some context does not end where its output begins (succ, after_longest)
     kv_index: torch.Tensor | None = None
     output_start: int = 0
@@ -93,25 +84,30 @@ class PackedSegments:
     pair_kv_offset: torch.Tensor | None = None
 
     def to_batch(self) -> dict[str, Any]:
-        """Batch keys, each with the project's prefix; absent fields are left out."""
-        items = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {PREFIX + name: value for name, value in items if value is not None}
+        """Batch keys, each with the prefix `miso_`; absent fields are left out."""
+        batch = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                batch[PREFIX + field.name] = value
+        return batch
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any]) -> "PackedSegments | None":
-        """Inverse of `to_batch` on a model's keyword arguments; None where there is no MISO metadata."""
+        """Inverse of `to_batch` on a model's keyword arguments; None if they have no MISO metadata."""
         if PREFIX + "cu_seqlens_q" not in batch:
             return None
         return cls(**{f.name: batch[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in batch})
 
     @property
     def branch_rows(self) -> torch.Tensor:
-        """(Q,) output row, from `output_start`, of every branch row."""
+        """Output row of every branch row, (Q,), counted from `output_start`."""
         assert self.branch_q_index is not None, "no example of the batch mixes contexts"
         return self.branch_q_index
 
     @property
     def self_call(self) -> Varlen:
+        """Each segment against its own path (causal, bottom-right)."""
         return Varlen(self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k, self.kv_index)
 
     @property
@@ -137,24 +133,26 @@ def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[
     Args:
         examples: Examples whose tokens are concatenated in this order, each in its own segment order.
         weighting: One of `WEIGHTINGS`.
-        window: The model's smallest sliding window, 0 for none. Where it binds, the pairs form's fields are made too.
+        window: The model's smallest sliding window, 0 for none. Where it binds, the fields of the pairs call are made too.
 
     Returns:
-        `order` (T,): packed row r holds token `order[r]` of the concatenation; `position_ids` (T,); the metadata.
+        `order` (T,): packed row r holds token `order[r]` of the concatenation. `position_ids` (T,). The metadata.
     """
-    table = _place(examples)
-    lengths = np.array([segment.length for _, _, segment, _ in table])
+    # Place the segments. In what follows a segment is known by its place in the packed row.
+    placed = _place(examples)
+    lengths = np.array([p.segment.length for p in placed])
     starts = np.cumsum([0, *lengths])[:-1]
-    sources = np.array([source for *_, source in table])
-    row = {(e, s): i for i, (e, s, _, _) in enumerate(table)}  # (example, segment) -> packed segment
+    place = {(p.example, p.number): i for i, p in enumerate(placed)}
+    order = ranges(np.array([p.source for p in placed]), lengths)
+    position_ids = ranges(np.array([p.segment.start for p in placed]), lengths)
 
-    order = ranges(sources, lengths)
-    position_ids = ranges(np.array([segment.start for _, _, segment, _ in table]), lengths)
-
-    paths = [[row[e, i] for i in examples[e].path(s)] for e, s, _, _ in table]
+    # Self call: each segment against its path. Paths of one segment are the rows themselves, with nothing to gather.
+    paths = [[place[p.example, i] for i in examples[p.example].path(p.number)] for p in placed]
     kv_lengths = np.array([lengths[path].sum() for path in paths])
-    shared = any(len(path) > 1 for path in paths)
-    flat = np.concatenate(paths)
+    kv_index = None
+    if any(len(path) > 1 for path in paths):
+        flat = np.concatenate(paths)
+        kv_index = torch.from_numpy(ranges(starts[flat], lengths[flat]))
     packed = PackedSegments(
         cu_seqlens_q=cumulative_lengths(lengths),
         cu_seqlens_k=cumulative_lengths(kv_lengths),
@@ -164,76 +162,103 @@ def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[
         num_mixed=sum(bool(example.branches) for example in examples),
         weighting=WEIGHTINGS.index(weighting),
         longest=int(kv_lengths.max()),
-        kv_index=torch.from_numpy(ranges(starts[flat], lengths[flat])) if shared else None,
+        kv_index=kv_index,
     )
     if packed.num_mixed:
-        _pack_branches(packed, examples, row, starts, lengths, window)
+        _pack_branches(packed, examples, place, starts, lengths, window)
     return order, position_ids, packed
 
 
-def _place(examples: Sequence[Example]) -> list[tuple[int, int, Segment, int]]:
-    """(example, segment index, segment, first token in the concatenation), in packed order."""
-    placed: tuple[list, list, list] = [], [], []
+class _Placed(NamedTuple):
+    """A segment in packed order: segment `number` of an example; its first token is token `source` of the concatenation."""
+
+    example: int
+    number: int
+    segment: Segment
+    source: int
+
+
+def _place(examples: Sequence[Example]) -> list[_Placed]:
+    """All segments in packed order: contexts, outputs, single runs."""
+    contexts, outputs, single_runs = [], [], []
     source = 0
     for e, example in enumerate(examples):
         for s, segment in enumerate(example.segments):
-            where = 2 if not example.branches else 1 if s == len(example.segments) - 1 else 0
-            placed[where].append((e, s, segment, source))
+            placed = _Placed(e, s, segment, source)
+            if not example.branches:
+                single_runs.append(placed)
+            elif s == len(example.segments) - 1:
+                outputs.append(placed)
+            else:
+                contexts.append(placed)
             source += segment.length
-    return [*placed[0], *placed[1], *placed[2]]
+    return contexts + outputs + single_runs
 
 
 def _pack_branches(
     packed: PackedSegments,
     examples: Sequence[Example],
-    row: dict[tuple[int, int], int],
+    place: dict[tuple[int, int], int],
     starts: np.ndarray,
     lengths: np.ndarray,
     window: int,
 ) -> None:
-    """Fill in the fields of `packed` that describe how outputs see their contexts."""
-    outputs, paths, offsets, weights = [], [], [], []  # one entry a branch
+    """Fill in the fields of `packed` that describe how outputs see their contexts.
+
+    Args:
+        place: (example, segment index) -> place of the segment in the packed row.
+        starts, lengths: First row and number of rows of each placed segment.
+    """
+    outputs, paths, offsets, weights = [], [], [], []  # one entry per branch
     for e, example in enumerate(examples):
         for branch in example.branches:
-            outputs.append(row[e, len(example.segments) - 1])
-            paths.append([row[e, i] for i in example.path(branch.segment)])
+            outputs.append(place[e, len(example.segments) - 1])
+            paths.append([place[e, i] for i in example.path(branch.segment)])
             offsets.append(branch.offset)
             weights.append(float_bits(branch.weight))
+            # Without a gap the context's end, in the output's view, is the output's beginning.
             packed.gap |= int(example.end(branch.segment) - branch.offset != example.segments[-1].start)
     q_lengths = lengths[outputs]
     path_lengths = np.array([lengths[path].sum() for path in paths])
-    flat = np.concatenate(paths)
     packed.output_start = int(starts[min(outputs)])
     packed.output_end = int(starts[max(outputs)] + lengths[max(outputs)])
     packed.longest = max(packed.longest, int((path_lengths + q_lengths).max()))
+
+    # Queries of cross and pairs call: the output's rows, once per branch, each row with the weight of its branch.
     packed.branch_cu_seqlens_q = cumulative_lengths(q_lengths)
-    packed.branch_cu_seqlens_k = cumulative_lengths(path_lengths)
     packed.branch_max_seqlen_q = int(q_lengths.max())
-    packed.branch_max_seqlen_k = int(path_lengths.max())
     packed.branch_q_index = torch.from_numpy(ranges(starts[outputs] - packed.output_start, q_lengths))
     packed.branch_weight = torch.from_numpy(np.repeat(np.array(weights), q_lengths))
-    if any(offsets):  # turning keys to where the output's positions want them costs less than turning its many queries
-        packed.branch_kv_offset = torch.from_numpy(np.repeat(-np.array(offsets), path_lengths))
-    if not np.array_equal(flat, np.arange(min(outputs))):  # else the contexts are rows 0..output_start, in order
+
+    # Keys of the cross call: the path of each branch, gathered unless the contexts are rows 0..output_start in branch order.
+    packed.branch_cu_seqlens_k = cumulative_lengths(path_lengths)
+    packed.branch_max_seqlen_k = int(path_lengths.max())
+    flat = np.concatenate(paths)
+    if not np.array_equal(flat, np.arange(min(outputs))):
         packed.branch_kv_index = torch.from_numpy(ranges(starts[flat], lengths[flat]))
+    # Keys are turned by minus the offset, instead of queries by the offset: contexts have fewer rows and heads.
+    if any(offsets):
+        packed.branch_kv_offset = torch.from_numpy(np.repeat(-np.array(offsets), path_lengths))
+
+    # Keys of the pairs call: the path of each branch, turned, then the output itself, not turned.
     if 0 < window < packed.longest:
-        with_output = [[*path, output] for path, output in zip(paths, outputs, strict=True)]
-        flat = np.concatenate(with_output)
+        flat = np.concatenate([[*path, output] for path, output in zip(paths, outputs, strict=True)])
         kv_lengths = path_lengths + q_lengths
         packed.pair_cu_seqlens_k = cumulative_lengths(kv_lengths)
         packed.pair_max_seqlen_k = int(kv_lengths.max())
         packed.pair_kv_index = torch.from_numpy(ranges(starts[flat], lengths[flat]))
         if any(offsets):
-            per_run = np.stack([-np.array(offsets), np.zeros_like(offsets)], axis=1).ravel()
+            run_offsets = np.stack([-np.array(offsets), np.zeros_like(offsets)], axis=1).ravel()
             run_lengths = np.stack([path_lengths, q_lengths], axis=1).ravel()
-            packed.pair_kv_offset = torch.from_numpy(np.repeat(per_run, run_lengths))
+            packed.pair_kv_offset = torch.from_numpy(np.repeat(run_offsets, run_lengths))
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenated `arange(start, start + length)`."""
+    """Concatenate `arange(start, start + length)` over all pairs."""
     shift = starts - np.cumsum([0, *lengths])[:-1]
     return np.repeat(shift, lengths) + np.arange(lengths.sum())
 
 
 def cumulative_lengths(lengths: np.ndarray) -> torch.Tensor:
+    """`cu_seqlens` of these sequence lengths: int32, (sequences + 1,)."""
     return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))

@@ -1,14 +1,11 @@
 """MISOSFTTrainer."""
 
-import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     DataCollator,
@@ -19,29 +16,22 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from trl_miso.attention.shares import Shares
 from trl_miso.attention.support import base_of, check_probe, prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import Probe, base_implementation, register_miso_attention
 from trl_miso.config import MISOSFTConfig
-from trl_miso.data import preparation
 from trl_miso.data.collator import ROWS, MISODataCollator
-from trl_miso.data.contexts import resolve_mode, row_format
-from trl_miso.data.dropped import STATUS, AnyDataset, Dropped, count_statuses, report_mixture, report_statuses
-from trl_miso.data.mapping import WholeStream, same_columns
-from trl_miso.data.preparation import RowPreparation
-from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
-from trl_miso.data.tokenization import Layout, RowTokenizer
+from trl_miso.data.dropped import AnyDataset, Dropped
+from trl_miso.data.pipeline import Pipeline, check_first_row
+from trl_miso.data.preparation import COLUMNS
 from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
-from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
 from trl_miso.training.hub import HubPushes
-from trl_miso.training.interruption import NonFiniteError, TrainingGuard
+from trl_miso.training.reliability import ReliableTrainer
 from trl_miso.training.verified import Verified, VerifyFirst
 
 if TYPE_CHECKING:
@@ -59,7 +49,7 @@ _BIBTEX = """\
 }"""
 
 
-class MISOSFTTrainer(AtomicCheckpoints, HubPushes, Verified, ScoredEvaluations, SFTTrainer):
+class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SFTTrainer):
     """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
 
     The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
@@ -85,6 +75,7 @@ class MISOSFTTrainer(AtomicCheckpoints, HubPushes, Verified, ScoredEvaluations, 
         ValueError: Before training, for models, settings or rows that would be trained wrongly.
     """
 
+    row_numbers_key = ROWS
     _tag_names = ["trl", "sft", "miso"]
     _name = "MISO"
     _paper = {
@@ -118,22 +109,22 @@ class MISOSFTTrainer(AtomicCheckpoints, HubPushes, Verified, ScoredEvaluations, 
     ):
         args = _miso_config(args, model)
         config = guards.check_request(args, model, data_collator, processing_class, peft_config)
-        # Multi-process data loading must not concatenate flat batches.
+        check_first_row(train_dataset, args.assistant_only_loss)
         if args.accelerator_config.dispatch_batches:
             logger.warning(
                 "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
             )
         args.accelerator_config.dispatch_batches = False
-        guards.check_first_row(train_dataset, args)
         self.training_mode: str | None = None
-        self._probed: set[str] = set()
         self.dropped_rows: dict[str, Dropped] = {}
-        # TRL resizes embeddings for the tokens of a template that it clones, also those of a model that it loads itself.
+        self._probed: set[str] = set()
+        # Not known before TRL resizes the embeddings: it adds a cloned template's tokens also to a model that it loads.
         self._vocabulary = None if isinstance(model, str) and args.chat_template_path else config.get_text_config()
-        # What bins are measured by, before TRL has made the model; the model may still turn sharing off below.
-        known = model if isinstance(model, torch.nn.Module) else None
-        noise = why_not_share(known, config, args.neftune_noise_alpha)
-        self._packs_shared = args.share_prefixes and not noise and not getattr(peft_config, "lora_dropout", 0)
+        # Bins are planned before TRL has made the model, which may still turn sharing off in `_install`.
+        loaded_model = model if isinstance(model, torch.nn.Module) else None
+        dropout = getattr(peft_config, "lora_dropout", 0)
+        obstacle = why_not_share(loaded_model, config, args.neftune_noise_alpha, dropout)
+        self._bins_share_prefixes = args.share_prefixes and not obstacle
         super().__init__(
             model=model,
             args=args,
@@ -151,41 +142,42 @@ class MISOSFTTrainer(AtomicCheckpoints, HubPushes, Verified, ScoredEvaluations, 
             formatting_func=formatting_func,
         )
         self._install(args)
-        self._watch = TrainingGuard(self.accelerator)
-        self.add_callback(self._watch)
+        self._watch_training()
         self.add_callback(VerifyFirst(self))
 
     def _install(self, args: MISOSFTConfig) -> None:
-        """Switch the model's attention and the collator over, now that TRL has made the model and wrapped it."""
+        """Replace the model's attention and the collator, once TRL has made and wrapped the model."""
         base_model = base_of(self.model)
         guards.check_parallelism(self.accelerator.parallelism_config)
-        base = base_implementation(base_model.config.get_text_config()._attn_implementation)
-        self._support = prepare_model(base_model, register_miso_attention(base, args.attention_kernel), args.max_length)
-        mode = self.training_mode or "para"  # the user prepared the rows, and may have made contexts
-        guards.check_kernel(args, base_model, base, self.accelerator.device)
+        implementation = base_implementation(base_model.config.get_text_config()._attn_implementation)
+        registered = register_miso_attention(implementation, args.attention_kernel)
+        self._support = prepare_model(base_model, registered, args.max_length)
+        mode = self.training_mode or "para"  # rows that the user prepared may have several contexts
+        guards.check_kernel(args, base_model, implementation, self.accelerator.device)
         guards.check_positions(args, mode, base_model.config.model_type, self._support)
-        share = args.share_prefixes
-        if share and mode in ("para", "succ"):
-            rotates = mode == "para" and args.output_positions == "successive"
-            reason = why_not_share(self.model, self.model.config, args.neftune_noise_alpha)
-            if rotates and not self._support.shares:
-                reason = reason or self._support.reason
-            if reason:
-                larger = (
-                    " Bins were planned with shared prefixes and can exceed max_length." if self._packs_shared else ""
-                )
-                logger.warning(
-                    f"share_prefixes is turned off: {reason}. Every context gets its own copy of its tokens."
-                    f"{larger if args.packing else ''}"
-                )
-                share = False
         self.data_collator = MISODataCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             weighting=args.context_weighting,
-            share_prefixes=share,
+            share_prefixes=self._share_prefixes(args, mode),
             window=self._support.window,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+
+    def _share_prefixes(self, args: MISOSFTConfig, mode: str) -> bool:
+        """Whether common prefixes are computed once; logs why not if the config asks for it."""
+        if not args.share_prefixes or mode not in ("para", "succ"):
+            return args.share_prefixes
+        obstacle = why_not_share(self.model, self.model.config, args.neftune_noise_alpha)
+        rotates_keys = mode == "para" and args.output_positions == "successive"
+        if rotates_keys and not self._support.shares:
+            obstacle = obstacle or self._support.reason
+        if not obstacle:
+            return True
+        consequence = "Every context gets its own copy of its tokens."
+        if args.packing and self._bins_share_prefixes:
+            consequence += " Bins were planned with shared prefixes and can exceed max_length."
+        logger.warning(f"share_prefixes is turned off: {obstacle}. {consequence}")
+        return False
 
     def _prepare_dataset(
         self,
@@ -196,211 +188,52 @@ class MISOSFTTrainer(AtomicCheckpoints, HubPushes, Verified, ScoredEvaluations, 
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> AnyDataset:
-        guards.check_dataset(dataset, args, packing, dataset_name)
-        dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
-        names = [args.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
-        training = self.training_mode is None  # TRL prepares the training set first
-        if "miso_layout" in names:  # prepared before
-            self.training_mode = self.training_mode or "para"
-            preparation.check_prepared(dataset, args.max_length, dataset_name)
-            return self._pack(dataset, args) if packing else dataset
-        kind = row_format(names, args.dataset_text_field)
-        if not training and args.eval_contexts == "standard":
-            mode = "single"
-            as_trl = kind in ("text", "tokenized") or self.training_mode in ("single", "augment")
-        else:
-            mode = resolve_mode(args.context_mode, kind)
-            guards.check_settings(args, mode, kind, names)
-            as_trl = mode in ("single", "augment")
-        if training:
-            self.training_mode = mode
-        if STATUS in names:
-            report_statuses(count_statuses(dataset), dataset_name, isinstance(dataset, IterableDataset))
-        if as_trl:
-            dataset, dropped = self._prepare_as_trl(
-                dataset, kind, mode, processing_class, args, formatting_func, dataset_name
-            )
-        else:
-            dataset, dropped = self._prepare_contexts(dataset, kind, mode, args, dataset_name)
-        self.dropped_rows[dataset_name] = dropped
-        report_mixture(dataset, dataset_name)
-        if packing:
-            dataset = self._pack(dataset, args)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _pack(self, dataset: AnyDataset, args: MISOSFTConfig) -> AnyDataset:
-        if args.shuffle_dataset:  # bins are planned over neighbouring rows
-            dataset = dataset.shuffle(seed=args.seed)
-        return preparation.pack_rows(dataset, args.max_length, self._packs_shared, args.dataset_num_proc)
-
-    def _prepare_contexts(
-        self, dataset: AnyDataset, kind: str, mode: str, args: MISOSFTConfig, name: str
-    ) -> tuple[AnyDataset, Dropped]:
-        if args.completion_only_loss is False:
-            raise ValueError(
-                f"Got completion_only_loss=False with context_mode={args.context_mode!r}, expected None or True: with several contexts "
-                "only their common output has a loss. Fix: leave it unset, or set context_mode='single'."
-            )
-        tokenizer = self._row_tokenizer(dataset, kind, args)
-        rows = RowPreparation(
-            kind, mode, args.include_full, args.include_bare, tokenizer, _layout(args), self._vocab_size
-        )
-        return preparation.prepare_rows(dataset, rows, name, args.dataset_num_proc)
-
-    def _prepare_as_trl(
-        self,
-        dataset: AnyDataset,
-        kind: str,
-        mode: str,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        args: MISOSFTConfig,
-        formatting_func: Callable[[dict], str] | None,
-        name: str,
-    ) -> tuple[AnyDataset, Dropped]:
-        """TRL tokenizes and labels; rows of our formats become TRL's before, and are cut to `max_length` after it."""
-        dataset, dropped = self._as_prompts(dataset, kind, mode, args, formatting_func, name)
+        """Rows become contexts (`data.pipeline`). TRL calls this for the training set first."""
         uncut = copy(args)
-        uncut.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, None, name)
-        fit = args.max_length, args.truncation_mode, name, args.dataset_num_proc, self._vocab_size
-        dataset, cut = preparation.fit_rows(dataset, *fit)
-        return dataset, dropped | cut
+        uncut.max_length = None  # the pipeline cuts rows, and counts the rows without a label left
 
-    def _as_prompts(
-        self,
-        dataset: AnyDataset,
-        kind: str,
-        mode: str,
-        args: MISOSFTConfig,
-        formatting_func: Callable[[dict], str] | None,
-        name: str,
-    ) -> tuple[AnyDataset, Dropped]:
-        """Rows of our formats as rows that TRL prepares; with a completion, the loss is on it by default."""
-        if kind not in ("messages", "text", "tokenized") and args.completion_only_loss is None:
-            self.completion_only_loss = True
-        rows = SFTRows(
-            kind=kind,
-            response_template=args.response_template,
-            augment=mode == "augment",
-            include_full=args.include_full,
-            include_bare=args.include_bare,
-            tokenizer=self._row_tokenizer(dataset, kind, args),
-            text_field=args.dataset_text_field,
-            formatting_func=formatting_func,
+        def prepare_as_sft(rows: AnyDataset, name: str, completions_only: bool) -> AnyDataset:
+            if completions_only:
+                self.completion_only_loss = True
+            return super(MISOSFTTrainer, self)._prepare_dataset(rows, processing_class, uncut, False, None, name)
+
+        pipeline = Pipeline.of(
+            args,
+            self._tokenizer,
+            prepare_as_sft,
+            chat_template=self.chat_template,
+            vocab_size=getattr(self._vocabulary, "vocab_size", None),
+            shares_prefixes=self._bins_share_prefixes,
         )
-        return prepare_sft_rows(dataset, rows, name, args.dataset_num_proc)
-
-    @property
-    def _vocab_size(self) -> int | None:
-        return getattr(self._vocabulary, "vocab_size", None)
-
-    def _row_tokenizer(self, dataset: AnyDataset, kind: str, args: MISOSFTConfig) -> RowTokenizer:
-        chat = preparation.is_chat(dataset, kind)
-        return RowTokenizer(self._tokenizer, self.chat_template, args.response_template, args.assistant_only_loss, chat)
+        prepared = pipeline(dataset, dataset_name, self.training_mode, formatting_func, packing)
+        if self.training_mode is None:
+            self.training_mode = prepared.mode
+        if prepared.dropped is not None:
+            self.dropped_rows[dataset_name] = prepared.dropped
+        return prepared.rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(preparation.COLUMNS)
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
-        shared = self.accelerator.num_processes > 1 and isinstance(dataset, IterableDataset)
-        return super()._get_dataloader(WholeStream(dataset) if shared else dataset, *args, **kwargs)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As SFTTrainer's, except:
-
-        - It resumes from whole checkpoints only; `True` is the newest whole one in `output_dir`.
-        - After SIGTERM the step under way is finished, a checkpoint saved, and SystemExit(143) raised; unless the script has
-          a handler of its own, or trains in another thread than the main one.
-
-        Raises:
-            ValueError: If there is no whole checkpoint to resume from.
-            NonFiniteError: For a NaN or infinite loss or gradient, with the numbers of the rows it comes from, before the
-                weights change. They are saved as a checkpoint first (not under FSDP and DeepSpeed).
-        """
-        checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
-        self._saved_step = 0
-        with nullcontext() if self.args.enable_jit_checkpoint else self._watch.signals():
-            try:
-                output = super().train(checkpoint, *args, **kwargs)
-            except NonFiniteError as error:
-                error.add_note(self._save_before_failing())
-                raise
-        if self._watch.terminated:
-            raise SystemExit(128 + signal.SIGTERM)
-        return output
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if (
-            self._watch.terminated
-        ):  # save_total_limit=1 would remove the checkpoint just saved where another is the best
-            self.state.best_model_checkpoint = None
-        return super()._finalize_training(*args, **kwargs)
-
-    def _save_before_failing(self) -> str:
-        """Save the weights as they are between two steps; says what was saved."""
-        step, plain = self.state.global_step, (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        if self._saved_step == step or self.accelerator.distributed_type not in plain:
-            last = f"the last checkpoint is that of step {self._saved_step}" if self._saved_step else "none were saved"
-            return f"Training had done {step} steps; {last}."
-        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
-            return f"After {step} steps some weights are not finite: nothing was saved."
-        self._save_checkpoint(self.model, trial=None)
-        return f"Saved checkpoint-{step}, the weights as they were before."
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        before = self.state.global_step
-        if (
-            before >= self.state.max_steps
-        ):  # resumed from the last step's checkpoint: transformers would make one step more
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-        if self.state.global_step > before or self.control.should_training_stop or self.control.should_epoch_stop:
-            return
-        if not kwargs["resume_from_checkpoint"] or kwargs["epoch"] > kwargs["epochs_trained"]:
-            raise ValueError(
-                f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
-                "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
-            )
-        logger.warning(f"The checkpoint of step {before} is from beyond the stream's end: its rows begin anew.")
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.mixed_precision != "fp16":  # whose loss scaling skips the steps that overflow
-            self._watch.check_gradients(norm)
-        return norm
+        self._signature_columns = list(COLUMNS)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """SFTTrainer's loss of a MISO batch; logs how the batch was mixed."""
         mode = "train" if self.model.training else "eval"
-        rows = inputs.pop(ROWS, None)
-        counts = inputs.get("miso_num_mixed", 0), inputs.get("miso_num_examples", 1)
-        self._metrics[mode]["multi_context_share"].append(counts[0] / counts[1])
+        metrics = self._metrics[mode]
+        metrics["multi_context_share"].append(inputs.get("miso_num_mixed", 0) / inputs.get("miso_num_examples", 1))
+        # The first batch shows, on the model as it is wrapped for training, that every layer receives the metadata.
         probe = None if mode in self._probed else Probe()
-        # The first batch shows, with the model as it was wrapped for training, that every layer receives the metadata.
-        probed = inputs if probe is None else inputs | {"miso_probe": probe}
+        if probe is not None:
+            inputs = inputs | {"miso_probe": probe}
         shares, packed = Shares(), PackedSegments.from_batch(inputs)
         if self.args.log_shares and packed is not None and packed.num_mixed:
-            probed = probed | {"miso_shares": shares}
-        loss = super().compute_loss(model, probed, *args, **kwargs)
+            inputs = inputs | {"miso_shares": shares}
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         for name, value in shares.means(packed).items():
-            self._metrics[mode][name].append(value)
+            metrics[name].append(value)
         if probe is not None:
             check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
-        if mode == "train":
-            self._watch.see(loss[0] if isinstance(loss, tuple) else loss, rows)
         return loss
-
-
-def _layout(args: MISOSFTConfig) -> Layout:
-    return Layout(
-        max_length=args.max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        chunk_probs=tuple(args.chunk_probs),
-        para_prob=args.para_prob,
-        full_context_weight=args.full_context_weight,
-        output_positions=args.output_positions,
-    )
 
 
 def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:

@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 
-from trl_miso.data.templates import prints_content
+from trl_miso.data.plain_templates import prints_content
 
 BUNDLED = sorted(
     (file.name, file.read_text())

@@ -1,0 +1,101 @@
+"""Tokenized rows to examples: weights of the contexts, chunks, truncation, and the draws that depend on the seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from trl_miso.data.contexts import ContextRow
+from trl_miso.data.options import DataOptions
+from trl_miso.data.schema import RowDropped
+from trl_miso.data.tokenization import Tokenized
+from trl_miso.segments import Example, encode, parallel, single, successive
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Lays out tokenized rows as examples.
+
+    Args:
+        options: `max_length`, `seed`, `chunk_probs`, `para_prob`, `full_context_weight` and `output_positions` are read.
+    """
+
+    options: DataOptions
+
+    def __call__(self, tokenized: Tokenized, mode: str, weights: list[float] | None) -> dict[str, list[int]]:
+        """The prepared columns of one row, without its row number.
+
+        Args:
+            mode: `"para"`, `"succ"` or `"single"`.
+            weights: The row's own context weights; None for the weights of the config.
+
+        Returns:
+            `input_ids` and `labels` (one per token), `miso_layout` (see `segments.encode`), and `miso_cut`, the number of
+            output tokens that truncation removed.
+
+        Raises:
+            RowDropped: If truncation leaves no label.
+        """
+        contexts = tokenized.contexts
+        output, labels = self._truncated(tokenized)
+        chunks = self._num_chunks(contexts[0], tokenized.output) if mode == "succ" else 1
+        if mode == "para" and len(contexts) > 1:
+            weights = weights or context_weights(len(contexts), self.options.full_context_weight)
+            tokens, example = parallel(contexts, len(output), weights, self.options.output_positions)
+        elif chunks > 1:
+            tokens = contexts[0]
+            example = successive(_even_lengths(len(tokens), chunks), len(output))
+        else:
+            tokens = contexts[0]
+            example = single(len(tokens) + len(output))
+        row = columns(tokens + output, [-100] * len(tokens) + labels, example)
+        return row | {"miso_cut": [len(tokenized.output) - len(output)]}
+
+    def is_mixed(self, full: ContextRow) -> bool:
+        """Whether a row that can be para is presented as para: a draw with `para_prob` from (seed, full context, completion)."""
+        if self.options.para_prob >= 1:
+            return True
+        return _draw(self.options.seed, "para", full.text.encode()) < self.options.para_prob
+
+    def _truncated(self, tokenized: Tokenized) -> tuple[list[int], list[int]]:
+        """Output and labels, cut so that the longest context and the output fit into `max_length`."""
+        output, labels = tokenized.output, tokenized.labels
+        if self.options.max_length is not None:
+            room = max(self.options.max_length - max(map(len, tokenized.contexts)), 0)
+            output, labels = output[:room], labels[:room]
+        if all(label == -100 for label in labels):
+            had_labels = any(label != -100 for label in tokenized.labels)
+            raise RowDropped("no label left within max_length" if had_labels else "no label")
+        return output, labels
+
+    def _num_chunks(self, tokens: Sequence[int], output: Sequence[int]) -> int:
+        """A draw with `chunk_probs` from (seed, tokens, output) (paper, Appendix C); at most one chunk per token."""
+        probs = self.options.chunk_probs
+        drawn = _draw(self.options.seed, "chunks", np.asarray([*tokens, *output], dtype=np.int64).tobytes())
+        chunks = int(np.searchsorted(np.cumsum(probs), drawn * sum(probs), side="right")) + 1
+        return max(1, min(chunks, len(probs), len(tokens)))
+
+
+def context_weights(n: int, full_context_weight: float | None) -> list[float]:
+    """Weights of n contexts, the full one first: 1/n each, or `full_context_weight` and an even split of the rest."""
+    if full_context_weight is None or n == 1:
+        return [1 / n] * n
+    return [full_context_weight] + [(1 - full_context_weight) / (n - 1)] * (n - 1)
+
+
+def columns(input_ids: list[int], labels: list[int], example: Example) -> dict[str, list[int]]:
+    """The dataset columns of one example."""
+    return {"input_ids": input_ids, "labels": labels, "miso_layout": encode(example)}
+
+
+def _even_lengths(total: int, parts: int) -> list[int]:
+    """The lengths of `numpy.array_split(range(total), parts)`."""
+    size, longer = divmod(total, parts)
+    return [size + 1] * longer + [size] * (parts - longer)
+
+
+def _draw(seed: int, purpose: str, row: bytes) -> float:
+    """A number in [0, 1) that depends on the seed and the row's content only: equal on every rank, in any order, after a resume."""
+    digest = blake2b(row, digest_size=8, salt=purpose.encode(), key=str(seed).encode())
+    return int.from_bytes(digest.digest(), "big") / 2**64

@@ -1,0 +1,292 @@
+"""The one door from a dataset to prepared rows, for every mode. The trainer, preview and the dry run all go through it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import get_dataset_column_names
+
+from trl_miso.data.bins import pack_rows
+from trl_miso.data.contexts import resolve_mode
+from trl_miso.data.dropped import (
+    SAMPLE,
+    STATUS,
+    AnyDataset,
+    Dropped,
+    count_statuses,
+    report_mixture,
+    report_statuses,
+)
+from trl_miso.data.mapping import same_columns
+from trl_miso.data.options import DataOptions
+from trl_miso.data.preparation import RowPreparation, fit_rows, prepare_rows
+from trl_miso.data.schema import row_format
+from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
+from trl_miso.data.tokenization import RowTokenizer
+from trl_miso.segments import decode
+
+# TRL's own preparation: rows of `SFTRows`, the dataset's name, whether only completions are labelled -> tokenized rows.
+SFTPreparation = Callable[[AnyDataset, str, bool], AnyDataset]
+
+
+class PreparedDataset(NamedTuple):
+    """Prepared rows, the mode they are prepared in, and the dropped rows (None if the rows were prepared before)."""
+
+    rows: AnyDataset
+    mode: str
+    dropped: Dropped | None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Prepares datasets of any row format in any mode.
+
+    Rows of modes para and succ, and evaluation rows of standard inference, are prepared here. Rows of modes single and
+    augment, and rows without a separate output, are prepared by TRL, so that plain SFT is TRL's token for token.
+
+    Args:
+        options: The settings that decide what a row becomes.
+        tokenizer: With its final special tokens and chat template.
+        prepare_as_sft: TRL's own preparation.
+        chat_template: Used instead of the tokenizer's own.
+        vocab_size: The model's, to check token ids; None skips the check.
+        shares_prefixes: Whether bins are planned for common prefixes that are computed once.
+        shuffle_seed: Shuffles rows if it is not None.
+        num_proc: Processes per `map`.
+
+        The others are settings of `MISOSFTConfig` that change no prepared row by themselves.
+    """
+
+    options: DataOptions
+    tokenizer: PreTrainedTokenizerBase
+    prepare_as_sft: SFTPreparation
+    chat_template: str | None = None
+    vocab_size: int | None = None
+    shares_prefixes: bool = True
+    shuffle_seed: int | None = None
+    num_proc: int | None = None
+    dataset_text_field: str = "text"
+    completion_only_loss: bool | None = None
+    context_weighting: str = "uniform"
+    eval_contexts: str = "standard"
+
+    @classmethod
+    def of(
+        cls, config: Any, tokenizer: PreTrainedTokenizerBase, prepare_as_sft: SFTPreparation, **fields: Any
+    ) -> "Pipeline":
+        """The pipeline of a `MISOSFTConfig`; `fields` are further fields."""
+        return cls(
+            options=DataOptions.of(config),
+            tokenizer=tokenizer,
+            prepare_as_sft=prepare_as_sft,
+            shuffle_seed=config.seed if config.shuffle_dataset else None,
+            num_proc=config.dataset_num_proc,
+            dataset_text_field=config.dataset_text_field,
+            completion_only_loss=config.completion_only_loss,
+            context_weighting=config.context_weighting,
+            eval_contexts=config.eval_contexts,
+            **fields,
+        )
+
+    def __call__(
+        self,
+        dataset: AnyDataset,
+        name: str,
+        training_mode: str | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        packing: bool = False,
+    ) -> PreparedDataset:
+        """Prepare a dataset, and log what became of its rows.
+
+        Args:
+            name: What to call the dataset in logs and errors, e.g. `"train"`.
+            training_mode: The mode of the training rows if these are evaluation rows; None for training rows.
+            formatting_func: Makes the plain text of a row, as in TRL.
+            packing: Whether to pack the rows into bins.
+
+        Raises:
+            ValueError: If settings or rows would be trained on wrongly.
+        """
+        check_dataset(dataset, name)
+        if packing and self.options.max_length is None:
+            raise ValueError(
+                "Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length."
+            )
+        dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
+        columns = [self.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
+        if "miso_layout" in columns:
+            self._check_prepared(dataset, name)
+            return PreparedDataset(self.pack(dataset) if packing else dataset, training_mode or "para", None)
+        kind = row_format(columns, self.dataset_text_field)
+        if training_mode is not None and self.eval_contexts == "standard":
+            mode = "single"
+            by_trl = kind in ("text", "tokenized") or training_mode in ("single", "augment")
+        else:
+            mode = resolve_mode(self.options.context_mode, kind)
+            self._check_settings(mode, kind, columns)
+            by_trl = mode in ("single", "augment")
+        if STATUS in columns:
+            report_statuses(count_statuses(dataset), name, isinstance(dataset, IterableDataset))
+        if by_trl:
+            dataset, dropped = self._prepare_as_sft(dataset, kind, mode, formatting_func, name)
+        else:
+            dataset, dropped = self._prepare_contexts(dataset, kind, mode, name)
+        report_mixture(dataset, name)
+        if packing:
+            dataset = self.pack(dataset)
+        return PreparedDataset(self._shuffled(dataset), mode, dropped)
+
+    def pack(self, dataset: AnyDataset) -> AnyDataset:
+        """Pack prepared rows into bins of at most `max_length` tokens; see `bins.pack_rows`."""
+        assert self.options.max_length is not None
+        # Bins are planned over neighbouring rows, so rows are shuffled first.
+        return pack_rows(self._shuffled(dataset), self.options.max_length, self.shares_prefixes, self.num_proc)
+
+    def _shuffled(self, dataset: AnyDataset) -> AnyDataset:
+        return dataset if self.shuffle_seed is None else dataset.shuffle(seed=self.shuffle_seed)
+
+    def _prepare_contexts(self, dataset: AnyDataset, kind: str, mode: str, name: str) -> tuple[AnyDataset, Dropped]:
+        if self.completion_only_loss is False:
+            raise ValueError(
+                f"Got completion_only_loss=False with context_mode={self.options.context_mode!r}, expected None or True: with several contexts "
+                "only their common output has a loss. Fix: leave it unset, or set context_mode='single'."
+            )
+        rows = RowPreparation(kind, mode, self.options, self._row_tokenizer(dataset, kind), self.vocab_size)
+        return prepare_rows(dataset, rows, name, self.num_proc)
+
+    def _prepare_as_sft(
+        self,
+        dataset: AnyDataset,
+        kind: str,
+        mode: str,
+        formatting_func: Callable[[dict], str] | None,
+        name: str,
+    ) -> tuple[AnyDataset, Dropped]:
+        """Convert rows for TRL, let TRL tokenize and label them, then cut them to `max_length`."""
+        rows = SFTRows(
+            kind=kind,
+            options=self.options,
+            augment=mode == "augment",
+            tokenizer=self._row_tokenizer(dataset, kind),
+            text_field=self.dataset_text_field,
+            formatting_func=formatting_func,
+        )
+        has_completion = kind not in ("messages", "text", "tokenized")
+        dataset, dropped = prepare_sft_rows(dataset, rows, name, self.num_proc)
+        dataset = self.prepare_as_sft(dataset, name, has_completion and self.completion_only_loss is None)
+        dataset, cut = fit_rows(dataset, self.options, name, self.num_proc, self.vocab_size)
+        return dataset, dropped | cut
+
+    def _row_tokenizer(self, dataset: AnyDataset, kind: str) -> RowTokenizer:
+        return RowTokenizer(
+            self.tokenizer,
+            self.chat_template,
+            self.options.response_template,
+            self.options.assistant_only_loss,
+            _is_chat(dataset, kind),
+        )
+
+    def _check_prepared(self, dataset: AnyDataset, name: str) -> None:
+        """Raise ValueError if rows prepared before have an example over `max_length`: they are not cut again."""
+        max_length = self.options.max_length
+        if max_length is None or not isinstance(dataset, Dataset):
+            return
+        for index, row in enumerate(dataset.select_columns("miso_layout")):
+            longest = max(example.end(len(example.segments) - 1) for example in decode(row["miso_layout"]))
+            if longest > max_length:
+                raise ValueError(
+                    f"Got a prepared {name} dataset whose row {index} has an example of {longest} positions, expected at most "
+                    f"max_length={max_length}. Fix: prepare it again from its text, or set max_length={longest}."
+                )
+
+    def _check_settings(self, mode: str, kind: str, columns: list[str]) -> None:
+        """Refuse settings of the mixture that have no effect on these rows."""
+        options = self.options
+        row_weights = "context_weights" in columns and mode == "para"
+        leaves_out = not (options.include_full and options.include_bare)
+        for has_no_effect, setting, why in (
+            (
+                row_weights and self.context_weighting != "uniform",
+                "context_weighting",
+                "rows that have context_weights",
+            ),
+            (
+                row_weights and options.full_context_weight is not None,
+                "full_context_weight",
+                "rows that have context_weights",
+            ),
+            (
+                leaves_out and kind == "contexts" and mode != "single",
+                "include_full or include_bare",
+                "rows that have contexts",
+            ),
+            (leaves_out and mode == "succ", "include_full or include_bare", "succ, whose chunks are all of the input"),
+            (
+                mode == "succ" and options.full_context_weight is not None,
+                "full_context_weight",
+                "succ, which has no full context",
+            ),
+            (
+                mode == "succ" and options.output_positions != "successive",
+                "output_positions",
+                "succ, whose chunks keep their positions",
+            ),
+        ):
+            if has_no_effect:
+                raise ValueError(
+                    f"Got {setting} set for {why}: it would have no effect. Expected its default. Fix: leave {setting} unset, or change "
+                    "the rows or context_mode."
+                )
+        if row_weights and kind == "constraints":
+            raise ValueError(
+                "Got column 'context_weights' beside 'constraints', from which contexts are made: it would have no effect. Expected it "
+                "beside 'contexts'. Fix: write the contexts out in column 'contexts', or remove 'context_weights'."
+            )
+
+
+def check_dataset(dataset: AnyDataset, name: str) -> None:
+    """Refuse a dataset without rows, or with a transform."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            "Got a dataset with a transform (Dataset.with_transform), which preparation would bake in or read past. Expected stored "
+            "columns. Fix: apply the transform with Dataset.map before training."
+        )
+    first_row(dataset, name)
+
+
+def check_first_row(dataset: AnyDataset | None, assistant_only_loss: bool) -> None:
+    """Refuse a first row from which TRL cannot tell whether rows are conversations."""
+    if dataset is None:
+        return
+    row = first_row(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset, "train")
+    for name in ("messages", "prompt", "completion"):
+        is_empty = name in row and (row[name] is None or row[name] == [])
+        if is_empty and assistant_only_loss:
+            raise ValueError(
+                f"Row 0: Got {row[name]} in column {name!r} with assistant_only_loss=True, expected messages: the first row "
+                "shows whether rows have turns. Fix: leave the row out."
+            )
+
+
+def first_row(dataset: AnyDataset, name: str) -> Any:
+    """The first row. Raises ValueError if there is none."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(
+            f"Got no rows in the {name} dataset, expected at least one. Fix: check the file, the split or the filter."
+        )
+    return row
+
+
+def _is_chat(dataset: AnyDataset, kind: str) -> bool | None:
+    """Whether rows are messages, by the first row with a completion; None if no row decides it."""
+    if kind in ("text", "messages"):
+        return kind == "messages"
+    for row in islice(dataset, SAMPLE):
+        completion = row.get("completion")
+        if completion and isinstance(completion, str | list):
+            return isinstance(completion, list)
+    return None

@@ -1,0 +1,129 @@
+"""A Trainer layer for long runs: resuming, SIGTERM, NaN, and streams. It knows nothing of MISO."""
+
+import signal
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
+from datasets import IterableDataset
+from transformers.trainer_utils import TrainOutput
+
+from trl_miso.data.mapping import UnshardedStream
+from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
+from trl_miso.training.interruption import NonFiniteError, TrainingGuard
+
+logger = get_logger(__name__)
+
+# Every process holds all weights, and one process alone can save them.
+_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class ReliableTrainer(AtomicCheckpoints):
+    """Mixin for a Trainer: a run that is interrupted loses no more than the steps since its last checkpoint.
+
+    It stands before the Trainer and before all mixins that extend `_save_checkpoint`, `_push_from_checkpoint` or
+    `compute_loss`, since it wraps what they do: a checkpoint is complete before it is pushed, and a loss is checked after
+    it is computed.
+
+    Attributes:
+        terminated: Whether training stops because of SIGTERM.
+        last_saved_step: The step of the last checkpoint that this run saved; 0 for none.
+        row_numbers_key: The key of a batch that holds the numbers of its rows, for error messages. It is removed before
+            the loss is computed.
+    """
+
+    row_numbers_key = "row_numbers"
+    _guard: TrainingGuard
+
+    def _watch_training(self) -> None:
+        """Start to guard the steps of training; to be called once the Trainer is constructed."""
+        self._guard = TrainingGuard(self.accelerator)
+        self.add_callback(self._guard)
+
+    @property
+    def terminated(self) -> bool:
+        return self._guard.terminated
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the Trainer does, with these differences:
+
+        - It resumes from complete checkpoints only; `True` means the newest complete one in `output_dir`.
+        - After SIGTERM it finishes the current step, saves a checkpoint and raises SystemExit(143), unless the script has
+          its own SIGTERM handler or trains outside of the main thread.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to resume from.
+            NonFiniteError: For a NaN or infinite loss or gradient, before the weights change, with the numbers of the rows
+                it comes from. The weights are saved as a checkpoint first (not under FSDP and DeepSpeed).
+        """
+        checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
+        self.last_saved_step = 0
+        # transformers' own just-in-time checkpoint handles SIGTERM itself.
+        handler = nullcontext() if self.args.enable_jit_checkpoint else self._guard.signals()
+        with handler:
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except NonFiniteError as error:
+                error.add_note(self.save_before_failing())
+                raise
+        if self.terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
+
+    def save_before_failing(self) -> str:
+        """Save the weights between two steps, before an error ends training. Returns a sentence on what was saved."""
+        step = self.state.global_step
+        if self.last_saved_step == step or self.accelerator.distributed_type not in _UNSHARDED:
+            last = "none were saved"
+            if self.last_saved_step:
+                last = f"the last checkpoint is that of step {self.last_saved_step}"
+            return f"Training had done {step} steps; {last}."
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            return f"After {step} steps some weights are not finite: nothing was saved."
+        self._save_checkpoint(self.model, trial=None)
+        return f"Saved checkpoint-{step}, the weights before the error."
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rows = inputs.pop(self.row_numbers_key, None)
+        is_training = self.model.training
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if is_training:
+            self._guard.check_loss(loss[0] if isinstance(loss, tuple) else loss, rows)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.mixed_precision != "fp16":  # fp16's loss scaling skips steps that overflow
+            self._guard.check_gradients(norm)
+        return norm
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        step_before = self.state.global_step
+        if step_before >= self.state.max_steps:
+            # Resumed from the last step's checkpoint: transformers would train one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self.state.global_step > step_before or self.control.should_training_stop or self.control.should_epoch_stop:
+            return
+        if not kwargs["resume_from_checkpoint"] or kwargs["epoch"] > kwargs["epochs_trained"]:
+            raise ValueError(
+                f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
+                "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
+            )
+        logger.warning(
+            f"The checkpoint of step {step_before} is from beyond the end of the stream: its rows start over."
+        )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.terminated:
+            # Otherwise save_total_limit=1 would remove the checkpoint just saved in favour of the best one.
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        if self.accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
+            dataset = UnshardedStream(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
