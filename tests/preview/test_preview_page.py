@@ -1,4 +1,4 @@
-"""The two renderings of a preview: what the page embeds and shows (in a browser, where there is one), what a terminal gets."""
+"""The two renderings of a preview: the page, its data and its behaviour in a browser (if one is installed), and the terminal."""
 
 import io
 import json
@@ -32,17 +32,17 @@ HOSTILE = (
 
 
 def prepared(example, texts, labelled, index, mode="para", cut=()):
-    """A row as the data half hands it over; ids are 1000 + the place of the token."""
+    """A row of a preview; the id of a token is 1000 + its place."""
     ids = [1000 + i for i in range(example.num_tokens)]
     labels = [i if place >= len(ids) - labelled else -100 for place, i in enumerate(ids)]
     segments = [segment._asdict() for segment in example.segments]
     branches = [branch._asdict() for branch in example.branches]
-    made = {"index": index, "mode": mode, "status": "split", "dropped": "", "raw": "", "cut": list(cut)}
-    return made | {"ids": ids, "texts": texts, "labels": labels, "segments": segments, "contexts": branches}
+    row = {"index": index, "mode": mode, "status": "split", "dropped": "", "raw": "", "cut": list(cut)}
+    return row | {"ids": ids, "texts": texts, "labels": labels, "segments": segments, "contexts": branches}
 
 
 def worked_example():
-    """The example of `trl_miso.segments`: contexts 1234, 123, 125, then output 89 of which only 9 carries loss."""
+    """The example of `trl_miso.segments`: contexts 1234, 123, 125, then output 89; only token 9 has loss."""
     tokens, example = parallel([[1, 2, 3, 4], [1, 2, 3], [1, 2, 5]], 2, [1 / 3] * 3, "successive")
     return prepared(example, [f" t{token}" for token in [*tokens, 8, 9]], 1, index=12, cut=[" gone", "\n"])
 
@@ -70,7 +70,7 @@ def preview():
     chunks = prepared(successive([2, 3], 2), [" a", " b", " c", " d", "e", " out", " put"], 1, index=5, mode="succ")
     run = prepared(single(6), [" p", " q", "\n", "r", "s", "t"], 3, index=6, mode="single")
     dropped = dict.fromkeys(["ids", "texts", "labels", "segments", "contexts", "cut"], [])
-    raw = "".join(HOSTILE).replace("\ud83d", "")  # the browser's driver cannot hand it back
+    raw = "".join(HOSTILE).replace("\ud83d", "")  # the browser's driver cannot return half an emoji
     dropped |= {"index": 17, "mode": "para", "status": HOSTILE[5], "dropped": HOSTILE[1], "raw": raw}
     rows = [worked_example(), many_contexts(), chunks, run, dropped, hostile_row(), long_row()]
     lengths = {"percentiles": [0, 50, 100], "unique_tokens": [7, 93, 3001], "longest_context": [4, 70, 2501]}
@@ -95,16 +95,16 @@ def preview():
 
 
 def empty_preview():
-    """Nothing left to train on, and neither bins nor cost known."""
-    whole = preview()
+    """A preview without examples, bins or cost."""
+    full = preview()
     nothing = {"examples": 0, "modes": {}, "statuses": {}, "dropped": {}, "contexts_per_example": {}, "bins": None}
     nothing |= {
-        "tokens": dict.fromkeys(whole["statistics"]["tokens"], 0),
+        "tokens": dict.fromkeys(full["statistics"]["tokens"], 0),
         "cost": None,
         "cut": {"rows": 0, "tokens": 0},
     }
-    nothing |= {"lengths": dict.fromkeys(whole["statistics"]["lengths"], []), "complete": True}
-    return {"statistics": whole["statistics"] | nothing, "rows": []}
+    nothing |= {"lengths": dict.fromkeys(full["statistics"]["lengths"], []), "complete": True}
+    return {"statistics": full["statistics"] | nothing, "rows": []}
 
 
 # The page
@@ -114,21 +114,21 @@ DATA = re.compile(r'<script type="application/json" id="preview">(.*?)</script>'
 
 @pytest.mark.parametrize("make", [preview, empty_preview])
 def test_the_page_holds_the_preview(make):
-    (data,) = DATA.findall(render_page(make()))
+    (data,) = DATA.findall(render_page("preview", make()))
     assert json.loads(data) == make()
 
 
 def test_no_text_of_a_row_leaves_the_script_element():
-    (data,) = DATA.findall(render_page(preview()))
+    (data,) = DATA.findall(render_page("preview", preview()))
     assert not re.search(r"[<\u2028\u2029]", data)
     assert data.isascii()
-    page, plain = render_page(preview()), render_page(empty_preview() | {"rows": []})
+    page, plain = render_page("preview", preview()), render_page("preview", empty_preview() | {"rows": []})
     assert page.count("</script") == plain.count("</script") == 2
     page.encode()
 
 
 def test_the_page_refers_to_nothing_outside_of_it():
-    page = render_page(empty_preview())
+    page = render_page("preview", empty_preview())
     assert not re.search(
         r"https?:|//\w|@import|url\(|\bsrc=|fetch\(|XMLHttpRequest|import\(", page.split("</style>")[0]
     )
@@ -142,7 +142,7 @@ def test_numbers_that_json_lacks_are_refused():
     broken = preview()
     broken["statistics"]["tokens"]["saved"] = float("nan")
     with pytest.raises(ValueError, match="JSON"):
-        render_page(broken)
+        render_page("preview", broken)
 
 
 # The terminal
@@ -169,17 +169,17 @@ def test_styled_output_holds_no_sequence_of_the_data():
     assert "[bold]no[/bold] [/]" in re.sub(r"\x1b\[[\d;]*m", "", out)
 
 
-def test_the_terminal_may_know_ascii_only():
+def test_an_ascii_terminal_gets_ascii():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print_preview(preview(), Console(file=file, width=80))
     file.seek(0)
-    assert "carries" not in (text := file.read())
+    assert "underlined" not in (text := file.read())
     assert "context 2 - weight 0.333 - 3 tokens" in text
 
 
-def test_what_the_terminal_says_of_a_row():
+def test_the_terminal_shows_statistics_and_rows():
     out = printed(preview(), 250)
-    for said in (
+    for text in (
         "only the first 500 rows read",
         "250,000",
         "60.0%",
@@ -198,7 +198,7 @@ def test_what_the_terminal_says_of_a_row():
         "␛[2J␛]0;title␇<9B>31m␍",
         "<202E>right to left",
     ):
-        assert said in out, said
+        assert text in out, text
     assert out.count(" long") < 2000
 
 
@@ -230,12 +230,12 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, tmp_path):
-    """Opens a page at a width; whatever a test does with it, no error may be logged."""
+    """A function that opens a page at a width; the browser may log no error, whatever the test does."""
 
     def open_page(preview, width=1000):
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        (tmp_path / "page.html").write_text(render_page(preview), encoding="utf-8")
+        (tmp_path / "page.html").write_text(render_page("preview", preview), encoding="utf-8")
         browser.get((tmp_path / "page.html").as_uri())
         return browser
 
@@ -270,17 +270,17 @@ def tooltip(browser):
 
 
 def part(row, name, place):
-    """The tokens of the context or output at a place among those of the row."""
+    """The tokens of one of a row's parts: `name` is "context" or "output", `place` its index."""
     return row.find_elements("css selector", f".{name}")[place].find_elements("css selector", ".t")
 
 
 def lit(row):
-    """For each part of a row, the segments that are lit up."""
+    """The highlighted segments in each part of a row."""
     parts = row.find_elements("css selector", ".part")
     return [[s.get_attribute("data-s") for s in p.find_elements("css selector", ".glow")] for p in parts]
 
 
-def test_the_tooltip_says_what_the_data_says(page):
+def test_the_tooltip_shows_the_data(page):
     browser = page(preview())
     row = shown(browser, 12)
     # the third token of context 2: segment 1, below segment 0, at position 2, also in context 1
@@ -320,8 +320,8 @@ def test_other_layouts_are_shown(page):
     browser = page(preview())
     assert hover(browser, part(shown(browser, 5), "context", 1)[0])["position"] == "2"
     assert hover(browser, part(shown(browser, 5), "output", 0)[0])["position"] == "5 in every context"
-    found = hover(browser, shown(browser, 6).find_elements("css selector", ".t")[4])
-    assert found == {"token": '"s"', "id": "1004", "segment": "0", "position": "4", "label": "loss"}
+    facts = hover(browser, shown(browser, 6).find_elements("css selector", ".t")[4])
+    assert facts == {"token": '"s"', "id": "1004", "segment": "0", "position": "4", "label": "loss"}
     assert preview()["rows"][4]["dropped"] in shown(browser, 17).text
 
 

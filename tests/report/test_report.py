@@ -1,4 +1,4 @@
-"""Measured attention: what belongs to what, against dense attention in float64; dilution by eqs. 5 and 6; what follows from it."""
+"""Measured attention against dense attention in float64, the parts of prompts, dilution by eqs. 5 and 6, the relation to verdicts."""
 
 from dataclasses import replace
 
@@ -12,11 +12,12 @@ from tests.data.test_tokenization import TEMPLATES, make_tokenizer
 from tests.evaluation import test_evaluation
 from tests.support.models import tiny_model
 from trl_miso.attention import transformers_attention
-from trl_miso.data.contexts import RowDropped
+from trl_miso.data.options import DataOptions
+from trl_miso.data.schema import RowDropped
 from trl_miso.report import Sampler, measure, meters
-from trl_miso.report.checks import ifeval_check
+from trl_miso.report.constraint_checks import ifeval_check
 from trl_miso.report.dilution import equation_6, masses, output_share
-from trl_miso.report.measure import _Mixed, answer_by_itself
+from trl_miso.report.measure import Mixture, generate_answer
 from trl_miso.report.prompt_parts import read_prompt
 from trl_miso.report.relation import paired_difference, relation
 
@@ -35,63 +36,61 @@ def chat_row(constraints=CONSTRAINTS, before=(SYSTEM, *SHOT), base="Write <|x|>\
 @pytest.fixture
 def sampler(tokenizer, make_config):
     def make(kind="constraints", tokenizer=tokenizer, own_answers=False, **settings):
-        return Sampler(tokenizer, make_config(**settings), kind, own_answers)
+        return Sampler(tokenizer, DataOptions.of(make_config(**settings)), kind, own_answers)
 
     return make
 
 
-def said_by(prompted, tokenizer):
-    """What the tokens of each part say together."""
-    ids = [
-        [i for i, o in zip(prompted.ids, prompted.owners, strict=True) if o == part]
-        for part in range(len(prompted.parts))
-    ]
-    return [tokenizer.decode(of) for of in ids]
+def texts_of_parts(prompted, tokenizer):
+    """The text of the tokens of each part."""
+    ids = [[] for _ in prompted.parts]
+    for token, owner in zip(prompted.ids, prompted.owners, strict=True):
+        ids[owner].append(token)
+    return [tokenizer.decode(tokens) for tokens in ids]
 
 
 # Parts
 
 
 @pytest.mark.parametrize("template", ["synthetic", *sorted(set(TEMPLATES) - {"tools"})])
-def test_tokens_say_what_their_part_says(template, tokenizer, sampler):
+def test_tokens_have_the_text_of_their_part(template, tokenizer, sampler):
     if template != "synthetic":
         tokenizer = make_tokenizer(template)
     sample = sampler(tokenizer=tokenizer)(chat_row(), 0)
     prompted = sample.prompted
-    assert (
-        prompted.ids[-len(sample.head) :] == sample.head
-    )  # without any the output begins with the prompt's last token
+    # Without a generation prompt the output begins with the prompt's last token.
+    assert prompted.ids[-len(sample.head) :] == sample.head
     assert len(prompted.ids) == len(prompted.owners)
-    said = [text.strip() for text in said_by(prompted, tokenizer)]
+    texts = [text.strip() for text in texts_of_parts(prompted, tokenizer)]
     assert [part.kind for part in prompted.parts[2:]] == ["system", "earlier", "earlier", "base", *["constraint"] * 4]
-    assert said[2:] == ["Be brief.", "user", "assistant", "Write <|x|>\nabout it.", *CONSTRAINTS]
-    assert [part.text for part in prompted.parts[2:]] == said[2:]
+    assert texts[2:] == ["Be brief.", "user", "assistant", "Write <|x|>\nabout it.", *CONSTRAINTS]
+    assert [part.text for part in prompted.parts[2:]] == texts[2:]
     conversation = sample.row["prompt"][:1]
     before, after = (
         tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=g) for g in (0, 1)
     )
-    assert after[len(before) :].strip().startswith(said[0])  # the output begins with the generation prompt
-    assert bool(said[0]) == (before != after)
-    assert "commas" not in said[1]
+    assert after[len(before) :].strip().startswith(texts[0])  # the output begins with the generation prompt
+    assert bool(texts[0]) == (before != after)
+    assert "commas" not in texts[1]
 
 
 @pytest.mark.parametrize(("prompt", "template"), [("Write.", None), ("Write.\n### Response:\n", "\n### Response:\n")])
 def test_plain_text_has_the_same_parts(prompt, template, tokenizer, sampler):
     row = {"prompt": prompt, "constraints": ["In A.", "In B."], "completion": " Yes."}
     prompted = sampler(response_template=template)(row, 0).prompted
-    said = [text.strip() for text in said_by(prompted, tokenizer)]
-    assert said == [(template or "").strip(), "", "Write.", "In A.", "In B."]
+    texts = [text.strip() for text in texts_of_parts(prompted, tokenizer)]
+    assert texts == [(template or "").strip(), "", "Write.", "In A.", "In B."]
 
 
-def test_what_is_written_by_hand_is_found(tokenizer, sampler):
-    """The list may come first, and the base may say what a constraint says."""
+def test_parts_of_a_handwritten_prompt_are_located(tokenizer, sampler):
+    """The list of constraints may come first, and the base instruction may repeat a constraint."""
     text = "- Use commas.\n- Be kind.\n\nQuery:\nUse commas. Write."
     row = chat_row(
         ["Use commas.", "Be kind."], (), "Use commas. Write.", full_prompt=[{"role": "user", "content": text}]
     )
     prompted = sampler()(row, 0).prompted
-    said = said_by(prompted, tokenizer)
-    assert [said[i].strip() for i in (2, 3, 4)] == ["Use commas. Write.", "Use commas.", "Be kind."]
+    texts = texts_of_parts(prompted, tokenizer)
+    assert [texts[i].strip() for i in (2, 3, 4)] == ["Use commas. Write.", "Use commas.", "Be kind."]
     assert prompted.owners.index(3) < prompted.owners.index(4) < prompted.owners.index(2)
 
 
@@ -107,12 +106,12 @@ def test_what_is_written_by_hand_is_found(tokenizer, sampler):
         ({"constraints": ["a word " * 500]}, "more tokens than max_length"),
     ],
 )
-def test_what_cannot_be_told_apart_is_left_out(columns, reason, sampler):
+def test_rows_without_locatable_parts_are_dropped(columns, reason, sampler):
     with pytest.raises(RowDropped, match=reason):
         sampler(max_length=900)(chat_row(**columns), 0)
 
 
-def test_names_are_those_of_the_contexts(sampler):
+def test_every_context_has_a_name(sampler):
     names = {"full", "constraint 1", "constraint 2", "bare"}
     row = chat_row(["Use commas.", "Be kind."])
     assert set(sampler()(row, 0).names) == names
@@ -139,51 +138,53 @@ def by_eager(model, sample):
     return torch.stack([layer[0, :, first:-1].double() @ sums for layer in out.attentions]).numpy()
 
 
-@pytest.mark.parametrize("scores", [meters.SCORES, 2_000])
+@pytest.mark.parametrize("scores", [meters.SCORES_AT_ONCE, 2_000])
 @pytest.mark.parametrize(("name", "overrides"), [("llama", {}), ("gemma2", {"sliding_window": 30}), ("qwen3", {})])
-def test_masses_are_those_of_dense_attention_and_sum_to_one(name, overrides, scores, sampler, monkeypatch):
-    monkeypatch.setattr(meters, "SCORES", scores)
+def test_masses_equal_dense_attention_and_sum_to_one(name, overrides, scores, sampler, monkeypatch):
+    monkeypatch.setattr(meters, "SCORES_AT_ONCE", scores)
     sample = sampler()(chat_row(CONSTRAINTS[:1], ()), 7)
     model = tiny_model(name, torch.float64, attn_implementation="eager", **overrides)
-    (found,) = measure(model, [sample], max_length=1024, detailed=7)
+    (measured,) = measure(model, [sample], max_length=1024, detailed=7)
     expected = by_eager(model, sample)
-    assert found.each.shape == expected.shape
-    assert np.abs(found.each - expected).max() < 1e-6
-    assert np.abs(found.each.sum(-1) - 1).max() < 1e-12
-    assert np.abs(found.parts - expected.mean(2)).max() < 1e-6
-    assert np.abs(found.answer - expected.mean((0, 1))).max() < 1e-6
+    assert measured.each.shape == expected.shape
+    assert np.abs(measured.each - expected).max() < 1e-6
+    assert np.abs(measured.each.sum(-1) - 1).max() < 1e-12
+    assert np.abs(measured.parts - expected.mean(2)).max() < 1e-6
+    assert np.abs(measured.answer - expected.mean((0, 1))).max() < 1e-6
     owners = np.array(sample.prompted.owners + [0] * len(sample.answer))
-    per_part = np.stack([found.tokens[..., owners == part].sum(-1) for part in range(len(sample.prompted.parts))], -1)
-    assert np.abs(per_part - found.parts).max() < 1e-12
+    per_part = np.stack(
+        [measured.tokens[..., owners == part].sum(-1) for part in range(len(sample.prompted.parts))], -1
+    )
+    assert np.abs(per_part - measured.parts).max() < 1e-12
 
 
 class Largest(TorchDispatchMode):
-    """The largest number of elements that an operation made."""
+    """Records the largest number of elements in the output of an operation."""
 
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        outputs = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes():
                 self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return made
+        return outputs
 
 
 def test_no_attention_matrix_is_kept(monkeypatch):
     length, heads = 600, 4
-    monkeypatch.setattr(meters, "SCORES", 40_000)
-    meter = meters.PartMeter(torch.randint(0, 5, (length,)), 5, 10, tokens=True)
+    monkeypatch.setattr(meters, "SCORES_AT_ONCE", 40_000)
+    meter = meters.PartMeter(torch.randint(0, 5, (length,)), 5, 10, keep_tokens=True)
     with Largest() as largest:
         meter.read(torch.randn(1, heads, length, 8), torch.randn(1, 2, length, 8), 0.3, None, None)
     assert heads * length <= largest.elements <= 40_000
 
 
-def test_branch_masses_are_those_of_dense_attention(sampler, monkeypatch):
-    """From the queries and keys of contexts that share nothing, each before its own copy of the output."""
+def test_branch_masses_equal_dense_attention(sampler, monkeypatch):
+    """Computed from the queries and keys of contexts that share no segment, each before its own copy of the output."""
     sample = sampler()(chat_row(["Use commas.", "Be kind to all of them."], ()), 0)
     model = tiny_model("llama", torch.float64)
-    (found,) = measure(model, [sample], max_length=1024)
+    (measured,) = measure(model, [sample], max_length=1024)
     layers = []
 
     def noting(q, k, v, packed, kernel, options, *rest):
@@ -193,7 +194,7 @@ def test_branch_masses_are_those_of_dense_attention(sampler, monkeypatch):
     attend = transformers_attention.miso_attention
     monkeypatch.setattr(transformers_attention, "miso_attention", noting)
     with meters.measuring(model, 1024) as support:
-        _Mixed(model, replace(support, shares=False), "successive").shares(sample, sample.weights, "uniform")
+        Mixture(model, replace(support, shares=False), "successive").shares(sample, sample.weights, "uniform")
     lengths = list(map(len, sample.contexts))
     ends = np.cumsum(lengths)
     size = len(sample.head) + len(sample.answer)
@@ -202,40 +203,40 @@ def test_branch_masses_are_those_of_dense_attention(sampler, monkeypatch):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         output = slice(int(ends[-1]), int(ends[-1]) + size)
         hidden = torch.ones(size, size, dtype=torch.bool).triu(1)
-        own = (torch.einsum("qhd,khd->hqk", q[output], k[output]) * scale).masked_fill(hidden, -torch.inf)
+        to_output = (torch.einsum("qhd,khd->hqk", q[output], k[output]) * scale).masked_fill(hidden, -torch.inf)
         for branch, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             to_context = torch.einsum("qhd,khd->hqk", q[output], k[end - length : end]) * scale
-            mass = torch.cat([to_context, own], -1).softmax(-1)[..., :length].sum(-1)
+            mass = torch.cat([to_context, to_output], -1).softmax(-1)[..., :length].sum(-1)
             answered = mass[:, len(sample.head) - 1 : -1].mean(1).numpy()
-            assert np.abs(found.branches[layer, :, branch] - answered).max() < 1e-6
-    assert np.abs(found.output - (1 - found.branches.mean(-1))).max() < 1e-6
+            assert np.abs(measured.branches[layer, :, branch] - answered).max() < 1e-6
+    assert np.abs(measured.output - (1 - measured.branches.mean(-1))).max() < 1e-6
 
 
-def test_the_first_layer_is_alike_in_all_weightings(sampler):
-    """What weightings mix is the same there: one mass a context, and vanilla's share is eq. 6 of them."""
+def test_the_first_layer_is_the_same_under_all_weightings(sampler):
+    """There all weightings mix the same masses, one per context, and vanilla's share follows from them by eq. 6."""
     sample = sampler()(chat_row(["Use commas.", "Be kind."], ()), 0)
     model = tiny_model("llama", torch.float64, num_hidden_layers=1)
-    found = [next(measure(model, [sample], weighting=weighting)) for weighting in ("uniform", "fid", "vanilla")]
-    for other in found[1:]:
-        assert np.abs(other.branches - found[0].branches).max() < 1e-6
-    assert list(found[0].dilution) == [1, 2, 4]
-    for line in found[0].dilution.values():
+    measured = [next(measure(model, [sample], weighting=weighting)) for weighting in ("uniform", "fid", "vanilla")]
+    for other in measured[1:]:
+        assert np.abs(other.branches - measured[0].branches).max() < 1e-6
+    assert list(measured[0].dilution) == [1, 2, 4]
+    for line in measured[0].dilution.values():
         assert line["vanilla"] == pytest.approx(line["equation 6"], abs=1e-6)
         assert line["vanilla"] <= line["fid"] <= line["uniform"]
-    assert found[0].dilution[1]["uniform"] == pytest.approx(found[0].parts[..., 0].mean(), abs=1e-6)
+    assert measured[0].dilution[1]["uniform"] == pytest.approx(measured[0].parts[..., 0].mean(), abs=1e-6)
 
 
-def test_a_constraint_alone_is_that_of_a_row_with_it_alone(sampler):
+def test_alone_equals_a_row_with_a_single_constraint(sampler):
     both, *single = (
         sampler()(chat_row(constraints, ()), 0) for constraints in (CONSTRAINTS[:2], *map(list, zip(CONSTRAINTS[:2])))
     )
     first, *others = measure(tiny_model("llama"), [both, *single])
-    assert first.alone == pytest.approx([found.parts[..., -1].mean() for found in others], abs=1e-6)
+    assert first.alone == pytest.approx([measured.parts[..., -1].mean() for measured in others], abs=1e-6)
     assert first.alone[0] > first.parts[..., -2].mean()
 
 
-def test_windows_that_bind_are_heeded(sampler):
-    """A context out of sight has nothing; one softmax over all contexts has no windows, and is not measured."""
+def test_sliding_windows_limit_the_masses(sampler):
+    """A context beyond the window has no mass; vanilla, one softmax over all contexts, has no windows and is not measured."""
     sample = sampler()(chat_row(["Use commas.", "Be kind."], ()), 0)
     narrow, wide = (
         next(measure(tiny_model("mistral", torch.float64, sliding_window=window, num_hidden_layers=1), [sample]))
@@ -250,12 +251,12 @@ def test_windows_that_bind_are_heeded(sampler):
 def test_given_contexts_are_measured(sampler):
     given = {"contexts": ["One thing. Say:", "Two. Say:"], "completion": " Yes."}
     sample = sampler("contexts")(given | {"context_weights": [3, 1]}, 0)
-    (found,) = measure(tiny_model("llama"), [sample])
+    (measured,) = measure(tiny_model("llama"), [sample])
     assert [part.kind for part in sample.prompted.parts] == ["output", "rest", "base"]
-    assert found.output == pytest.approx(1 - found.branches @ np.array([0.75, 0.25]), abs=1e-5)
+    assert measured.output == pytest.approx(1 - measured.branches @ np.array([0.75, 0.25]), abs=1e-5)
 
 
-def test_a_model_is_left_as_it_was(sampler):
+def test_measuring_restores_the_model(sampler):
     sample = sampler()(chat_row(), 0)
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
@@ -276,7 +277,7 @@ def test_models_that_cannot_be_trained_are_refused(sampler):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
-def test_dilution_is_that_of_equations_3_to_7(n):
+def test_dilution_follows_equations_3_to_7(n):
     generator = np.random.default_rng(n)
     contexts = [np.exp(generator.normal(size=(3, generator.integers(1, 30)))) for _ in range(n)]
     out = np.exp(generator.normal(size=(3, 12))).sum(-1)
@@ -294,7 +295,7 @@ def test_dilution_is_that_of_equations_3_to_7(n):
         assert masses(share, fixed, weighting) == pytest.approx(mass, rel=1e-9)
 
 
-def test_vanilla_dilutes_and_the_others_do_not():
+def test_only_vanilla_dilutes():
     lines = [
         {name: output_share(np.full(n, 0.6), name) for name in ("uniform", "fid", "vanilla")} for n in (1, 10, 1000)
     ]
@@ -305,36 +306,36 @@ def test_vanilla_dilutes_and_the_others_do_not():
     assert equation_6(np.array([1.0, 0.5])) == 0
 
 
-# What is followed
+# Constraints that are followed
 
 
-def test_the_relation_is_counted_pair_by_pair():
+def test_the_auc_equals_a_count_of_pairs():
     generator = np.random.default_rng(0)
     values, rows = generator.integers(0, 6, 80), generator.integers(0, 15, 80)
     followed = generator.random(80) < 0.3 + values / 12
-    found = relation(values, followed, rows)
+    result = relation(values, followed, rows)
 
     def pairs(same_row):
-        told = [
+        wins = [
             (a > b) + (a == b) / 2
             for a, fa, ra in zip(values, followed, rows, strict=True)
             for b, fb, rb in zip(values, followed, rows, strict=True)
             if fa and not fb and (ra == rb or not same_row)
         ]
-        return sum(told) / len(told)
+        return sum(wins) / len(wins)
 
-    assert found["auc"][0] == pytest.approx(pairs(False))
-    assert found["auc_in_row"][0] == pytest.approx(pairs(True))
-    assert found["auc"][1] < found["auc"][0] < found["auc"][2]
-    assert found["mean_followed"] == pytest.approx(values[followed].mean())
-    assert relation(values, followed, rows) == found
+    assert result["auc"][0] == pytest.approx(pairs(False))
+    assert result["auc_in_row"][0] == pytest.approx(pairs(True))
+    assert result["auc"][1] < result["auc"][0] < result["auc"][2]
+    assert result["mean_followed"] == pytest.approx(values[followed].mean())
+    assert relation(values, followed, rows) == result
     assert relation(values, ~followed, rows)["auc"][0] == pytest.approx(1 - pairs(False))
 
 
-def test_too_few_are_not_related():
+def test_small_samples_have_no_interval():
     followed = [True] * 9 + [False] * 30
-    found = relation(range(39), followed, range(39))
-    assert (found["followed"], found["auc"], found["auc_in_row"]) == (9, None, None)
+    result = relation(range(39), followed, range(39))
+    assert (result["followed"], result["auc"], result["auc_in_row"]) == (9, None, None)
     assert relation(range(40), [True, *followed], range(40))["auc"][0] < 0.1
     assert relation(range(40), [True, *followed], [1] * 40)["auc"] is None  # of one row
     assert relation([], [], [])["mean_followed"] is None
@@ -342,7 +343,7 @@ def test_too_few_are_not_related():
     assert paired_difference([1.0] * 10, [2.0] * 10)["interval"] == [1.0, 1.0]
 
 
-def test_only_what_can_be_checked_is_known(sampler, punkt):
+def test_only_rows_with_a_check_have_verdicts(sampler, punkt):
     columns = {"instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"], "kwargs": "[{}, {}]"}
     constraints = ["No commas.", "In lowercase."]
     check = ifeval_check()
@@ -356,13 +357,13 @@ def test_only_what_can_be_checked_is_known(sampler, punkt):
 
 
 @pytest.mark.parametrize("template", ["synthetic", "gemma4"])
-def test_answers_of_its_own_are_those_of_generate(template, tokenizer, sampler):
-    """To the whole prompt, also where a conversation with an answer goes on in another way than its prompt ends."""
+def test_own_answers_equal_generate(template, tokenizer, sampler):
+    """Also with a template whose generation prompt differs from the beginning of an answer in a conversation."""
     if template != "synthetic":
         tokenizer = make_tokenizer(template)
     sample = sampler(tokenizer=tokenizer, own_answers=True)(chat_row(), 0)
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    answered = answer_by_itself(model, tokenizer, sample, 6)
+    answered = generate_answer(model, tokenizer, sample, 6)
     text = "Write <|x|>\nabout it.\n\n" + "\n".join(CONSTRAINTS)
     conversation = [SYSTEM, *SHOT, {"role": "user", "content": text}]
     prompt = tokenizer.apply_chat_template(
@@ -375,11 +376,11 @@ def test_answers_of_its_own_are_those_of_generate(template, tokenizer, sampler):
     assert len(measured.answer) == len(answered.answer) == measured.answer.shape[0]
 
 
-def test_a_token_that_spans_parts_is_of_its_last_character(tokenizer):
-    """One merges the end of a sentence with the line breaks after it, the other a space with the word after it."""
+def test_a_token_across_parts_belongs_to_its_last_character(tokenizer):
+    """One tokenizer merges the end of a sentence with the line breaks after it, the other a space with the next word."""
     for reads, text, base, constraint in (
         (make_tokenizer("merging"), "the sea.\n\na ship", "the sea.\n\n", "a ship"),
         (tokenizer, "Write the word", "Write", " the word"),
     ):
         prompted = read_prompt(reads, [{"role": "user", "content": text}], base.strip(), [constraint.strip()], None, {})
-        assert said_by(prompted, reads)[2:] == [base, constraint]
+        assert texts_of_parts(prompted, reads)[2:] == [base, constraint]

@@ -14,11 +14,12 @@ from tests.preview.test_preview_page import HOSTILE, hover, tooltip
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTConfig
 from trl_miso.cli.report import main
-from trl_miso.pages.report import render_page
+from trl_miso.data.options import DataOptions
+from trl_miso.pages.report import render_report
 from trl_miso.report import Sampler, measure, plots
 from trl_miso.report.plots import draw
-from trl_miso.report.shown import shown
-from trl_miso.report.summary import Summary, compared
+from trl_miso.report.row_detail import row_detail
+from trl_miso.report.summary import Summary, compare_summaries
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
 pytest.importorskip("matplotlib", reason="needs pip install 'trl-miso[plots]'")
@@ -29,7 +30,7 @@ FIGURES = {"row.png", "constraints.png", "kinds.png", "layers.png", "relation.pn
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models saved with a tokenizer."""
+    """A folder with two models, each saved with its tokenizer."""
     tokenizer = build_tokenizer(synthetic_rows(40), vocab_size=400)
     folder = tmp_path_factory.mktemp("models")
     for name, scale in (("before", 1.0), ("after", 1.5)):
@@ -44,7 +45,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def run(models, monkeypatch, tmp_path):
-    """Runs the command in an empty folder; what it wrote to `out`."""
+    """A function that runs the command in an empty folder and returns the report that it wrote to `out`."""
     monkeypatch.chdir(tmp_path)
 
     def report(*arguments):
@@ -82,16 +83,18 @@ def test_the_command_compares_two_models(run, models, tmp_path, capsys, wide_ter
         assert [line["contexts"] for line in model["dilution"]][:3] == [1, 2, 4]
     first, second = ([row["parts"][0]["mass"] for row in model["rows"]] for model in report["models"])
     assert report["compared"]["output"]["mean"] == pytest.approx(np.mean(second) - np.mean(first))
-    seen, layers, heads = report["shown"], *arrays["model_0/answer"].shape[:2]
-    assert (seen["row"], layers, heads) == (1, 2, 4)
-    assert len(seen["models"][0]["prompt"]) == len(seen["models"][0]["owners"]) == len(seen["models"][0]["layers"][2])
-    said = capsys.readouterr().out
-    for text in ("Where answers look", "followed", "too few", "eq. 6", "Wrote out/report.html"):
-        assert text in said, text
+    shown, layers, heads = report["shown"], *arrays["model_0/answer"].shape[:2]
+    assert (shown["row"], layers, heads) == (1, 2, 4)
+    assert (
+        len(shown["models"][0]["prompt"]) == len(shown["models"][0]["owners"]) == len(shown["models"][0]["layers"][2])
+    )
+    printed = capsys.readouterr().out
+    for text in ("Where attention goes", "followed", "too few", "eq. 6", "Wrote out/report.html"):
+        assert text in printed, text
 
 
-def test_models_answer_for_themselves(run, models, tmp_path, capsys):
-    """Also rows without answers; with the checks of the rows' own columns, or none."""
+def test_models_generate_their_own_answers(run, models, tmp_path, capsys):
+    """For rows without answers too, whose constraints stay unchecked."""
     (tmp_path / "rows.jsonl").write_text(
         json.dumps({"prompt": "Tell me.", "constraints": ["Be kind.", "Be brief."]}) + "\n"
     )
@@ -112,17 +115,17 @@ def test_models_answer_for_themselves(run, models, tmp_path, capsys):
         (["--model", "M", "--max_new_tokens", "3"], "without --generate"),
         (["--model", "M", "--row", "5"], "row 5 to show, which is not measured: no constraints"),
         (["--model", "M", "--row", "60"], "8 rows were read"),
-        (["--model", "M", "--max_length", "20"], "none can be measured.*max_length"),
+        (["--model", "M", "--max_length", "20"], "none of which can be measured.*max_length"),
         (["plain.jsonl", "--model", "M"], "in the 'prompt' format, expected a constraints or a contexts column"),
     ],
 )
-def test_what_cannot_be_reported_is_said(arguments, message, run, models, tmp_path):
+def test_errors_name_what_cannot_be_reported(arguments, message, run, models, tmp_path):
     (tmp_path / "plain.jsonl").write_text(json.dumps({"prompt": "Tell me.", "completion": "No."}) + "\n")
     with pytest.raises(ValueError, match=message):
         run(*(str(models / "before") if a == "M" else a for a in arguments), "--num_rows", "8")
 
 
-def test_prompts_have_to_be_the_same_for_both(run, models, tmp_path):
+def test_both_models_need_the_same_prompts(run, models, tmp_path):
     other = tmp_path / "other"
     tokenizer = build_tokenizer(synthetic_rows(3), vocab_size=300)
     tokenizer.save_pretrained(other)
@@ -135,30 +138,30 @@ def test_prompts_have_to_be_the_same_for_both(run, models, tmp_path):
         run(*folders(models, "before"), "--compare", str(other / "bare"))
 
 
-def test_matplotlib_is_asked_for(run, monkeypatch):
+def test_a_missing_matplotlib_is_an_import_error(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"Fix: pip install 'trl-miso\[plots\]'"):
+    with pytest.raises(ImportError, match=r"Fix: pip install 'trl-miso\[plots\]'"):
         run("--model", "nothing")
 
 
 # The page
 
 NAMES = ["change " + HOSTILE[0], "after " + HOSTILE[4]]
-SAID = [text for text in HOSTILE if text != "\ud83d" and text.strip() and len(text) < 1000]
-SAID += ["\u0645\u0631\u062d\u0628\u0627 \u0628\u0643", "👩\u200d🚀 to the 🌙", "$x_1$ and \\frac{a}{b}"]
+TEXTS = [text for text in HOSTILE if text != "\ud83d" and text.strip() and len(text) < 1000]
+TEXTS += ["\u0645\u0631\u062d\u0628\u0627 \u0628\u0643", "👩\u200d🚀 to the 🌙", "$x_1$ and \\frac{a}{b}"]
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """The report of a hostile row of 8 constraints and 1,000 tokens, two models, and its page."""
-    constraints = [f"{i}. " + " / ".join(SAID[i::8]) + " and so on" * 22 for i in range(8)]
+    """The report of a hostile row with 8 constraints and more than 1,000 tokens, for two models; its folder and figures."""
+    constraints = [f"{i}. " + " / ".join(TEXTS[i::8]) + " and so on" * 22 for i in range(8)]
     base = "Write \n\n\t about " + "<b>it</b> & all " * 40
-    completion = [{"role": "assistant", "content": "\n".join(SAID) + " or not " * 60}]
+    completion = [{"role": "assistant", "content": "\n".join(TEXTS) + " or not " * 60}]
     row = {"prompt": [{"role": "user", "content": base}], "constraints": constraints, "completion": completion}
     folder = tmp_path_factory.mktemp("report")
     tokenizer = build_tokenizer([{"messages": [*row["prompt"], {"content": " ".join(constraints)}]}], vocab_size=420)
     args = MISOSFTConfig(str(folder), max_length=None, bf16=False, use_cpu=True, report_to=[])
-    sample = Sampler(tokenizer, args, "constraints")(row, 3)
+    sample = Sampler(tokenizer, DataOptions.of(args), "constraints")(row, 3)
     assert len(sample.prompted.ids) > 1000
     summaries, details = [], []
     for name in NAMES:
@@ -167,36 +170,36 @@ def reported(tmp_path_factory):
         summaries.append(Summary(name))
         (measured,) = measure(model, [sample], detailed=3)
         summaries[-1].add(measured, [True, False, None, True, False, True, True, True])
-        details.append(shown(measured, tokenizer))
+        details.append(row_detail(measured, tokenizer))
     parts = [{"kind": part.kind, "text": part.text} for part in sample.prompted.parts]
     report = {
         "rows": {"dataset": HOSTILE[1], "read": 4, "measured": 1, "skipped": {HOSTILE[2]: {"rows": 3, "first_row": 0}}},
         "answers": "given",
         "models": [summary.report() for summary in summaries],
-        "compared": compared(*summaries),
+        "compared": compare_summaries(*summaries),
         "shown": {"row": 3, "parts": parts, "models": details},
     }
     with warnings.catch_warnings(action="error"):
         figures = draw(report, folder)
-    (folder / "page.html").write_text(render_page(report, figures, folder), encoding="utf-8")
+    (folder / "page.html").write_text(render_report(report, figures, folder), encoding="utf-8")
     return report, folder, {figure["file"] for figure in figures}
 
 
 def test_figures_are_drawn_of_hostile_text(reported):
-    """Without a warning of a missing glyph, which would be an error here, and without formulas."""
+    """No glyph is missing (the warning would be an error here), and no text is read as a formula."""
     _, folder, files = reported
     assert files == {file.name for file in folder.glob("*.png")} == FIGURES
     assert (folder / "row.png").stat().st_size > 20_000
 
 
-def test_lines_of_the_heat_map_say_the_prompt(reported):
+def test_lines_of_the_heat_map_are_the_prompt(reported):
     texts = reported[0]["shown"]["models"][0]["prompt"]
-    placed, lines = plots._wrapped(texts)
-    said = "".join(text for pieces in placed for _, _, text in pieces).replace("↵", "\n")
-    assert said == "".join(texts)
+    placed, lines = plots.wrap_tokens(texts)
+    written = "".join(text for pieces in placed for _, _, text in pieces).replace("↵", "\n")
+    assert written == "".join(texts)
     spots = [(line, column + i) for pieces in placed for line, column, text in pieces for i in range(len(text))]
     assert len(spots) == len(set(spots))
-    assert max(column for _, column in spots) <= plots._COLUMNS
+    assert max(column for _, column in spots) <= plots.COLUMNS
     assert max(line for line, _ in spots) == lines - 1
 
 
@@ -214,7 +217,7 @@ def test_no_text_leaves_the_data_and_nothing_is_fetched(reported):
 
 @pytest.fixture
 def page(browser, reported):
-    """Opens the page at a width; whatever a test does with it, no error may be logged."""
+    """A function that opens the page at a width; the browser may log no error, whatever the test does."""
 
     def open_page(width=1300):
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -234,24 +237,24 @@ def percent(text):
     return float(text.replace("\u202f%", "").replace("−", "-")) / 100
 
 
-def test_the_tooltip_tells_the_right_token(page, reported):
+def test_the_tooltip_describes_the_right_token(page, reported):
     report, browser = reported[0], page()
     details, prompt = report["shown"]["models"], tokens(browser, "prompt")
     assert len(prompt) == len(details[0]["prompt"])
     numbers = [i for i, part in enumerate(report["shown"]["parts"]) if part["kind"] == "constraint"]
     for i in (0, details[0]["owners"].index(numbers[4]) + 5, len(prompt) // 2):
-        found = hover(browser, prompt[i])
+        facts = hover(browser, prompt[i])
         assert (
-            json.loads(re.sub(r"\\u\{(.*?)\}", lambda m: chr(int(m[1], 16)), found["token"]), strict=False)
+            json.loads(re.sub(r"\\u\{(.*?)\}", lambda m: chr(int(m[1], 16)), facts["token"]), strict=False)
             == details[0]["prompt"][i]
         )
         owner = details[0]["owners"][i]
         kind = report["shown"]["parts"][owner]["kind"]
-        assert found["part"].startswith({"rest": "markup", "base": "base"}.get(kind, kind))
+        assert facts["part"].startswith({"rest": "markup", "base": "base"}.get(kind, kind))
         if owner in numbers:
-            assert found["part"] == f"constraint {numbers.index(owner) + 1}"
+            assert facts["part"] == f"constraint {numbers.index(owner) + 1}"
         for name, model in zip(NAMES, details, strict=True):
-            assert percent(found[name]) == pytest.approx(model["layers"][0][i], rel=0.06, abs=1e-6)
+            assert percent(facts[name]) == pytest.approx(model["layers"][0][i], rel=0.06, abs=1e-6)
     browser.find_element("css selector", "select").send_keys("2")
     assert percent(hover(browser, prompt[1])[NAMES[1]]) == pytest.approx(details[1]["layers"][2][1], rel=0.06)
     looks = hover(browser, tokens(browser, "answer")[7])

@@ -1,34 +1,37 @@
-"""The report as one HTML page that needs nothing else: no server, no network, no other file.
-
-Its style, and how it shows tokens, are those of the preview's page.
-"""
+"""The report's page, its figures embedded."""
 
 import base64
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trl_miso.pages.page import fill_page
+from trl_miso.pages.page import render_page
 
 
-def render_page(report: dict[str, Any], figures: Sequence[dict[str, str]], folder: Path) -> str:
-    """The page that shows a report, with its figures, which are files in `folder`.
+def render_report(report: dict[str, Any], figures: Sequence[dict[str, str]], folder: Path) -> str:
+    """Render the page of a report.
+
+    Args:
+        report: What `trl_miso.report.build.build_report` returns.
+        figures: What `trl_miso.report.plots.draw` returns.
+        folder: The folder with the figures' files.
 
     Raises:
         ValueError: If a number is not finite, which JSON cannot hold.
     """
-    drawn = [figure | {"data": base64.b64encode((folder / figure["file"]).read_bytes()).decode()} for figure in figures]
-    template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    return fill_page(template, {"report": _told(report), "figures": drawn})
+    images = []
+    for figure in figures:
+        data = base64.b64encode((folder / figure["file"]).read_bytes()).decode()
+        images.append(figure | {"data": data})
+    return render_page("report", {"report": _without_unused(report), "figures": images})
 
 
-def _told(report: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows: of the rows only the one in full."""
-    row = report["shown"]["row"]
-    models = [
-        {key: value for key, value in model.items() if key != "layers"}
-        | {"rows": [r for r in model["rows"] if r["row"] == row]}
-        for model in report["models"]
-    ]
+def _without_unused(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without what the page does not show: masses per head, and all rows but the one in full."""
+    index = report["shown"]["row"]
+    models = []
+    for model in report["models"]:
+        kept = {key: value for key, value in model.items() if key != "layers"}
+        kept["rows"] = [row for row in model["rows"] if row["row"] == index]
+        models.append(kept)
     return report | {"models": models}

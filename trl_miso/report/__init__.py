@@ -1,4 +1,4 @@
-"""Where answers look: how much attention each constraint gets, before and after training, and under several contexts."""
+"""How much attention the answers of a model give to each constraint, before and after training, and under several contexts."""
 
 from trl_miso.report.measure import Measurement, measure
 from trl_miso.report.samples import Sample, Sampler

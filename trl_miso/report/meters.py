@@ -1,6 +1,7 @@
-"""Attention that is measured on its way: what a forward tells beside its output, without keeping any attention matrix.
+"""Measure attention during a forward, without keeping any attention matrix.
 
-Shapes: U queries that predict the answer, T tokens, P parts, Q branch rows, H query heads, G key-value heads, D head dimension.
+Shapes: U queries that predict the answer, T tokens, P parts, Q branch rows, H query heads, G key-value heads, R query heads per
+key-value head, B queries of one block, D head dimension.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,86 +22,96 @@ from trl_miso.attention.transformers_attention import (
     score_scale,
 )
 
-SCORES = (
-    8_000_000  # heads x queries x keys that are scored at a time: 32 MB in float32, and as much again for their softmax
-)
+# Heads x queries x keys scored at once: 32 MB in float32, and as much again for their softmax.
+SCORES_AT_ONCE = 8_000_000
 
 
 class PartMeter:
-    """Passed as the model's keyword argument `miso_meter`: how the queries' attention divides over the parts of one causal run.
+    """Collects, for each layer, how the queries' attention divides over the parts of one causal sequence.
 
-    Equals, for each layer, the causal softmax of the scores summed over the keys of each part, `exp(lse_part - lse_all)`; in float32
-    at least. It is computed for `SCORES` scores at a time (or one query's, if they are more), of which only sums are kept.
+    Passed to the model as the keyword argument `miso_meter`. For each layer it equals the causal softmax of the scores, summed
+    over the keys of each part: `exp(lse_part - lse_all)`. Scores are computed in blocks of queries, `SCORES_AT_ONCE` scores per
+    block (at least one query), in float32 or wider; only their sums are kept.
 
     Args:
         owners: (T,), the part of each token.
-        parts: How many there are.
-        first: The first query; all tokens from it on are queries but the last, from which nothing is predicted.
-        tokens: Whether to keep each key's mass too.
+        parts: Number of parts.
+        first: The first query. Every later token is a query too, except the last one, which predicts nothing.
+        keep_tokens: Whether to keep the mass of each key too.
+
+    Attributes:
+        masses: For each layer (H, U, P).
+        tokens: For each layer (H, T), mean over the queries; empty without `keep_tokens`.
     """
 
-    def __init__(self, owners: torch.Tensor, parts: int, first: int, tokens: bool = False):
+    def __init__(self, owners: torch.Tensor, parts: int, first: int, keep_tokens: bool = False):
         self._owners, self._parts = owners, parts
         self._queries = range(first, len(owners) - 1)
-        self._tokens = tokens
-        self.masses: list[torch.Tensor] = []  # of each layer (H, U, P)
-        self.tokens: list[torch.Tensor] = []  # of each layer (H, T), the mean over the queries
+        self._keep_tokens = keep_tokens
+        self.masses: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
 
     def read(
         self, query: torch.Tensor, key: torch.Tensor, scale: float, window: int | None, softcap: float | None
     ) -> None:
-        """A layer's queries (1, H, T, D) and keys (1, G, T, D)."""
-        wide = torch.promote_types(query.dtype, torch.float32)
+        """Add a layer with queries (1, H, T, D) and keys (1, G, T, D)."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
         heads, length = query.shape[1], query.shape[2]
-        k_GTD = key[0].to(wide)
-        mass = query.new_zeros(heads, len(self._queries), self._parts, dtype=wide)
-        total = query.new_zeros(heads, length, dtype=wide)
-        of_part = torch.nn.functional.one_hot(self._owners, self._parts).to(wide)  # (T, P)
-        at_once = max(1, SCORES // (heads * length))
-        position = torch.arange(length, device=query.device)
-        for start in range(0, len(self._queries), at_once):
-            rows = position[
-                self._queries.start + start : min(self._queries.start + start + at_once, self._queries.stop)
-            ]
-            q = query[0, :, rows].to(wide).unflatten(0, (len(k_GTD), -1))
-            scores = torch.einsum("grqd,gkd->grqk", q, k_GTD).flatten(0, 1).mul_(scale)
+        k_GTD = key[0].to(dtype)
+        part_TP = torch.nn.functional.one_hot(self._owners, self._parts).to(dtype)
+        mass_HUP = query.new_zeros(heads, len(self._queries), self._parts, dtype=dtype)
+        total_HT = query.new_zeros(heads, length, dtype=dtype)
+        position_T = torch.arange(length, device=query.device)
+        block = max(1, SCORES_AT_ONCE // (heads * length))
+        for start in range(0, len(self._queries), block):
+            queries = self._queries[start : start + block]
+            row_B = position_T[queries.start : queries.stop]
+            # Scores of a block of queries, with the grouped heads' keys shared instead of repeated.
+            q_GRBD = query[0, :, row_B].to(dtype).unflatten(0, (len(k_GTD), -1))
+            score_HBT = torch.einsum("grqd,gkd->grqk", q_GRBD, k_GTD).flatten(0, 1).mul_(scale)
             if softcap:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
-            distance = rows[:, None] - position
-            scores.masked_fill_((distance < 0) | (distance >= (window or length)), -torch.inf)
-            probabilities = scores.softmax(-1)
-            mass[:, start : start + at_once] = probabilities @ of_part
-            if self._tokens:
-                total += probabilities.sum(1)
-        self.masses.append(mass.cpu())
-        if self._tokens:
-            self.tokens.append((total / len(self._queries)).cpu())
+                score_HBT = score_HBT.div_(softcap).tanh_().mul_(softcap)
+            # A key is visible if it is not later than the query and within the window.
+            distance_BT = row_B[:, None] - position_T
+            score_HBT.masked_fill_((distance_BT < 0) | (distance_BT >= (window or length)), -torch.inf)
+            probability_HBT = score_HBT.softmax(-1)
+            mass_HUP[:, start : start + block] = probability_HBT @ part_TP
+            if self._keep_tokens:
+                total_HT += probability_HBT.sum(1)
+        self.masses.append(mass_HUP.cpu())
+        if self._keep_tokens:
+            self.tokens.append((total_HT / len(self._queries)).cpu())
 
 
 class LayerShares(Shares):
-    """Passed as the model's keyword argument `miso_shares`: each layer's shares of one example's contexts, for each head and query.
+    """Collects, for each layer, the shares of one example's contexts per head and query.
+
+    Passed to the model as the keyword argument `miso_shares`.
 
     Args:
-        branches: How many contexts there are.
-        queries: (U,), the output's rows that predict the answer.
+        branches: Number of contexts.
+        queries: (U,), the rows of the output that predict the answer.
+
+    Attributes:
+        layers: For each layer (H, U, n).
     """
 
     def __init__(self, branches: int, queries: torch.Tensor):
         super().__init__()
         self._branches, self._queries = branches, queries
-        self.layers: list[torch.Tensor] = []  # (H, U, n)
+        self.layers: list[torch.Tensor] = []
 
     def add(self, share_QH: torch.Tensor) -> None:
-        share = share_QH.detach().unflatten(0, (self._branches, -1))[:, self._queries]
-        self.layers.append(share.permute(2, 1, 0).cpu())
+        share_nUH = share_QH.detach().unflatten(0, (self._branches, -1))[:, self._queries]
+        self.layers.append(share_nUH.permute(2, 1, 0).cpu())
 
 
 @contextmanager
 def measuring(model: PreTrainedModel, max_length: int | None) -> Iterator[ModelSupport]:
-    """The model in evaluation mode with attention that can be measured; afterwards as it was.
+    """Put the model in evaluation mode with attention that can be measured; on exit, restore both.
 
     Raises:
-        ValueError: If the model is not one that MISO supports.
+        ValueError: If MISO does not support the model.
     """
     base = base_implementation(model.config.get_text_config()._attn_implementation)
     with restore_attention(model):
@@ -120,11 +131,16 @@ def _attention_forward(
     miso_meter: PartMeter | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention of training, measured if there is a meter."""
+    """The attention of training; first measured if the forward has a meter."""
     if miso_meter is not None:
         dtype = compute_dtype(value)
         with torch.autocast(query.device.type, enabled=False):
             scale = score_scale(query, kwargs.get("scaling"))
-            limits = kwargs.get("sliding_window"), kwargs.get("softcap")
-            miso_meter.read(query.to(dtype), key.to(dtype), scale, *limits)
+            miso_meter.read(
+                query.to(dtype),
+                key.to(dtype),
+                scale,
+                window=kwargs.get("sliding_window"),
+                softcap=kwargs.get("softcap"),
+            )
     return trained(module, query, key, value, attention_mask, **kwargs)

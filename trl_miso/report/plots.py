@@ -1,7 +1,6 @@
 """The report's figures, drawn with matplotlib (the extra `plots`)."""
 
 import textwrap
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from itertools import chain
@@ -13,61 +12,67 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by colour-blind readers too
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # distinct for colour-blind readers too
 _NAMES = {"output": "output", "base": "base\ninstruction", "earlier": "earlier\nturns", "rest": "markup,\nrest"}
-_COLUMNS = 110  # characters a line of the heat map
-_PAGE = 90  # lines of it
-_LINE = 0.19  # height of one in inches
+COLUMNS = 110  # characters per line of the heat map
+_MAX_LINES = 90  # of the heat map
+_LINE_HEIGHT = 0.19  # inches
 _DPI = 150
 _FONT: dict[str, Any] = {"family": "DejaVu Sans Mono", "size": 9, "parse_math": False}
 
+_Piece = tuple[int, int, str]  # line, column, text
+
 
 def require_matplotlib() -> None:
-    """Raises ValueError if there is none."""
+    """Check that matplotlib is installed.
+
+    Raises:
+        ImportError: If it is not.
+    """
     if find_spec("matplotlib") is None:
-        raise ValueError(
+        raise ImportError(
             "Got no package 'matplotlib', expected it for the report's figures. Fix: pip install 'trl-miso[plots]'."
         )
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[dict[str, str]]:
-    """Write the figures that the report has data for; each as its `file`, `title` and what it is `about`."""
-    models, figures = report["models"], []
+    """Write the figures for which the report has data, as PNG files in `folder`.
 
-    def add(file: str, title: str, about: str, make: Callable[[], "Figure"]) -> None:
-        figure = make()
+    Returns:
+        For each figure its `file`, its `title`, and `about`: what it shows.
+    """
+    models, row = report["models"], report["shown"]["row"]
+    answers = f"mean over layers, heads and the tokens of the {'answers' if len(models) > 1 else 'answer'}"
+    figures = []
+
+    def add(file: str, title: str, about: str, figure: "Figure") -> None:
         figure.savefig(folder / file, dpi=_DPI)
         figures.append({"file": file, "title": title, "about": about})
 
-    shown = report["shown"]
-    answers = f"mean over layers, heads and the {'answers' if len(models) > 1 else 'answer'}'s tokens"
-    add("row.png", f"Row {shown['row']}, token by token", f"Attention of the answer; {answers}.", lambda: _heat(report))
-    add(
-        "constraints.png",
-        f"Row {shown['row']}, part by part",
-        f"Attention of the answer; {answers}.",
-        lambda: _row_bars(report),
-    )
-    about = "Mean over rows, layers, heads and the answers' tokens; the bars of a model sum to one."
-    add("kinds.png", "Attention by part, all rows", about, lambda: _kinds(models))
-    about = "Attention on all constraints of a row, in each layer and head; mean over rows and the answers' tokens."
-    add("layers.png", "Constraints by layer and head", about, lambda: _layers(models))
+    add("row.png", f"Row {row}, token by token", f"Attention of the answer; {answers}.", _heat_map(report))
+    add("constraints.png", f"Row {row}, part by part", f"Attention of the answer; {answers}.", _row_bars(report))
+    about = "Mean over rows, layers, heads and the tokens of the answers; the bars of a model sum to one."
+    add("kinds.png", "Attention by part, all rows", about, _kinds(models))
+    about = "Attention on all constraints of a row, per layer and head; mean over rows and the tokens of the answers."
+    add("layers.png", "Constraints by layer and head", about, _layers(models))
     if any(model["relation"]["mass"]["constraints"] for model in models):
-        about = "Each dot is a constraint: the attention that it has, by whether the answer follows it; the line is the mean."
-        add("relation.png", "Attention and what is followed", about, lambda: _relation(models))
+        about = "Each dot is the attention on one constraint, by whether the answer follows the constraint; the line is the mean."
+        add("relation.png", "Constraints that are followed, and others", about, _relation(models))
     if any(model["dilution"] for model in models):
         about = (
-            "Attention that output tokens keep on the output, with the first n contexts of each row. Dashed: eq. 6 from the masses in "
-            "the mixture, what one softmax (vanilla) would leave of them. Rows with fewer contexts drop out to the right."
+            "The attention that output tokens keep on the output, with the first n contexts of each row. Dashed: by eq. 6 from the "
+            "masses in the mixture, the share that one softmax (vanilla) would leave with these masses. Rows with fewer contexts are "
+            "missing to the right."
         )
-        add("dilution.png", "The output's share against the number of contexts", about, lambda: _dilution(models))
+        add("dilution.png", "The output's share by number of contexts", about, _dilution(models))
     if len(models) > 1:
-        about = "Each dot is a constraint: the attention that it has in both models, on the same row. On the line nothing changed."
-        add("compare.png", "Constraints, before and after", about, lambda: _before_after(models))
+        about = "Each dot is one constraint: the attention on it in both models, for the same row. On the line nothing changed."
+        add("compare.png", "Constraints, before and after", about, _before_after(models))
     return figures
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple["Figure", list[Any]]:
+    """A figure of a size in inches, and its axes in one row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -96,7 +101,7 @@ def _kinds(models: list[dict[str, Any]]) -> "Figure":
 
 
 def _row_bars(report: dict[str, Any]) -> "Figure":
-    """Bars of the shown row: a part each, its text beside it."""
+    """The shown row: one bar per part, labelled with the part's text."""
     models = report["models"]
     rows = [next(r for r in model["rows"] if r["row"] == report["shown"]["row"]) for model in models]
     parts = rows[0]["parts"]
@@ -142,12 +147,12 @@ def _relation(models: list[dict[str, Any]]) -> "Figure":
             axis.plot(at + generator.uniform(-0.2, 0.2, len(values)), values, ".", alpha=0.5, color=_COLOURS[at])
             if len(values):
                 axis.hlines(values.mean(), at - 0.3, at + 0.3, color="black")
-        told = model["relation"]["mass"]
-        axis.set_xticks(
-            range(2),
-            [f"followed\nn = {told['followed']}", f"not followed\nn = {told['constraints'] - told['followed']}"],
-        )
-        auc = "too few to relate" if told["auc"] is None else "AUC {:.2f} ({:.2f} to {:.2f})".format(*told["auc"])
+        relation = model["relation"]["mass"]
+        followed, others = relation["followed"], relation["constraints"] - relation["followed"]
+        axis.set_xticks(range(2), [f"followed\nn = {followed}", f"not followed\nn = {others}"])
+        auc = "too few to compare"
+        if relation["auc"] is not None:
+            auc = "AUC {:.2f} ({:.2f} to {:.2f})".format(*relation["auc"])
         axis.set_title(f"{_short(model['name'])}\n{auc}", fontsize=10)
         axis.set(xlim=(-0.6, 1.6), ylim=(0, None))
         axis.yaxis.set_major_formatter(_percent())
@@ -157,21 +162,17 @@ def _relation(models: list[dict[str, Any]]) -> "Figure":
 
 def _dilution(models: list[dict[str, Any]]) -> "Figure":
     figure, axes = _figure(1 + 4.2 * len(models), 3.6, len(models))
-    shares = [
-        line[name]
-        for model in models
-        for line in model["dilution"]
-        for name in line
-        if name not in ("contexts", "rows")
-    ]
-    top = 1.08 * max(share for share in shares if share is not None)
+    shares = []
+    for model in models:
+        for line in model["dilution"]:
+            shares += [share for name, share in line.items() if name not in ("contexts", "rows") and share is not None]
+    top = 1.08 * max(shares)
     for axis, model in zip(axes, models, strict=True):
         lines = model["dilution"]
         numbers = [line["contexts"] for line in lines]
         for name, marker in (("uniform", "o"), ("fid", "s"), ("vanilla", "^")):
-            axis.plot(
-                numbers, [np.nan if line[name] is None else line[name] for line in lines], marker=marker, label=name
-            )
+            values = [np.nan if line[name] is None else line[name] for line in lines]
+            axis.plot(numbers, values, marker=marker, label=name)
         axis.plot(numbers, [line["equation 6"] for line in lines], "k--", label="eq. 6")
         ticks = [f"{line['contexts']}\n({line['rows']})" for line in lines]
         axis.set_xticks(numbers, ticks, fontsize=8)
@@ -185,16 +186,9 @@ def _dilution(models: list[dict[str, Any]]) -> "Figure":
 
 def _before_after(models: list[dict[str, Any]]) -> "Figure":
     figure, (axis,) = _figure(5, 4.6)
-    first, second = (
-        {
-            (row["row"], i): p["mass"]
-            for row in model["rows"]
-            for i, p in enumerate(row["parts"])
-            if p["kind"] == "constraint"
-        }
-        for model in models
-    )
-    before, after = [first[key] for key in first if key in second], [second[key] for key in first if key in second]
+    first, second = (_constraint_masses(model) for model in models)
+    common = [key for key in first if key in second]
+    before, after = [first[key] for key in common], [second[key] for key in common]
     most = 1.05 * max([*before, *after, 1e-9])
     axis.plot([0, most], [0, most], color="grey", linewidth=1)
     axis.plot(before, after, ".", alpha=0.6)
@@ -205,72 +199,100 @@ def _before_after(models: list[dict[str, Any]]) -> "Figure":
     return figure
 
 
-def _heat(report: dict[str, Any]) -> "Figure":
-    """The prompt as text, each token on the colour of its mass; a panel a model, on one scale."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+def _constraint_masses(model: dict[str, Any]) -> dict[tuple[int, int], float]:
+    """The mass of each constraint by (row, part)."""
+    masses = {}
+    for row in model["rows"]:
+        for i, part in enumerate(row["parts"]):
+            if part["kind"] == "constraint":
+                masses[row["row"], i] = part["mass"]
+    return masses
 
+
+def _heat_map(report: dict[str, Any]) -> "Figure":
+    """The prompt as text, each token on the colour of its mass; one panel per model, all on one scale."""
     shown, models = report["shown"], report["models"]
-    placed, lines = _wrapped(shown["models"][0]["prompt"])
-    cut = lines > _PAGE
-    lines = min(lines, _PAGE)
-    each, title, note = _LINE * lines, 0.4, 0.4  # heights in inches
-    height = note + len(models) * (title + each)
-    margins = {"left": 0, "right": 1, "bottom": note / height, "top": 1 - title / height, "hspace": title / each}
-    figure = Figure(dpi=_DPI)
-    ruler = figure.text(0, 0, "x" * _COLUMNS, **_FONT)  # whose width depends on how the font is fitted to pixels
-    figure.set_size_inches(ruler.get_window_extent().width / _DPI, height)
-    ruler.remove()
-    axes = figure.subplots(len(models), 1, squeeze=False, gridspec_kw=margins)[:, 0]
-    kinds = [part["kind"] for part in shown["parts"]]
-    tops = [
-        m
-        for own in shown["models"]
-        for m, o in zip(own["layers"][0], own["owners"], strict=True)
-        if kinds[o] in ("constraint", "base")
-    ]
-    most = max(tops, default=0) or 1.0
-    for axis, model, own in zip(axes, models, shown["models"], strict=True):
-        boxes, values = [], []
-        for pieces, mass in zip(placed, own["layers"][0], strict=True):
-            for line, column, text in pieces:
-                if line < lines:
-                    boxes.append(Rectangle((column, line), len(text), 1))
-                    values.append(min(1.0, mass / most) ** 0.5)
-        patches = PatchCollection(boxes, cmap="YlOrRd", linewidth=0)
-        patches.set(array=np.array(values), clim=(0, 1.25))  # the darkest red would hide what is written on it
-        axis.add_collection(patches)
-        for line, text in enumerate(_lines(placed)[:lines]):
+    placed, lines = wrap_tokens(shown["models"][0]["prompt"])
+    shown_lines = min(lines, _MAX_LINES)
+    figure, axes, height = _text_panels(len(models), shown_lines)
+    most = _largest_in_instruction(shown)
+    for axis, model, detail in zip(axes, models, shown["models"], strict=True):
+        _paint_tokens(axis, placed, detail["layers"][0], most, shown_lines)
+        for line, text in enumerate(_lines(placed)[:shown_lines]):
             axis.text(0, line + 0.5, _drawable(text), va="center", **_FONT)
-        axis.set(xlim=(0, _COLUMNS), ylim=(lines, 0))
+        axis.set(xlim=(0, COLUMNS), ylim=(shown_lines, 0))
         axis.set_title(_short(model["name"]), fontsize=10)
         axis.axis("off")
-    said = f"darkest: {100 * most:.2g} % of the attention or more" + (f"; the first {_PAGE} lines" if cut else "")
-    figure.text(0.5, 0.12 / height, said, fontsize=9, ha="center")
+    note = f"darkest: {100 * most:.2g} % of the attention or more"
+    if lines > _MAX_LINES:
+        note += f"; the first {_MAX_LINES} lines"
+    figure.text(0.5, 0.12 / height, note, fontsize=9, ha="center")
     return figure
 
 
-def _wrapped(texts: list[str]) -> tuple[list[list[tuple[int, int, str]]], int]:
-    """(line, column, text) of each token's pieces, line breaks shown and heeded; and the number of lines."""
+def _text_panels(panels: int, lines: int) -> tuple["Figure", list[Any], float]:
+    """A figure with panels of `COLUMNS` x `lines` characters below each other, its axes, and its height in inches."""
+    from matplotlib.figure import Figure
+
+    text, title, note = _LINE_HEIGHT * lines, 0.4, 0.4  # heights in inches
+    height = note + panels * (title + text)
+    margins = {"left": 0, "right": 1, "bottom": note / height, "top": 1 - title / height, "hspace": title / text}
+    figure = Figure(dpi=_DPI)
+    # The width of a line depends on how the font is fitted to pixels: measure a line.
+    ruler = figure.text(0, 0, "x" * COLUMNS, **_FONT)
+    figure.set_size_inches(ruler.get_window_extent().width / _DPI, height)
+    ruler.remove()
+    return figure, list(figure.subplots(panels, 1, squeeze=False, gridspec_kw=margins)[:, 0]), height
+
+
+def _largest_in_instruction(shown: dict[str, Any]) -> float:
+    """The largest mass of a token of the instruction: markup often has more, and would hide all others."""
+    kinds = [part["kind"] for part in shown["parts"]]
+    masses = []
+    for detail in shown["models"]:
+        for mass, owner in zip(detail["layers"][0], detail["owners"], strict=True):
+            if kinds[owner] in ("constraint", "base"):
+                masses.append(mass)
+    return max(masses, default=0) or 1.0
+
+
+def _paint_tokens(axis: Any, placed: list[list[_Piece]], masses: list[float], most: float, lines: int) -> None:
+    """Colour the places of the tokens by their masses; `most` and more is darkest."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    boxes, values = [], []
+    for pieces, mass in zip(placed, masses, strict=True):
+        for line, column, text in pieces:
+            if line < lines:
+                boxes.append(Rectangle((column, line), len(text), 1))
+                values.append(min(1.0, mass / most) ** 0.5)
+    patches = PatchCollection(boxes, cmap="YlOrRd", linewidth=0)
+    patches.set(array=np.array(values), clim=(0, 1.25))  # the darkest red of the map would hide the text
+    axis.add_collection(patches)
+
+
+def wrap_tokens(texts: list[str]) -> tuple[list[list[_Piece]], int]:
+    """The pieces of each token, wrapped at `COLUMNS` and at line breaks, which are also shown; and the number of lines."""
     placed, line, column = [], 0, 0
     for text in texts:
-        pieces: list[tuple[int, int, str]] = []
+        pieces: list[_Piece] = []
         for i, piece in enumerate(text.split("\n")):
             if i:
                 pieces.append((line, column, "↵"))
                 line, column = line + 1, 0
             while piece:
-                if column + min(len(piece), 24) > _COLUMNS:
+                if column + min(len(piece), 24) > COLUMNS:
                     line, column = line + 1, 0
-                fits, piece = piece[: _COLUMNS - column], piece[_COLUMNS - column :]
+                fits, piece = piece[: COLUMNS - column], piece[COLUMNS - column :]
                 pieces.append((line, column, fits))
                 column += len(fits)
         placed.append(pieces)
     return placed, line + 1
 
 
-def _lines(placed: list[list[tuple[int, int, str]]]) -> list[str]:
+def _lines(placed: list[list[_Piece]]) -> list[str]:
+    """The text of each line."""
     lines: dict[int, str] = {}
     for line, _, text in chain.from_iterable(placed):
         lines[line] = lines.get(line, "") + text
@@ -278,31 +300,39 @@ def _lines(placed: list[list[tuple[int, int, str]]]) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """Text in the characters that the font has: a box stands for others, one column each."""
+    """The text with a box, one column wide, for each character that the font lacks."""
     glyphs = _glyphs()
     return "".join(char if ord(char) in glyphs and char.isprintable() else "□" for char in text.replace("\t", "⇥"))
 
 
 @cache
 def _glyphs() -> set[int]:
+    """The code points of the font."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return set(get_font(findfont(FontProperties(family=_FONT["family"]))).get_charmap())
 
 
 def _percent() -> Any:
+    """Format of an axis of shares."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda share, _: f"{100 * share:g} %")
 
 
 def _labels(parts: list[dict[str, Any]]) -> list[str]:
+    """The beginning of each part's text after its kind, or after its number if it is a constraint."""
     labels, number = [], 0
     for part in parts:
-        number += part["kind"] == "constraint"
-        said = _drawable(textwrap.shorten(part["text"], 48, placeholder=" …"))
+        text = _drawable(textwrap.shorten(part["text"], 48, placeholder=" …"))
         kind = _NAMES.get(part["kind"], part["kind"]).replace("\n", " ")
-        labels.append(f"{number}. {said}" if part["kind"] == "constraint" else f"{kind}: {said}" if said else kind)
+        if part["kind"] == "constraint":
+            number += 1
+            labels.append(f"{number}. {text}")
+        elif text:
+            labels.append(f"{kind}: {text}")
+        else:
+            labels.append(kind)
     return labels
 
 
@@ -311,5 +341,5 @@ def _mark(followed: bool | None) -> str:
 
 
 def _short(name: str) -> str:
-    """A model's name, without formulas."""
+    """The end of a model's name, with `$` escaped so that it begins no formula."""
     return _drawable(name[-40:]).replace("$", r"\$")

@@ -1,39 +1,42 @@
-"""What each token of a full prompt belongs to: a constraint, the base instruction, another turn, the output, or the rest.
+"""Assign each token of a full prompt to a part: a constraint, the base instruction, another turn, the output, or the rest.
 
-Where a turn's text stands in the rendered prompt is not searched for: the turn is rendered with another text, and what
-changes is its place. Within the last turn the base instruction and the constraints are looked for verbatim.
+The place of a turn in the rendered prompt is not searched for: the turn is rendered once more with another text, and the place is
+where the two renderings differ. Within the last turn, the base instruction and the constraints are searched for verbatim.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.contexts import Prompt, RowDropped, message_texts
+from trl_miso.data.schema import Prompt, RowDropped, message_texts
 from trl_miso.segments import common_prefix
 
 KINDS = ("output", "constraint", "base", "system", "earlier", "rest")
-_OTHER = "\ue001 another text \ue001"  # in no data
+_OUTPUT, _REST = 0, 1  # indices of the first two parts of every prompt
+_OTHER = "\ue001 another text \ue001"  # private-use characters: occurs in no data
+
+Span = tuple[int, int]  # start and end in a text
 
 
 class Part(NamedTuple):
-    """One of `KINDS`, and its text in the prompt; `"rest"` is the template's markup and what joins the others."""
+    """A part of a prompt: its kind, one of `KINDS`, and its text. `"rest"` is the template's markup and the text between parts."""
 
     kind: str
     text: str = ""
 
 
-class Prompted(NamedTuple):
-    """A full prompt: its token ids, the parts, the output first, and for each token the index of its part."""
+class PromptParts(NamedTuple):
+    """A full prompt: its token ids, its parts (output, rest, then all others), and the index of the part of each token."""
 
     ids: list[int]
     parts: list[Part]
     owners: list[int]
 
-    def without_last(self, tokens: int) -> "Prompted":
-        """Without as many tokens of its end."""
+    def without_last(self, tokens: int) -> "PromptParts":
+        """The prompt without its last `tokens` tokens."""
         kept = len(self.ids) - tokens
         return self._replace(ids=self.ids[:kept], owners=self.owners[:kept])
 
@@ -45,115 +48,126 @@ def read_prompt(
     constraints: Sequence[str],
     response_template: str | None,
     kwargs: dict[str, Any],
-) -> Prompted:
-    """Tokenize a prompt as training does, and tell its tokens apart. Every token is in exactly one part.
+) -> PromptParts:
+    """Tokenize a prompt as training does, and assign every token to exactly one part.
 
-    A token is of the part of its last character that is no white space. The output begins with the generation prompt (or with
-    `response_template`), as under several contexts.
+    A token belongs to the part of its last character that is not white space. The output begins with the generation prompt (or
+    with `response_template`), as it does under several contexts.
 
     Args:
-        tokenizer: With the chat template that is to be used.
+        tokenizer: A fast tokenizer with the chat template to use.
         prompt: The full prompt, as messages or text.
-        base: The base instruction, which the last turn has verbatim; None: the whole turn is it.
-        constraints: Each somewhere else in that turn, verbatim.
-        kwargs: Of the chat template.
+        base: The base instruction, which the last turn contains verbatim; None if the whole turn is the base instruction.
+        constraints: Texts that the last turn contains verbatim, each in a place of its own.
+        response_template: Text with which the output of plain text begins.
+        kwargs: Arguments of the chat template.
 
     Raises:
-        RowDropped: If a text is not where it should be.
-        ValueError: If the tokenizer does not say where its tokens come from.
+        RowDropped: If a text is not in its turn.
+        ValueError: If the tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"Got {type(tokenizer).__name__}, which does not say where in the text its tokens come from. Expected a tokenizer of the "
+            f"Got {type(tokenizer).__name__}, which does not tell which characters a token stands for. Expected a tokenizer of the "
             "tokenizers library. Fix: load the model's fast tokenizer."
         )
-    parts, owned = [Part("output"), Part("rest")], [(0, 0, 1)]  # spans (start, end, part); later ones win
+    parts = [Part("output"), Part("rest")]
+    spans: list[Span] = []  # of the parts from the third on
     if isinstance(prompt, str):
-        text, last, output = prompt, (0, len(prompt)), _response(prompt, response_template)
+        text, last_turn, output = prompt, (0, len(prompt)), response_start(prompt, response_template)
     else:
-        text, turns, output = _rendered(tokenizer, prompt, kwargs)
-        *others, last = turns
-        for message, (start, end) in zip(prompt, others, strict=False):
-            parts.append(Part("system" if message["role"] in ("system", "developer") else "earlier", text[start:end]))
-            owned.append((start, end, len(parts) - 1))
-    for kind, (start, end) in _within(text, last, base, constraints):
+        text, turns, output = _render_turns(tokenizer, prompt, kwargs)
+        *earlier, last_turn = turns
+        for message, (start, end) in zip(prompt, earlier, strict=False):
+            kind = "system" if message["role"] in ("system", "developer") else "earlier"
+            parts.append(Part(kind, text[start:end]))
+            spans.append((start, end))
+    for kind, (start, end) in _instruction_spans(text, last_turn, base, constraints):
         parts.append(Part(kind, text[start:end]))
-        owned.append((start, end, len(parts) - 1))
-    owner = np.ones(len(text) + 1, dtype=np.int64)
-    for start, end, part in [*owned, (output, len(text), 0)]:
+        spans.append((start, end))
+
+    # The part of each character, then of each token.
+    owner = np.full(len(text) + 1, _REST, dtype=np.int64)
+    for part, (start, end) in enumerate(spans, start=2):
         owner[start:end] = part
+    owner[output : len(text)] = _OUTPUT
     encoding = tokenizer(text, add_special_tokens=isinstance(prompt, str), return_offsets_mapping=True)
-    owners = [_owner(text, owner, *span) for span in encoding["offset_mapping"]]
-    return Prompted(encoding["input_ids"], parts, owners)
+    owners = [_owner(text, owner, start, end) for start, end in encoding["offset_mapping"]]
+    return PromptParts(encoding["input_ids"], parts, owners)
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], kwargs: dict[str, Any]
-) -> tuple[str, list[tuple[int, int]], int]:
-    """The prompt, where each turn's text stands in it, and where the generation prompt begins."""
-    variants = [[*messages[:i], m | {"content": _OTHER}, *messages[i + 1 :]] for i, m in enumerate(messages)]
-    render = ChatRenderer(tokenizer)
-    text, *others = render([messages, *variants], kwargs, add_generation_prompt=True)
-    (before,) = render([messages], kwargs)
-    turns = []
-    for message, other in zip(messages, others, strict=True):
-        start = common_prefix(text, other)
-        end = len(text) - common_prefix(text[start:][::-1], other[start:][::-1])
-        said = message_texts(message)
-        if other == text or [text[start:end].strip()] != [t.strip() for t in said]:
-            raise RowDropped("a turn that the chat template leaves out or rewrites")
-        turns.append((start, end))
-    return text, turns, common_prefix(before, text)
-
-
-def _response(prompt: str, response_template: str | None) -> int:
+def response_start(prompt: str, response_template: str | None) -> int:
+    """Where the output of a plain-text prompt begins: at its last `response_template`, without one at its end."""
     at = prompt.rfind(response_template) if response_template else -1
     return at if at >= 0 else len(prompt)
 
 
-def _within(
-    text: str, turn: tuple[int, int], base: str | None, constraints: Sequence[str]
-) -> list[tuple[str, tuple[int, int]]]:
-    """Where the base instruction and the constraints stand in a turn, none of them within another."""
-    start, end = turn
-    said, taken = text[start:end], np.zeros(end - start, dtype=bool)
+def _render_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], kwargs: dict[str, Any]
+) -> tuple[str, list[Span], int]:
+    """The rendered prompt, the span of each turn's text in it, and where the generation prompt begins."""
+    variants = [[*messages[:i], m | {"content": _OTHER}, *messages[i + 1 :]] for i, m in enumerate(messages)]
+    render = ChatRenderer(tokenizer)
+    text, *others = render([messages, *variants], kwargs, add_generation_prompt=True)
+    (without_generation_prompt,) = render([messages], kwargs)
+    turns = []
+    for message, other in zip(messages, others, strict=True):
+        start = common_prefix(text, other)
+        end = len(text) - common_prefix(text[start:][::-1], other[start:][::-1])
+        is_verbatim = [text[start:end].strip()] == [content.strip() for content in message_texts(message)]
+        if other == text or not is_verbatim:
+            raise RowDropped("a turn that the chat template leaves out or rewrites")
+        turns.append((start, end))
+    return text, turns, common_prefix(without_generation_prompt, text)
 
-    def claim(wanted: str, at: Sequence[int]) -> tuple[int, int] | None:
-        for i in at:
-            if i >= 0 and said.startswith(wanted, i) and not taken[i : i + len(wanted)].any():
-                taken[i : i + len(wanted)] = True
-                return start + i, start + i + len(wanted)
+
+def _instruction_spans(
+    text: str, turn: Span, base: str | None, constraints: Sequence[str]
+) -> Iterator[tuple[str, Span]]:
+    """The kinds and spans of the base instruction and of the constraints in a turn; no two spans overlap."""
+    start, end = turn
+    content, is_taken = text[start:end], np.zeros(end - start, dtype=bool)
+
+    def claim(part: str, places: Sequence[int]) -> Span | None:
+        for i in places:
+            if i >= 0 and content.startswith(part, i) and not is_taken[i : i + len(part)].any():
+                is_taken[i : i + len(part)] = True
+                return start + i, start + i + len(part)
         return None
 
     if base is None and not constraints:
-        return [("base", turn)]
-    found: dict[int, tuple[int, int] | None] = {}
+        yield "base", turn
+        return
     base = (base or "").strip()
-    ends = [0, len(said.rstrip()) - len(base), said.find(base)]
-    found[-1] = claim(base, ends) if base else None
-    # Longest first, so that none is found within another; the last place first, since lists of constraints come last.
+    base_span = claim(base, [0, len(content.rstrip()) - len(base), content.find(base)]) if base else None
+    if base_span is None:
+        raise RowDropped("the base instruction that is not in the prompt verbatim")
+    # Longest first, so that no constraint is found within another; last place first, since lists of constraints come last.
+    spans: dict[int, Span] = {}
     for i in sorted(range(len(constraints)), key=lambda i: -len(constraints[i])):
-        wanted = constraints[i].strip()
-        found[i] = claim(wanted, _places(said, wanted))
-    if None in found.values():
-        missing = "the base instruction" if found[-1] is None else "a constraint"
-        raise RowDropped(f"{missing} that is not in the prompt verbatim")
-    spans = [("base", found[-1]), *(("constraint", found[i]) for i in range(len(constraints)))]
-    return cast(list[tuple[str, tuple[int, int]]], spans)
+        constraint = constraints[i].strip()
+        span = claim(constraint, _places(content, constraint))
+        if span is None:
+            raise RowDropped("a constraint that is not in the prompt verbatim")
+        spans[i] = span
+    yield "base", base_span
+    for i in range(len(constraints)):
+        yield "constraint", spans[i]
 
 
-def _places(text: str, wanted: str) -> list[int]:
-    """Where `wanted` begins in `text`, the last place first."""
+def _places(text: str, part: str) -> list[int]:
+    """Where `part` begins in `text`, the last place first."""
     places: list[int] = []
-    at = len(text)
-    while (at := text.rfind(wanted, 0, at + len(wanted) - 1 if places else None)) >= 0:
+    at = text.rfind(part)
+    while at >= 0:
         places.append(at)
+        at = text.rfind(part, 0, at + len(part) - 1)
     return places
 
 
 def _owner(text: str, owner: np.ndarray, start: int, end: int) -> int:
-    """The part of a token that stands for `text[start:end]`: a special token that was added stands for nothing, the rest."""
+    """The part of a token that stands for `text[start:end]`. An added special token stands for no text: it is of the rest."""
     if start == end:
-        return 1
-    shown = len(text[start:end].rstrip()) or end - start
-    return int(owner[start + shown - 1])
+        return _REST
+    visible = len(text[start:end].rstrip()) or end - start
+    return int(owner[start + visible - 1])

@@ -1,4 +1,4 @@
-"""Rows as they are measured: the full prompt with its parts, the contexts that training would make, and an answer."""
+"""Rows in the form in which they are measured: the full prompt with its parts, the contexts of training, and an answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,28 +6,41 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_miso.config import MISOSFTConfig
 from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.contexts import Prompt, RowDropped, full_row, message_texts, parallel_row, template_kwargs
+from trl_miso.data.contexts import full_row, parallel_row
+from trl_miso.data.layout import context_weights
+from trl_miso.data.options import DataOptions
+from trl_miso.data.schema import Prompt, RowDropped, constraints_of, message_texts, template_kwargs
 from trl_miso.data.tokenization import RowTokenizer, Tokenized
-from trl_miso.report.prompt_parts import Prompted, read_prompt
+from trl_miso.report.prompt_parts import PromptParts, read_prompt, response_start
 
+# Called with a row and an answer: one verdict per constraint (None: unknown), or None for a row without a check.
 ConstraintCheck = Callable[[dict[str, Any], str], Sequence[bool | None] | None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row's full prompt and answer, and its contexts, by name, with what they mix with.
+    """A row's full prompt, its answer, and its contexts.
 
-    `answer` is the token ids that the model predicts, `text` what they say; `head` what the output begins with before them.
-    `alone` are the prompts with one constraint each, in their order.
+    Attributes:
+        index: The row's number in its dataset.
+        row: The raw row.
+        constraints: The texts of the row's constraints.
+        prompted: The full prompt.
+        alone: For each constraint the prompt with this constraint only.
+        answer: The token ids that the model predicts.
+        text: The answer as text.
+        contexts: The token ids of each context.
+        names: The name of each context: `"full"`, `"constraint 1"`, `"bare"`, or `"context 1"`.
+        weights: The weight of each context.
+        head: The token ids with which the output begins before the answer.
     """
 
     index: int
     row: dict[str, Any]
     constraints: list[str]
-    prompted: Prompted
-    alone: list[Prompted]
+    prompted: PromptParts
+    alone: list[PromptParts]
     answer: list[int]
     text: str
     contexts: list[list[int]]
@@ -37,68 +50,86 @@ class Sample:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest context, or the full prompt, and the answer."""
+        """Number of tokens of the longest path: a context or the full prompt, and the answer."""
         contexts = (len(context) + len(self.head) for context in self.contexts)
         return max(len(self.prompted.ids), *contexts) + len(self.answer)
 
     def answered(self, answer: list[int], text: str) -> "Sample":
-        """With an answer, token ids and what they say."""
+        """The sample with another answer, as token ids and as text."""
         return replace(self, answer=answer, text=text)
 
     def followed(self, check: ConstraintCheck | None) -> list[bool | None]:
-        """Whether the answer follows each constraint; None where nothing can tell."""
-        said = check({**self.row, "constraints": self.constraints}, self.text) if check and self.constraints else None
-        if said is None:
+        """Whether the answer follows each constraint; None where no check exists."""
+        verdicts = None
+        if check and self.constraints:
+            verdicts = check({**self.row, "constraints": self.constraints}, self.text)
+        if verdicts is None:
             return [None] * len(self.constraints)
-        if len(said) != len(self.constraints):
+        if len(verdicts) != len(self.constraints):
             raise ValueError(
-                f"Got {len(said)} verdicts on {len(self.constraints)} constraints (row {self.index}), expected one for each, in their "
-                "order. Fix: correct the check."
+                f"Got {len(verdicts)} verdicts on {len(self.constraints)} constraints (row {self.index}), expected one per "
+                "constraint, in the order of the constraints. Fix: correct the check."
             )
-        return list(said)
+        return list(verdicts)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Makes samples of raw rows, with the contexts that training with `args` would give them.
+    """Turns raw rows into samples, with the contexts that training with the same options would make.
 
     Args:
-        tokenizer: With the chat template that is to be used.
-        args: `include_full`, `include_bare`, `full_context_weight`, `response_template` and `max_length` are read.
-        kind: `"constraints"` or `"contexts"`, see `trl_miso.data.contexts.row_format`.
-        own_answers: Whether the model is to answer (`measure.answer_by_itself`): samples have no answer yet, and whole prompts.
+        tokenizer: With the chat template to use.
+        options: `include_full`, `include_bare`, `full_context_weight`, `response_template` and `max_length` are read.
+        kind: `"constraints"` or `"contexts"`, see `trl_miso.data.schema.row_format`.
+        own_answers: Leave the answer to the model (`measure.generate_answer`): samples have an empty answer, and their prompts
+            end as for generation.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    args: MISOSFTConfig
+    options: DataOptions
     kind: str
     own_answers: bool = False
 
     def __call__(self, row: dict[str, Any], index: int) -> Sample:
-        """Raises RowDropped for a row that carries nothing to measure, or in which a part cannot be told."""
-        template, kwargs = self.args.response_template, template_kwargs(row)
-        full = full_row(row, self.kind, template)
-        constraints = [c for c in row.get("constraints") or [] if c.strip()] if self.kind == "constraints" else []
+        """Turn a row into a sample.
+
+        Raises:
+            RowDropped: If the row has nothing to measure, a part cannot be located, or the sample is longer than `max_length`.
+        """
+        template, kwargs = self.options.response_template, template_kwargs(row)
+        full = full_row(row, self.kind, self.options)
+        constraints = constraints_of(row) if self.kind == "constraints" else []
         if self.kind == "constraints" and not constraints:
             raise RowDropped("no constraints")
-        base = _base(row["prompt"], template) if constraints else None
-        singles = self._singles(row, constraints)
+
+        # The full prompt, and the prompts with one constraint each.
+        base = _base_instruction(row["prompt"], template) if constraints else None
+        prompts = self._single_constraint_prompts(row, constraints)
         prompted = read_prompt(self.tokenizer, full.contexts[0], base, constraints, template, kwargs)
         alone = [
-            read_prompt(self.tokenizer, single, base, [constraint], template, kwargs)
-            for single, constraint in zip(singles, constraints, strict=True)
+            read_prompt(self.tokenizer, prompt, base, [constraint], template, kwargs)
+            for prompt, constraint in zip(prompts, constraints, strict=True)
         ]
-        made = parallel_row(row, self.kind, self.args.include_full, self.args.include_bare, template, full)
+
+        # The contexts, and the answer after the full prompt and after the contexts.
+        mixed = parallel_row(row, self.kind, self.options, full)
         tokenize = RowTokenizer(self.tokenizer, response_template=template)
-        whole, tokenized = map(_kept, tokenize([full, made], [kwargs] * 2))
-        head, answer, text = _unlabelled(tokenized), whole.output[len(_unlabelled(whole)) :], _said(full.completion)
+        one_context, tokenized = (_unless_dropped(tokens) for tokens in tokenize([full, mixed], [kwargs] * 2))
         if self.own_answers:
-            head, answer, text = self._prompt_ids(made.contexts[0], kwargs)[len(tokenized.contexts[0]) :], [], ""
-        else:  # the end of the prompt may not be that of a conversation with this answer (thinking, merged tokens)
-            cut = len(prompted.ids) + len(answer) - len(whole.contexts[0] + whole.output)
-            prompted, *alone = (one.without_last(cut) for one in (prompted, *alone))
-            assert prompted.ids + answer == whole.contexts[0] + whole.output, "offsets are of other tokens"
-        return self.fitting(
+            head = self._prompt_ids(mixed.contexts[0], kwargs)[len(tokenized.contexts[0]) :]
+            answer, text = [], ""
+        else:
+            head = _before_labels(tokenized)
+            answer = one_context.output[len(_before_labels(one_context)) :]
+            text = _last_text(full.completion)
+            # A prompt may end in other tokens than a conversation with this answer has there (thinking, merged tokens).
+            ids = one_context.contexts[0] + one_context.output
+            cut = len(prompted.ids) + len(answer) - len(ids)
+            prompted, *alone = (prompt.without_last(cut) for prompt in (prompted, *alone))
+            assert prompted.ids + answer == ids, "the tokens with offsets are not those of training"
+
+        weights = mixed.weights or context_weights(len(tokenized.contexts), self.options.full_context_weight)
+        return self.check_length(
             Sample(
                 index=index,
                 row=row,
@@ -108,16 +139,20 @@ class Sampler:
                 answer=answer,
                 text=text,
                 contexts=tokenized.contexts,
-                names=self._names(singles, full.contexts[0], made.contexts),
-                weights=made.weights or self._weights(len(tokenized.contexts)),
+                names=self._names(prompts, full.contexts[0], mixed.contexts),
+                weights=weights,
                 head=head,
             )
         )
 
-    def fitting(self, sample: Sample) -> Sample:
-        """`sample`. Raises RowDropped if it is longer than `max_length`: a part of an answer follows nothing."""
-        if self.args.max_length is not None and sample.longest > self.args.max_length:
-            raise RowDropped(f"more tokens than max_length={self.args.max_length}")
+    def check_length(self, sample: Sample) -> Sample:
+        """Return the sample if it fits.
+
+        Raises:
+            RowDropped: If it is longer than `max_length`: a cut answer could not be checked against the constraints.
+        """
+        if self.options.max_length is not None and sample.longest > self.options.max_length:
+            raise RowDropped(f"more tokens than max_length={self.options.max_length}")
         return sample
 
     def _prompt_ids(self, prompt: Prompt, kwargs: dict[str, Any]) -> list[int]:
@@ -126,41 +161,45 @@ class Sampler:
         (text,) = ChatRenderer(self.tokenizer)([prompt], kwargs, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _singles(self, row: dict[str, Any], constraints: list[str]) -> list[Prompt]:
-        """The prompts with one constraint each."""
-        alone = [row | {"constraints": [constraint], "full_prompt": None} for constraint in constraints]
-        return [full_row(one, self.kind, self.args.response_template).contexts[0] for one in alone]
+    def _single_constraint_prompts(self, row: dict[str, Any], constraints: list[str]) -> list[Prompt]:
+        prompts = []
+        for constraint in constraints:
+            single = row | {"constraints": [constraint], "full_prompt": None}
+            prompts.append(full_row(single, self.kind, self.options).contexts[0])
+        return prompts
 
-    def _names(self, singles: list[Prompt], full: Prompt, contexts: list[Prompt]) -> list[str]:
-        if self.kind == "contexts":
-            return ["full" if context == full else f"context {i}" for i, context in enumerate(contexts, start=1)]
-        named = [(full, "full"), *((context, f"constraint {i}") for i, context in enumerate(singles, start=1))]
-        return [next((name for known, name in named if known == context), "bare") for context in contexts]
+    def _names(self, single_constraints: list[Prompt], full: Prompt, contexts: list[Prompt]) -> list[str]:
+        names = []
+        for i, context in enumerate(contexts, start=1):
+            if context == full:
+                names.append("full")
+            elif self.kind == "contexts":
+                names.append(f"context {i}")
+            elif context in single_constraints:
+                names.append(f"constraint {single_constraints.index(context) + 1}")
+            else:
+                names.append("bare")
+        return names
 
-    def _weights(self, n: int) -> list[float]:
-        share = self.args.full_context_weight
-        return [1 / n] * n if share is None or n == 1 else [share] + [(1 - share) / (n - 1)] * (n - 1)
 
-
-def _kept(tokens: Tokenized | RowDropped) -> Tokenized:
+def _unless_dropped(tokens: Tokenized | RowDropped) -> Tokenized:
     if isinstance(tokens, RowDropped):
         raise tokens
     return tokens
 
 
-def _unlabelled(tokens: Tokenized) -> list[int]:
-    """What the output begins with before its labels."""
+def _before_labels(tokens: Tokenized) -> list[int]:
+    """The tokens of the output that carry no label: those before the answer."""
     return [token for token, label in zip(tokens.output, tokens.labels, strict=True) if label == -100]
 
 
-def _base(prompt: Prompt, response_template: str | None) -> str:
-    """The base instruction as it stands before constraints."""
-    if isinstance(prompt, list):
-        return cast(str, prompt[-1]["content"])
-    at = prompt.rfind(response_template) if response_template else -1
-    return prompt[:at] if at >= 0 else prompt
+def _base_instruction(prompt: Prompt, response_template: str | None) -> str:
+    """The base instruction, without a response template that follows it."""
+    if isinstance(prompt, str):
+        return prompt[: response_start(prompt, response_template)]
+    return cast(str, prompt[-1]["content"])
 
 
-def _said(completion: Prompt) -> str:
-    """What an answer says: its last turn."""
+def _last_text(completion: Prompt) -> str:
+    """The text of an answer's last turn."""
     return completion if isinstance(completion, str) else "\n".join(message_texts(completion[-1]))

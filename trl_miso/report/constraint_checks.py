@@ -1,4 +1,4 @@
-"""Does an answer follow each constraint? Asked of a program where a row says which, otherwise not known."""
+"""Programs that check whether an answer follows each constraint; rows without such a program stay unchecked."""
 
 import json
 from collections.abc import Sequence
@@ -10,32 +10,35 @@ from trl_miso.sources.synthetic import check_constraints
 
 
 def ifeval_check() -> ConstraintCheck:
-    """Rows with IFEval's `instruction_id_list` and `kwargs` (a list, or that list as JSON), one for each constraint: lm-eval's
-    strict verdicts. Others, and rows whose instructions are not as many as their constraints, are not known.
+    """A check for rows with IFEval's columns: lm-eval's strict verdicts.
+
+    A row needs `instruction_id_list` and `kwargs` (a list, or that list as JSON), with one item per constraint. For all other
+    rows the check returns None.
 
     Raises:
-        ValueError: When the first such row comes and lm-eval is not installed.
+        ImportError: By the check, at the first row with these columns, if lm-eval is not installed.
     """
-    scorer: list[Scorer] = []
+    scorer: Scorer | None = None
 
     def check(row: dict[str, Any], answer: str) -> Sequence[bool] | None:
+        nonlocal scorer
         names, options = row.get("instruction_id_list"), row.get("kwargs")
         options = json.loads(options) if isinstance(options, str) else options
         if not names or not options or not len(names) == len(options) == len(row["constraints"]):
             return None
-        if not scorer:
-            scorer.append(load_scorer())
+        if scorer is None:
+            scorer = load_scorer()
         prompt = {
             "key": row.get("key", 0),
             "prompt": str(row.get("full_prompt") or row.get("prompt")),
             "instruction_id_list": names,
             "kwargs": options,
         }
-        return scorer[0](prompt, answer).strict
+        return scorer(prompt, answer).strict
 
     return check
 
 
 def synthetic_check(row: dict[str, Any], answer: str) -> Sequence[bool]:
-    """The generated rows' own check."""
+    """The check of the generated rows (`trl_miso.sources.synthetic`)."""
     return check_constraints(row["constraints"], answer)

@@ -1,30 +1,16 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>Preview</title>
-<style>
-/* __STYLE__ */
-</style>
-</head>
-<body>
-<main><noscript>This page shows the rows with JavaScript, which is turned off.</noscript></main>
-<div id="tip" role="tooltip" hidden></div>
-<script type="application/json" id="preview">__DATA__</script>
-<script>
-"use strict";
 const {statistics: stats, rows} = JSON.parse(document.getElementById("preview").textContent);
-/* __SCRIPT__ */
+
 const times = (x) => "×\u202f" + x.toFixed(2);
 const sum = (xs) => xs.reduce((a, b) => a + b, 0);
 const span = (from, length) => (length > 1 ? `${from}–${from + length - 1}` : `${from}`);
+
 /** [1, 4, 5, 6] as "1, 4–6" */
 function ranges(xs) {
   const runs = [];
-  for (const x of xs) runs.length && runs.at(-1)[1] === x - 1 ? (runs.at(-1)[1] = x) : runs.push([x, x]);
+  for (const x of xs) {
+    if (runs.length && runs.at(-1)[1] === x - 1) runs.at(-1)[1] = x;
+    else runs.push([x, x]);
+  }
   return runs.map(([a, b]) => (a === b ? a : `${a}–${b}`)).join(", ");
 }
 
@@ -57,7 +43,7 @@ function statistics() {
     tile("Unique tokens", num(tokens.unique), `${num(tokens.unshared)} if every context had its own copy`),
     tile("Saved by sharing", percent(tokens.saved), "of the unshared tokens"),
     tile("Tokens with loss", num(tokens.labelled), `${percent(tokens.labelled / Math.max(1, tokens.unique))} of the unique tokens`),
-    tile("Cut outputs", num(cut.rows), cut.rows ? `${count(cut.tokens, "token")} beyond max_length` : "all are whole", cut.rows),
+    tile("Cut outputs", num(cut.rows), cut.rows ? `${count(cut.tokens, "token")} beyond max_length` : "all outputs are complete", cut.rows),
     tile("Dropped rows", num(lost), `of ${num(stats.rows)} read`, lost),
   ];
   const percentiles = lengths.percentiles.map((p, i) => [{0: "shortest", 50: "median", 100: "longest"}[p] ?? `${p}\u202f%`,
@@ -70,7 +56,7 @@ function statistics() {
     work.push(["Estimated cost relative to SFT", table(["plain SFT on the same full prompts", "×\u202f1"],
       [["tokens", times(cost.tokens)], ["attention scores", times(cost.score_pairs)], [`compute (${cost.model})`, times(cost.flops)]])]);
   }
-  if (bins) work.push(["Packing", table(["bins", num(bins.bins)], [["tokens a bin (max_length)", bins.max_length], ["filled", percent(bins.filled)], ["examples a bin", bins.examples_per_bin]])]);
+  if (bins) work.push(["Packing", table(["bins", num(bins.bins)], [["tokens per bin (max_length)", bins.max_length], ["filled", percent(bins.filled)], ["examples per bin", bins.examples_per_bin]])]);
   if (dropped.length) sources.push(["Dropped rows", table(["reason", "rows", "first row"], dropped.map(([reason, d]) => [reason, d.rows, String(d.first_row)]))]);
   if (statuses.length) sources.push(["Status given by the source", table(["status", "rows"], statuses)]);
   const read = stats.complete ? `${count(stats.rows, "row")} read` : `only the first ${count(stats.rows, "row")} read`;
@@ -88,25 +74,25 @@ function legend() {
     return el("span", "tokens", e);
   };
   const items = [
-    [sample(0, "", "", "colour"), "a segment: a run of tokens, begun by its number, in one context or more"],
-    [sample(0, "shared", "", "dim"), "the same segment in a later context: computed once, above"],
-    [sample(null, "plain", "loss", "green"), "carries loss"],
-    [sample(null, "plain", "", "plain"), "the output's head, no loss"],
+    [sample(0, "", "", "colour"), "a segment: a run of tokens that begins with its number and belongs to one or more contexts"],
+    [sample(0, "shared", "", "dim"), "a segment that an earlier context shows: computed once"],
+    [sample(null, "plain", "loss", "green"), "a token with loss"],
+    [sample(null, "plain", "", "plain"), "the head of the output, without loss"],
     [sample(null, "plain", "cut", "struck"), "cut at max_length, not trained on"],
-    [el("span", "mark", "↵ ⇥ ⟨1B⟩ ◌"), "line break, tab, unseen character, no text of its own"],
+    [el("span", "mark", "↵ ⇥ ⟨1B⟩ ◌"), "line break, tab, invisible character, token without text"],
   ];
   return el("section", "panel legend", el("h2", "", "How to read the rows"), el("ul", "", ...items.map(([mark, text]) => el("li", "", mark, ` ${text}`))),
-    el("p", "soft", "Each context is a path of segments, read by itself. The output follows every context and mixes them by their weights. It is stored once, after the " +
-      "longest context; the offset is how far it moves to follow another. Point at a token, tap it, or walk with the arrow keys for its id, position and label."));
+    el("p", "soft", "Each context is a path of segments, read independently of the other contexts. The output follows every context and mixes them by their weights. " +
+      "The output is stored once, after the longest context; its offset moves it to follow another context. Point at a token, tap it, or move with the arrow keys " +
+      "to see its id, position and label."));
 }
 
 /* Rows */
 
-const HUES = [212, 28, 280, 186, 340, 50, 245, 4, 310, 75];
-const SHARED = 60, LONG = 1200; // tokens from which the middle of a segment is folded: shown again, shown first
+const SHARED = 60, LONG = 1200; // longer segments are folded in the middle: those shown before, those shown first
 const trees = new Map();
 
-/** What the segments of a row amount to: where they begin in the row, paths, and the contexts (from 1) that see them. */
+/** Derived from a row's segments: where each begins, the path of each context, and the contexts (from 1) that see each segment. */
 function tree(r) {
   if (!trees.has(r)) {
     const {segments, contexts, ids} = rows[r], output = contexts.length ? segments.length - 1 : -1;
@@ -121,7 +107,6 @@ function tree(r) {
 }
 
 const labelled = (row) => `${num(row.labels.filter((label) => label !== -100).length)} with loss`;
-/** A token's text, with marks for what would not be seen. */
 
 /** The tokens `make(from) ... make(to - 1)`, those from `head` to `tail` behind a button. */
 function folded(make, from, to, head, tail, text) {
@@ -131,14 +116,16 @@ function folded(make, from, to, head, tail, text) {
   fold.onclick = (event) => {
     const hidden = some(head, tail);
     fold.replaceWith(...hidden);
-    if (!event.detail) focusToken(hidden[0]); // by keyboard, whose place would be lost with the button
+    if (!event.detail) focusToken(hidden[0]); // opened by keyboard, whose focus goes with the button
   };
   return [...some(from, head), fold, ...some(tail, to)];
 }
 
 function segment(r, s, shared) {
-  const row = rows[r], {begins, output} = tree(r), [from, to] = [begins[s], begins[s + 1]], fold = to - from > (shared ? SHARED : LONG);
-  const [head, tail] = !fold ? [to, to] : shared ? [from + 16, to - 12] : [from + LONG / 2, to - LONG / 4];
+  const row = rows[r], {begins, output} = tree(r), [from, to] = [begins[s], begins[s + 1]];
+  let [head, tail] = [to, to];
+  if (shared && to - from > SHARED) [head, tail] = [from + 16, to - 12];
+  if (!shared && to - from > LONG) [head, tail] = [from + LONG / 2, to - LONG / 4];
   const make = (i) => {
     const e = glyphs(row.texts[i], row.labels[i] === -100 ? "t" : "t loss");
     e.dataset.i = i;
@@ -152,11 +139,7 @@ function segment(r, s, shared) {
 }
 
 function part(cls, title, about, ...kids) {
-  const text = el("div", "tokens", ...kids);
-  text.tabIndex = 0;
-  text.setAttribute("role", "group");
-  text.setAttribute("aria-label", `${title}: arrow keys move from token to token`);
-  return el("section", `part ${cls}`, el("h3", "", title), el("p", "about", about.filter(Boolean).join(" · ")), text);
+  return el("section", `part ${cls}`, el("h3", "", title), el("p", "about", about.filter(Boolean).join(" · ")), tokenGroup(title, ...kids));
 }
 
 function fill(body) {
@@ -195,9 +178,9 @@ function details(row, r) {
   return e;
 }
 
-/* Tokens: one listener for all of them */
+/* Facts about a token */
 
-/** "38 (35 in context 2)": the stored position, then those to which offsets move it. */
+/** "38 (35 in context 2)": the stored position, then the positions to which offsets move it. */
 function positions(r, s, i) {
   const {segments, contexts} = rows[r], {begins, output} = tree(r), stored = segments[s].start + i - begins[s], moved = new Map();
   if (s !== output) return `${stored}`;
@@ -209,43 +192,35 @@ function positions(r, s, i) {
   return `${stored} (${texts.join("; ")})`;
 }
 
-function facts(t) {
-  const r = +t.closest(".row").dataset.r, row = rows[r], i = +t.dataset.i, {output, seen} = tree(r), n = row.contexts.length;
-  if (t.dataset.cut) return {token: repr(row.cut[t.dataset.cut]), label: "no loss: cut at max_length"};
-  const s = +t.closest(".s").dataset.s, parent = row.segments[s].parent;
-  const place = s === output ? ", the output" : !n ? "" : parent < 0 ? ", begins its path" : `, after segment ${parent}`;
-  const found = {token: repr(row.texts[i]), id: String(row.ids[i]), segment: s + place, position: positions(r, s, i), label: row.labels[i] === -100 ? "no loss" : "loss"};
-  if (n) found[s === output ? "follows" : "seen in"] = seen[s].length === n ? `all ${count(n, "context")}` : `${seen[s].length} of ${count(n, "context")}: ${ranges(seen[s])}`;
-  return found;
+/** The segment's number and where it stands. */
+function whereabouts(row, s, output) {
+  const {parent} = row.segments[s];
+  if (s === output) return `${s}, the output`;
+  if (!row.contexts.length) return `${s}`;
+  return parent < 0 ? `${s}, begins its path` : `${s}, after segment ${parent}`;
 }
 
-/** Show what is known of a token and light up its segment wherever the row has it; `null`: of none. */
-function point(t) {
-  if (t === active || (t && !t.closest(".row"))) return;
-  if (active) {
-    active.classList.remove("on");
-    active.removeAttribute("aria-describedby");
-    for (const e of main.querySelectorAll(".glow")) e.classList.remove("glow");
-  }
-  active = t;
-  tip.hidden = !t;
-  if (!t) return;
-  t.classList.add("on");
-  t.setAttribute("aria-describedby", "tip");
-  const {s} = t.closest(".s").dataset;
-  for (const e of t.closest(".row").querySelectorAll(`.s[data-s="${s}"]`)) e.classList.add("glow");
-  tip.replaceChildren(el("dl", "", ...Object.entries(facts(t)).flatMap(([name, value]) => {
-    const dd = el("dd", "", value);
-    dd.dataset.name = name;
-    return [el("dt", "", name), dd];
-  })));
-  place();
+/** Pairs of a name and a value; null for the tokens of the legend. */
+function facts(t) {
+  if (!t.closest(".row")) return null;
+  const r = +t.closest(".row").dataset.r, row = rows[r], i = +t.dataset.i, {output, seen} = tree(r), n = row.contexts.length;
+  if (t.dataset.cut) return [["token", repr(row.cut[t.dataset.cut])], ["label", "no loss: cut at max_length"]];
+  const s = +t.closest(".s").dataset.s;
+  const pairs = [["token", repr(row.texts[i])], ["id", String(row.ids[i])], ["segment", whereabouts(row, s, output)],
+    ["position", positions(r, s, i)], ["label", row.labels[i] === -100 ? "no loss" : "loss"]];
+  const contexts = seen[s].length === n ? `all ${count(n, "context")}` : `${seen[s].length} of ${count(n, "context")}: ${ranges(seen[s])}`;
+  if (n) pairs.push([s === output ? "follows" : "seen in", contexts]);
+  return pairs;
 }
+
+/** The token's segment wherever the row shows it. */
+const related = (t) => t.closest(".row").querySelectorAll(`.s[data-s="${t.closest(".s").dataset.s}"]`);
+
+/* The page */
 
 listen();
 
-/* Rows are filled when they come near the window, so that hundreds of them cost nothing until looked at. */
-
+// Rows are filled when they come near the window, so that hundreds of unread rows cost nothing.
 const all = rows.map(details), near = new IntersectionObserver((entries) => {
   for (const entry of entries.filter((e) => e.isIntersecting)) fill(entry.target);
 }, {rootMargin: "600px"});
@@ -256,12 +231,9 @@ const buttons = [["Open all", true], ["Close all", false]].map(([text, open]) =>
 });
 main.append(...statistics(), legend(), el("div", "bar", el("h2", "", count(rows.length, "row")), ...buttons), ...all);
 document.title = `${stats.dataset} · preview`;
-let budget = 4000; // tokens of the rows that are open from the start
+let budget = 4000; // tokens of the rows that are open at first
 all.forEach((e, r) => {
   e.open = (budget -= rows[r].ids.length) > 0 || r === 0;
   near.observe(e.lastChild);
 });
 addEventListener("beforeprint", () => all.filter((e) => e.open).forEach((e) => fill(e.lastChild)));
-</script>
-</body>
-</html>
