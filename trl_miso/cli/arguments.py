@@ -1,4 +1,4 @@
-"""What the console commands' argument parsers share."""
+"""Argument parsing shared by the console commands."""
 
 import argparse
 from collections.abc import Callable
@@ -23,14 +23,22 @@ def command_parser(usage: str, description: str) -> argparse.ArgumentParser:
 def parse_command(
     parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, tuple[RecipeArguments, MISOSFTConfig, ModelConfig]]:
-    """A console command's own options, and a recipe's: `[DATASET] [own options] [--config RECIPE.yaml] [options of a recipe]`."""
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="options of a recipe")
+    """Parse `[DATASET] [options of the command] [--config RECIPE.yaml] [options of a recipe]`.
+
+    Returns:
+        The command's options, and the recipe, config and model arguments of `parse_recipe`.
+    """
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="read options from a training recipe")
     options, others = parser.parse_known_args(arguments)
-    dataset_name = others.pop(0) if others and not others[0].startswith("-") else None
-    others += ["--config", options.config] if options.config else []
-    recipe, args, model_args = parse_recipe(others, **({"dataset_name": dataset_name} if dataset_name else {}))
+    dataset_name = None
+    if others and not others[0].startswith("-"):
+        dataset_name = others.pop(0)
+    if options.config:
+        others += ["--config", options.config]
+    defaults = {"dataset_name": dataset_name} if dataset_name else {}
+    recipe, args, model_args = parse_recipe(others, **defaults)
     if dataset_name:
-        recipe.dataset_name = dataset_name
+        recipe.dataset_name = dataset_name  # over the recipe's
     return options, (recipe, args, model_args)
 
 

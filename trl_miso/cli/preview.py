@@ -1,4 +1,4 @@
-"""`trl-miso preview`, and the dry run of a recipe."""
+"""`trl-miso preview`, and the dry run of a training recipe."""
 
 import json
 from copy import copy
@@ -22,11 +22,11 @@ from trl_miso.training import guards
 
 _USAGE = "trl-miso preview [DATASET] [-n ROWS] [--html FILE] [--json FILE] [--config RECIPE.yaml] [options of a recipe]"
 _ABOUT = """\
-Show rows as they will be trained on, and statistics over all of them: in the terminal, as a page to scroll and hover
-(--html), or as JSON (--json).
+Show rows as they will be trained on, with statistics of the whole dataset: in the terminal, as an interactive page (--html),
+or as JSON (--json).
 
-DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file; without one, generated rows. Every option of
-examples/train_crab.py is one here (--context_mode, --max_length, --packing, --chat_template_path, --source, ...)."""
+DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file. Without it, rows are generated. All options
+of examples/train_crab.py are accepted (--context_mode, --max_length, --packing, --chat_template_path, --source, ...)."""
 
 
 def main(arguments: list[str]) -> None:
@@ -34,16 +34,16 @@ def main(arguments: list[str]) -> None:
     parser = command_parser(_USAGE, _ABOUT)
     parser.add_argument("-n", type=count_from(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
     parser.add_argument(
-        "--rows", type=count_from(1), metavar="N", help="read the first N rows only (of a stream 1000 by default)"
+        "--rows", type=count_from(1), metavar="N", help="read only the first N rows (default: all; 1000 of a stream)"
     )
-    parser.add_argument("--html", type=output_file, metavar="FILE", help="write one self-contained page")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the statistics")
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a self-contained HTML page")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
     options, (recipe, args, model_args) = parse_command(parser, arguments)
     preview, _ = preview_recipe(recipe, args, model_args, options.n, options.rows)
     if options.json:
         options.json.write_text(json.dumps(preview["statistics"], indent=2) + "\n", encoding="utf-8")
     if options.html:
-        options.html.write_text(render_page(preview), encoding="utf-8")
+        options.html.write_text(render_page("preview", preview), encoding="utf-8")
     console = Console()
     if not (options.html or options.json):
         print_preview(preview, console)
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def dry_run(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> None:
-    """Check a recipe without a GPU or a model's weights: options, model, the first rows; print their statistics.
+    """Check a recipe's options, model config and first rows, and print statistics. Needs no GPU and no weights.
 
     Raises:
         ValueError: As training would.
@@ -63,19 +63,19 @@ def dry_run(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfi
     console = Console()
     print_preview(preview, console)
     _check_model(config, args, preview["statistics"]["mode"])
-    at_once, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch, steps, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     lines = (
         f"Model: {config.model_type}, checked by its config alone.",
-        f"Step: {at_once * steps * args.world_size} rows = {at_once} x {steps} accumulation steps x {args.world_size} processes.",
+        f"Step: {batch * steps * processes} rows = {batch} x {steps} accumulation steps x {processes} processes.",
         "Dry run passed: nothing was trained.",
     )
     console.print("\n".join(["", *lines]), markup=False, highlight=False, soft_wrap=True)
 
 
 def preview_recipe(
-    recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig, shown: int, limit: int | None
+    recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig, num_rows: int, limit: int | None
 ) -> tuple[dict[str, Any], PreTrainedConfig]:
-    """What `preview_dataset` says of the first `limit` training rows (all by default), and the model's config."""
+    """Preview the first `limit` training rows of a recipe (None: all). Returns the preview and the model's config."""
     raw = load_rows(recipe, recipe.dataset_train_split)
     rows, complete = first_rows(raw, limit)
     tokenizer = load_tokenizer(rows, args, model_args)
@@ -86,17 +86,16 @@ def preview_recipe(
         name = model_args.model_name_or_path
     else:
         config, name = build_model(tokenizer).config, "a toy model, a tokenizer built from these rows"
-    what = recipe.dataset_name or "generated rows"
     shape = ModelShape.of(config, name)
     dropout = getattr(get_peft_config(model_args), "lora_dropout", 0)
-    if dropout or why_not_share(None, config, None):
+    if why_not_share(None, config, args.neftune_noise_alpha, dropout):
         args = copy(args)
-        args.share_prefixes = False  # as training will
-    return preview_dataset(rows, tokenizer, args, shape, name=what, rows=shown, complete=complete), config
+        args.share_prefixes = False  # as in training
+    return preview_dataset(rows, tokenizer, args, shape, name=recipe.dataset_name or "generated rows", rows=num_rows, complete=complete), config
 
 
 def _check_model(config: PreTrainedConfig, args: MISOSFTConfig, mode: str) -> None:
-    """Refuse what the model's config is enough to refuse."""
+    """Raise ValueError for a model that its config alone shows to be unsupported."""
     model = meta_model(config)
     support = prepare_model(model, register_miso_attention("sdpa", args.attention_kernel), args.max_length)
     guards.check_positions(args, mode, config.model_type, support)
