@@ -1,4 +1,4 @@
-"""MISOEvalCallback: standard inference while a model is trained, its scores wherever metrics go, and training left as it is."""
+"""MISOEvalCallback: standard inference during training, scores among the metrics, and training unchanged bit for bit."""
 
 import ast
 import logging
@@ -47,7 +47,7 @@ def short_and_even(row, response):
 
 
 class Seen(TrainerCallback):
-    """What trackers are given, up to the end of training."""
+    """Record the logs that trackers receive, and the end of training."""
 
     def __init__(self):
         self.logs = []
@@ -61,9 +61,9 @@ class Seen(TrainerCallback):
 
 @pytest.fixture
 def make(para_dataset, tokenizer, make_config):
-    """A trainer with the callback, and the callback."""
+    """Make a trainer with the callback, and return both."""
 
-    def made(
+    def make_trainer(
         score=short_and_even, model=None, callbacks=None, prompts=PROMPTS, callback=(), peft_config=None, **options
     ):
         rows = para_dataset.select(range(16))
@@ -82,7 +82,7 @@ def make(para_dataset, tokenizer, make_config):
             return trainer, trainer.callback_handler.callbacks[-1]
         return trainer, None
 
-    return made
+    return make_trainer
 
 
 def evaluations(trainer):
@@ -90,25 +90,25 @@ def evaluations(trainer):
 
 
 def plain_responses(model, tokenizer, count=6):
-    """Each alone, token by token from the logits, without padding, cache or `generate`."""
+    """Decode one prompt at a time, token by token from the logits, without padding, cache or `generate`."""
     texts = []
     for row in PROMPTS:
         chat = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        said = []
-        while len(said) < count and tokenizer.eos_token_id not in said:
+        tokens = []
+        while len(tokens) < count and tokenizer.eos_token_id not in tokens:
             with torch.no_grad():
-                said.append(model(torch.tensor([ids + said])).logits[0, -1].argmax().item())
-        texts.append(tokenizer.decode(said, skip_special_tokens=True))
+                tokens.append(model(torch.tensor([ids + tokens])).logits[0, -1].argmax().item())
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
     return texts
 
 
-# What is generated
+# Responses
 
 
 @pytest.mark.parametrize("kind", ["checkpointing", "lora", "sliding"])
 def test_responses_are_those_of_the_saved_model(make, tokenizer, tmp_path, kind):
-    """Of an ordinary model, loaded anew, with the attention that transformers gives it; dropout and MISO are off."""
+    """Reloaded as an ordinary model with transformers' attention, it gives the same responses: dropout and MISO were off."""
     options = {"max_steps": 2, "learning_rate": 1e-2, "context_mode": "para"}
     if kind == "checkpointing":
         options |= {"gradient_checkpointing": True, "use_cache": False}
@@ -132,7 +132,7 @@ def test_responses_are_those_of_the_saved_model(make, tokenizer, tmp_path, kind)
 
 
 def test_training_is_not_changed_by_a_bit(make):
-    """With dropout in training and a scorer that draws numbers, the same losses and weights as without the callback."""
+    """With dropout and a scorer that draws random numbers, losses and weights equal those without the callback."""
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "down_proj"])
 
@@ -150,11 +150,11 @@ def test_training_is_not_changed_by_a_bit(make):
     assert all(torch.equal(p, q) for p, q in zip(weights, other_weights, strict=True))
 
 
-# Where scores go
+# Scores
 
 
 def test_scores_are_metrics_of_the_evaluation(make):
-    """In one entry with the loss, as returned and as trackers get it; shares of what the scorer said of the responses."""
+    """Returned and logged in one entry with the loss; equal to the shares of the scorer's verdicts."""
     seen, judged = Seen(), []
 
     def score(row, response):
@@ -179,11 +179,11 @@ def test_scores_are_metrics_of_the_evaluation(make):
 
 
 def test_ifeval_is_scored_by_lm_eval(make, tmp_path, monkeypatch):
-    """Verdicts of the published checkers, counted as `trl-miso eval ifeval` counts; a key is not needed."""
+    """Verdicts of the published checkers, counted as by `trl-miso eval ifeval`; rows need no key."""
     pytest.importorskip("lm_eval", reason="needs pip install 'trl-miso[eval]'")
     nltk = pytest.importorskip("nltk")
     english = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
-    english.mkdir(parents=True)  # a Punkt tokenizer that has seen no text
+    english.mkdir(parents=True)  # an untrained Punkt tokenizer
     for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
         (english / name).touch()
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
@@ -208,7 +208,7 @@ def test_ifeval_is_scored_by_lm_eval(make, tmp_path, monkeypatch):
 
 
 def test_several_sets_are_one_evaluation(make):
-    """The prompts are answered once, before the first set's metrics are logged; not for predictions."""
+    """Prompts are answered once, before the first set's metrics are logged; predictions do not answer them."""
     trainer, _ = make(**EVERY_STEP)
     rows = trainer.eval_dataset
     trainer.eval_dataset = {"one": rows, "two": rows.select(range(2))}
@@ -220,15 +220,15 @@ def test_several_sets_are_one_evaluation(make):
 
 
 @pytest.mark.parametrize(("saving", "best"), [({"save_strategy": "best"}, 3), ({"save_steps": 2}, 2)])
-def test_the_best_checkpoint_and_early_stopping_go_by_the_scores(make, tmp_path, saving, best):
-    """Followed are 0, 3, 4, 2, 2 of 5: step 5 is the second without progress. The card is of the checkpoint that is loaded."""
+def test_the_best_checkpoint_and_early_stopping_use_the_scores(make, tmp_path, saving, best):
+    """The scores are 0, 3, 4, 2, 2 of 5: step 5 is the second without progress. The card shows the loaded checkpoint's score."""
     followed = {1: 0, 2: 3, 3: 4}
 
     def score(row, response):
-        step = made[0].state.global_step if made else 0
+        step = trainers[0].state.global_step if trainers else 0
         return [PROMPTS.index({"prompt": row["prompt"]}) < followed.get(step, 2), True]
 
-    made: list = []
+    trainers: list = []
     trainer, callback = make(
         score,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],  # before the callback
@@ -238,7 +238,7 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_scores(make, tmp_path,
         learning_rate=1e-2,
         **{"save_strategy": "steps"} | saving | EVERY_STEP,
     )
-    made.append(trainer)
+    trainers.append(trainer)
     trainer.train()
     assert trainer.state.global_step == 5 and trainer.state.best_metric == 0.8
     checkpoint = tmp_path / "out" / f"checkpoint-{best}"
@@ -250,7 +250,7 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_scores(make, tmp_path,
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"after step {best}," in card and f"| prompts | {followed[best] / 5:.1%} | {followed[best]} of 5 |" in card
     trainer.evaluate()
-    assert callback.scores.step == best  # of which the weights are
+    assert callback.scores.step == best  # the step of the loaded weights
 
 
 def test_a_best_checkpoint_from_before_training_was_resumed_is_scored_anew(make, tokenizer, tmp_path):
@@ -263,22 +263,22 @@ def test_a_best_checkpoint_from_before_training_was_resumed_is_scored_anew(make,
         "max_steps": 3,
         **EVERY_STEP,
     }
-    made: list = []
+    trainers: list = []
 
     def score(row, response):
-        return [not made or made[-1].state.global_step == 1]
+        return [not trainers or trainers[-1].state.global_step == 1]
 
     first, _ = make(score, callbacks=[StopAt(2)], **options)
-    made.append(first)
+    trainers.append(first)
     first.train()
     again, callback = make(score, **options)
-    made.append(again)
+    trainers.append(again)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     scored = [(entry["step"], entry["eval_constraints_prompt"]) for entry in evaluations(again)]
-    assert scored == [(1, 1.0), (2, 0.0), (3, 0.0)]  # with the history of the first run
+    assert scored == [(1, 1.0), (2, 0.0), (3, 0.0)]  # the first run's history is part of it
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
     assert callback.scores.step == 1 and callback.responses == plain_responses(best.eval(), tokenizer)
-    assert "after step 1," in (tmp_path / "out" / "README.md").read_text()  # not the card of the last checkpoint
+    assert "after step 1," in (tmp_path / "out" / "README.md").read_text()  # not the last checkpoint's card
 
 
 class StopAt(TrainerCallback):
@@ -290,7 +290,7 @@ class StopAt(TrainerCallback):
 
 
 def test_without_evaluations_the_last_step_is_scored(make, tokenizer):
-    """Once, in time for the trackers; none of training's own metrics end in that entry."""
+    """Once, before trackers close; the entry has none of the training metrics."""
     seen = Seen()
     trainer, callback = make(callbacks=[seen], max_steps=3, logging_steps=2)
     trainer.train()
@@ -302,7 +302,7 @@ def test_without_evaluations_the_last_step_is_scored(make, tokenizer):
 
 
 def test_the_card_has_the_scores(make, tmp_path):
-    """As text, and as metadata where the data set is one of the Hub's; a local one's path is nowhere."""
+    """As text, and as metadata if the data set is on the Hub; the path of a local file is not shown."""
     file = tmp_path / "held_out.jsonl"
     file.touch()
     for name, shown in (
@@ -334,11 +334,11 @@ def test_the_card_has_the_scores(make, tmp_path):
     assert first.dataset_args == {"num_prompts": 5} and 0 <= first.metric_value <= 1
 
 
-# What can go wrong
+# Errors
 
 
-def test_a_scorer_that_fails_in_the_midst_does_not_end_training(make, tmp_path, caplog):
-    """The row follows nothing, whether the scorer raises or says something else than before; it is named and counted."""
+def test_a_scorer_that_fails_during_training_does_not_end_it(make, tmp_path, caplog):
+    """Whether it raises or returns another number of verdicts: the row counts as following nothing, and is named and counted."""
 
     def score(row, response):
         if response not in ("", "Yes.") and row["prompt"] in ("Hello", "Where?"):
@@ -362,20 +362,20 @@ def test_a_scorer_that_fails_in_the_midst_does_not_end_training(make, tmp_path, 
     )
 
 
-def test_a_model_that_fails_in_the_midst_is_saved_first(make, tmp_path, monkeypatch):
+def test_a_model_that_fails_during_training_is_saved_first(make, tmp_path, monkeypatch):
     generate = in_training._generate
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 100, "gradient_checkpointing": True} | EVERY_STEP
     trainer, _ = make(**options)
 
-    def full(*args):
+    def out_of_memory(*args):
         if trainer.state.global_step == 2:
             raise torch.OutOfMemoryError("out of memory")
         return generate(*args)
 
-    monkeypatch.setattr(in_training, "_generate", full)
+    monkeypatch.setattr(in_training, "_generate", out_of_memory)
     with pytest.raises(RuntimeError, match=r"Got OutOfMemoryError: out of memory .*Fix: lower batch_size") as caught:
         trainer.train()
-    assert caught.value.__notes__ == ["Saved checkpoint-2, the weights as they were before."]
+    assert caught.value.__notes__ == ["Saved checkpoint-2, the weights before the error."]
     monkeypatch.undo()
     again, callback = make(**options)
     again.train(resume_from_checkpoint=True)
@@ -390,7 +390,9 @@ def test_a_model_that_cannot_generate_fails_before_the_first_step(make, monkeypa
     assert caught.value.__notes__ == ["Training had done 0 steps; none were saved."]
 
 
-def test_what_cannot_be_asked_or_scored_is_refused_at_once(make, tokenizer, para_dataset, make_config, monkeypatch):
+def test_unusable_prompts_scorers_and_trainers_are_refused_at_once(
+    make, tokenizer, para_dataset, make_config, monkeypatch
+):
     trainer, _ = make(prompts=[])
     rows = Dataset.from_list(PROMPTS[:2])
     MISOEvalCallback(trainer, rows, short_and_even, num_prompts=1, max_new_tokens=6)
@@ -421,7 +423,7 @@ def test_what_cannot_be_asked_or_scored_is_refused_at_once(make, tokenizer, para
     refused("a tokenizer without a chat template")
 
 
-def test_a_text_that_ends_a_response_does_so_in_training(make):
+def test_stop_strings_end_a_response_in_training(make):
     trainer, callback = make()
     callback.measure()
     whole = next(text for text in callback.responses if re.search(r"[a-z]{2}.{3}", text))
@@ -431,13 +433,13 @@ def test_a_text_that_ends_a_response_does_so_in_training(make):
     assert text in callback.responses[number] != whole
 
 
-def test_what_would_be_missed_later_is_refused_when_training_begins(make):
+def test_unknown_best_metrics_and_duplicates_are_refused_when_training_begins(make):
     trainer, _ = make(metric_for_best_model="constraints_prompts")
     with pytest.raises(
         ValueError, match="Got metric_for_best_model='constraints_prompts'.*'eval_constraints_prompt'.*Fix: "
     ):
         trainer.train()
-    trainer, _ = make(metric_for_best_model="eval_ifeval_prompt_strict")  # of a callback that is not there
+    trainer, _ = make(metric_for_best_model="eval_ifeval_prompt_strict")  # no callback measures it
     with pytest.raises(ValueError, match="Got metric_for_best_model='eval_ifeval_.*'eval_constraints_prompt'.*Fix: "):
         trainer.train()
     trainer, callback = make(metric_for_best_model="eval_ifeval_loss")
@@ -449,14 +451,14 @@ def test_what_would_be_missed_later_is_refused_when_training_begins(make):
         trainer.train()
 
 
-def test_a_run_that_is_told_to_end_does_not_stop_to_generate(make):
+def test_a_terminated_run_does_not_generate(make):
     trainer, callback = make(callbacks=[rank_runs.AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM))], max_steps=3)
     with pytest.raises(SystemExit):
         trainer.train()
     assert trainer.state.global_step == 2 and callback.scores is None
 
 
-def test_arguments_of_the_chat_template_are_the_rows_own(make, tokenizer, monkeypatch):
+def test_the_chat_template_gets_the_rows_arguments(make, tokenizer, monkeypatch):
     template = "{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     asked = []
     monkeypatch.setattr(
@@ -473,19 +475,19 @@ def test_arguments_of_the_chat_template_are_the_rows_own(make, tokenizer, monkey
 
 
 def rank(number, port, folder):
-    """Trains as one of two; the second then fails to generate."""
+    """Train as one of two processes; the second then fails to generate."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    trainer = rank_runs.trainer(folder, max_steps=2, verify=False, learning_rate=1e-2)
-    own = []
+    trainer = rank_runs.make_trainer(folder, max_steps=2, verify=False, learning_rate=1e-2)
+    own_prompts = []
 
     def score(row, response):
-        own.append(row["prompt"])
+        own_prompts.append(row["prompt"])
         return [len(response) < 20 + random.SystemRandom().randrange(20)]
 
     callback = MISOEvalCallback(trainer, PROMPTS, score, max_new_tokens=6, batch_size=2)
     trainer.add_callback(callback)
-    own.clear()
+    own_prompts.clear()
     trainer.train()
     trainer.save_model(folder / "saved")
     scored = callback.scores.counts.strict_prompt
@@ -495,11 +497,11 @@ def rank(number, port, folder):
         callback.measure()
     except RuntimeError as error:
         failed = str(error)
-    (folder / str(number)).write_text(repr((callback.responses, scored, own[: 3 - number], failed)))
+    (folder / str(number)).write_text(repr((callback.responses, scored, own_prompts[: 3 - number], failed)))
 
 
 def test_two_ranks_share_the_prompts_and_have_the_same_scores(tmp_path, tokenizer):
-    """By turns of a batch each, also where the scorer says something else on every process; what fails on one ends both."""
+    """One batch per turn, also with a scorer that differs between processes; an error on one process is raised on both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -509,12 +511,12 @@ def test_two_ranks_share_the_prompts_and_have_the_same_scores(tmp_path, tokenize
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, "a rank hangs" if process.exitcode is None else "a rank failed"
-    (first, scored, own, failed), (second, *others) = [
+    (first, scored, own_prompts, failed), (second, *others) = [
         ast.literal_eval((tmp_path / str(n)).read_text()) for n in (0, 1)
     ]
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert first == second == plain_responses(fresh.eval(), tokenizer)
     prompts = [row["prompt"] for row in PROMPTS]
-    assert own == [prompts[0], prompts[1], prompts[4]] and others == [scored, prompts[2:4], failed]
+    assert own_prompts == [prompts[0], prompts[1], prompts[4]] and others == [scored, prompts[2:4], failed]
     assert "Got KeyError: 'broken' while the model responded" in failed

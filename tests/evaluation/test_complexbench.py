@@ -1,4 +1,4 @@
-"""ComplexBench without a judge: its rules, its data, dependencies and the paper's columns."""
+"""ComplexBench without a judge: rules, data, prompts, dependencies and the paper's columns."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from trl_miso.evaluation.complexbench.scores import COLUMNS, PAPER, Count, count
 REAL = Path(__file__).parents[3] / "shared/data/complexbench"
 EXAMPLE = REAL / "example_instance.json"
 
-# Rules: parts that pass, parts that fail; by the published checker too, but for keyword with forbidden_word, where it fails itself.
+# Per rule: parts that pass, and parts that fail. The published checker agrees, except on keyword with forbidden_word, where it breaks.
 
 NONE = []
 RULES = {
@@ -71,7 +71,7 @@ def test_rules_pass_and_fail_as_published(rule):
 
 def test_every_kind_of_rule_is_shown():
     shown = {line.partition(":")[0] for rule in RULES for line in rule.split("\n") if ":" in line}
-    assert shown == set(rules._KINDS)
+    assert shown == set(rules.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_every_kind_of_rule_is_shown():
         ("length:[1]", "argument cannot be read"),
         ("length:[a,2]", "argument cannot be read"),
         ('length:["1",2]', "argument cannot be read"),
-        ("keyword:a", "no list in brackets"),
+        ("keyword:a", "expected a list in brackets"),
         ("model_keyword_num:[a,2,b]", "argument cannot be read"),
         ("Json:[a", "argument cannot be read"),
     ],
 )
-def test_rules_of_no_known_kind_are_refused(rule, message):
+def test_rules_of_an_unknown_kind_are_refused(rule, message):
     with pytest.raises(ValueError, match=f"(?s)^Got rule .*{message}.*Fix: "):
         parse_rule(rule)
 
@@ -137,8 +137,11 @@ BAD = {
     "category": ([row(category="Or_1")], "category 'Or_1'"),
     "no question": ([row(questions=[])], "and 0 questions"),
     "no dep": ([row(questions=[{"question": "?", "rule": None}])], "question 0 of main_id 0 with dep='nothing'"),
-    "dep": ([row(questions=[question(dep=[1])])], r"question 0 of main_id 0 with dep=\[1\]"),
-    "dep of no number": ([row(questions=[question(dep=["0"])])], r"dep=\['0'\]"),
+    "dep": (
+        [row(questions=[question(dep=[1])])],
+        r"question 0 of main_id 0 with dep=\[1\], but the instance has 1 questions",
+    ),
+    "dep that is not a number": ([row(questions=[question(dep=["0"])])], r"dep=\['0'\]"),
     "dep from the end": ([row(questions=[question(dep=[-1])])], r"dep=\[-1\]"),
     "rule": ([row(), row(5, questions=[question(rule="model_rhymes:[1,2]")])], "In question 0 of main_id 5: Got rule"),
 }
@@ -150,17 +153,17 @@ def test_data_that_are_not_complexbenchs_are_refused(rows, message, tmp_path):
         load_instances(write(tmp_path / "data.json", rows), "zh")
 
 
-def test_data_that_are_no_json_are_refused(tmp_path):
+def test_data_that_are_not_json_are_refused(tmp_path):
     (tmp_path / "data.json").write_text("[{")
-    with pytest.raises(ValueError, match="which is no JSON.*Fix: "):
+    with pytest.raises(ValueError, match="which is not JSON.*Fix: "):
         load_instances(tmp_path / "data.json", "zh")
 
 
-def test_dependencies_are_positions_and_other_numbers_are_warned_of(tmp_path, caplog):
+def test_dependencies_are_positions_and_other_point_ids_are_warned_of(tmp_path, caplog):
     asked = [question(1), question(2, dep=[0])]
     (instance,) = load_instances(write(tmp_path / "data.json", [row(questions=asked)]), "zh")
     assert instance.questions[1].dependencies == (0,)
-    assert "of 1 instances have a point_id that is not their position, main_id 0 the first" in caplog.text
+    assert "1 instances, the first with main_id 0, have questions whose point_id is not their position" in caplog.text
 
 
 def test_the_benchmarks_own_responses_are_joined_by_main_id(tmp_path):
@@ -201,7 +204,7 @@ def test_the_benchmarks_example_is_read():
     assert len(load_answers(REAL / "llama3_8b.jsonl", [instance])) == 1
 
 
-# What a judge is asked, and how its answers are read
+# Prompts for a judge, and its answers
 
 
 ASKED = Instance(0, "指" * 6001, "And", (Question("成立吗？", None, ()),))
@@ -209,7 +212,7 @@ ASKED = Instance(0, "指" * 6001, "And", (Question("成立吗？", None, ()),))
 
 @pytest.mark.parametrize("language", ["zh", "en"])
 @pytest.mark.parametrize("rule", [None, "model_length:[1,2]", "model_length_each:[1,2]"])
-def test_the_judge_sees_what_the_published_one_sees(rule, language):
+def test_the_judge_sees_as_much_as_the_published_one(rule, language):
     """The instruction's first 6,000 characters, the response's first 4,000, the question, never the rule."""
     asked = Question("成立吗？", rule and parse_rule(rule), ())
     prompt = judge_prompt(ASKED, asked, "回{0}" * 1001, language)
@@ -255,8 +258,8 @@ def test_verdicts_are_yes_or_no_or_none(answer, verdict):
         ("</extract>一<extract>", None),
     ],
 )
-def test_rules_are_asked_of_what_is_extracted(answer, spans):
-    asked = Question("?", rules.Rule("", False, lambda found: found == spans), ())
+def test_rules_check_the_extracted_parts(answer, spans):
+    asked = Question("?", rules.Rule("", False, lambda parts: parts == spans), ())
     assert read_answer(asked, "\n回复 ", answer) is (None if spans is None else True)
 
 
@@ -267,14 +270,14 @@ def instance(main_id, category, *dependencies):
     return Instance(main_id, "", category, tuple(Question("?", None, tuple(each)) for each in dependencies))
 
 
-def test_dependencies_are_one_hop():
-    """The second depends on the first, which failed, and fails; the third depends on the second, which by itself passed."""
+def test_dependencies_go_one_step():
+    """The second question fails, since it depends on the first; the third passes, since the second's own verdict is a pass."""
     chain = instance(1, "Chain_1", [], [0], [1], [0, 1])
     assert outcomes(chain, {(1, 0): False, (1, 1): True, (1, 2): True, (1, 3): True}) == [False, False, True, False]
     assert outcomes(chain, {(1, at): True for at in range(4)}) == [True] * 4
 
 
-def test_what_depends_on_a_missing_verdict_is_open_unless_it_failed_anyway():
+def test_a_question_that_depends_on_a_missing_verdict_is_open_unless_it_fails_anyway():
     chain = instance(1, "Chain_1", [], [0], [0], [0, 4], [])
     assert outcomes(chain, {(1, 1): True, (1, 2): False, (1, 3): True, (1, 4): False}) == [
         None,
@@ -286,7 +289,7 @@ def test_what_depends_on_a_missing_verdict_is_open_unless_it_failed_anyway():
     assert outcomes(chain, {}) == [None] * 5
 
 
-# Questions that pass, of how many: every column's share is another one, and so is each way to aggregate that is not the published one.
+# Instances with verdicts, such that all columns differ, and every other way to aggregate gives another share than the published one.
 CONSTRUCTED = [
     (instance(0, "And", [], [], []), [True, True, False]),
     (instance(1, "Chain_1", [], [0], [1]), [False, True, True]),
@@ -302,7 +305,7 @@ CONSTRUCTED = [
 
 def constructed():
     instances = [each for each, _ in CONSTRUCTED]
-    return instances, {(each.main_id, at): value for each, said in CONSTRUCTED for at, value in enumerate(said)}
+    return instances, {(each.main_id, at): value for each, verdicts in CONSTRUCTED for at, value in enumerate(verdicts)}
 
 
 def test_columns_are_the_papers():
@@ -322,11 +325,11 @@ def test_columns_are_the_papers():
     }
     unmerged = [scored[f"Selection {depth}"] for depth in ("1", "2", "≥3")]
     assert sum(each.passed for each in unmerged) / sum(each.questions for each in unmerged) == 8 / 17 != 19 / 38
-    # Of the second and the fifth instance, whose first question failed, transitive dependencies would leave nothing.
+    # With transitive dependencies no question of the second and the fifth instance would pass: their first question failed.
     assert scored["Chain 1"].passed == 1 and scored["Selection 2"].passed == 2
 
 
-def test_bounds_are_of_what_is_unjudged():
+def test_unjudged_questions_make_bounds():
     instances, passed = constructed()
     del passed[4, 0], passed[3, 4]
     scored = counts(instances, passed)
@@ -337,7 +340,7 @@ def test_bounds_are_of_what_is_unjudged():
 
 
 def test_the_papers_rows_need_the_merged_average():
-    """An average lies between what it is of: MISO-succ's "Selection Avg." does with Selection & Chain, and does not without."""
+    """An average lies between its terms: MISO-succ's "Selection Avg." does only if Selection & Chain is among them."""
     for figures in PAPER.values():
         column = dict(zip(COLUMNS, figures, strict=True))
         own = [column[f"Selection {depth}"] for depth in ("1", "2", "≥3")]

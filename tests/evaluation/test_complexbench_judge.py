@@ -1,4 +1,4 @@
-"""ComplexBench's judge: a real server on loopback, which answers by what it is shown, and misbehaves."""
+"""ComplexBench's judge: a real server on loopback, which answers by the prompt's content, and has faults."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from trl_miso.evaluation.complexbench.judge import (
 from trl_miso.evaluation.complexbench.rules import parse_rule
 from trl_miso.evaluation.complexbench.scores import COLUMNS, Count, complexbench_table
 from trl_miso.evaluation.endpoint import Endpoint
-from trl_miso.evaluation.writing import exclusive_writer
+from trl_miso.evaluation.file_lock import exclusive_lock
 
 pytest.importorskip("openai", reason="needs pip install 'trl-miso[eval]'")
 
@@ -37,7 +37,7 @@ JUDGE = "judge-1"
 
 
 def shown(body):
-    """The response and the question in a prompt."""
+    """Return the response and the question in a prompt."""
     text = body["messages"][-1]["content"]
     return [re.search(rf"<{tag}>\n(.*)\n</{tag}>", text, re.DOTALL)[1] for tag in ("response", "question")]
 
@@ -51,15 +51,15 @@ GOOD = {
     "B": "国家B没有特别提款权。",
     "reason": "解释：" + "储" * 100 + "。完",
 }
-# By a word of each question: whether it holds of a response.
+# Verdict on a response, per question, which a word of it identifies.
 JUDGED = {
-    "正确判断国家A": lambda said: "国家A有" in said,
-    "正确判断国家B": lambda said: "国家B没有" in said,
-    "生成申请提款的文章": lambda said: "申请书：" in said,
-    "文章是否逻辑合理": lambda said: "虚构" not in said,
-    "分点明确": lambda said: "1. " in said,
-    "生成国家B没有特别提款权的解释": lambda said: "解释：" in said,
-    "解释是否逻辑合理": lambda said: "储" in said,
+    "正确判断国家A": lambda text: "国家A有" in text,
+    "正确判断国家B": lambda text: "国家B没有" in text,
+    "生成申请提款的文章": lambda text: "申请书：" in text,
+    "文章是否逻辑合理": lambda text: "虚构" not in text,
+    "分点明确": lambda text: "1. " in text,
+    "生成国家B没有特别提款权的解释": lambda text: "解释：" in text,
+    "解释是否逻辑合理": lambda text: "储" in text,
 }
 EXTRACTED = {"300字以上": r"申请书：(.*?)。完", "不超过100字": r"解释：(.*?)。完"}
 
@@ -68,8 +68,8 @@ def by_content(body):
     response, asked = shown(body)
     for word, pattern in EXTRACTED.items():
         if word in asked:
-            found = re.search(pattern, response, re.DOTALL)
-            return f"要检查的部分如下。<extract>\n{found[1] if found else 'None'}\n</extract>"
+            match = re.search(pattern, response, re.DOTALL)
+            return f"要检查的部分如下。<extract>\n{match[1] if match else 'None'}\n</extract>"
     (holds,) = (holds for word, holds in JUDGED.items() if word in asked)
     return f"理由。\n<answer>{'是' if holds(response) else '否'}</answer>"
 
@@ -89,8 +89,8 @@ VARIANTS = {
 }
 
 
-def test_the_example_scores_as_its_rules_say(tmp_path, capsys, wide_terminal):
-    """Each of its nine questions fails in some response, with what depends on it, 300 and 100 characters to the character."""
+def test_scores_of_the_benchmarks_example(tmp_path, capsys, wide_terminal):
+    """Each of its nine questions fails for some response, with its dependants; lengths of 300 and 100 count to the character."""
     if not EXAMPLE.exists():
         pytest.skip("needs ComplexBench's example instance")
     (example,) = json.loads(EXAMPLE.read_text())
@@ -99,27 +99,31 @@ def test_the_example_scores_as_its_rules_say(tmp_path, capsys, wide_terminal):
     responses = write_lines(tmp_path / "responses.jsonl", [{"response": text} for text in texts])
     with chat_server(by_content) as server:
         main(command(data, responses, server))
-    (instance, *_), verdicts = load_instances(data, "zh"), read_lines(tmp_path / "verdicts.jsonl")
-    assert len(verdicts) == 9 * len(VARIANTS)
-    passed = {(each["main_id"], each["point_id"]): each["verdict"] for each in verdicts}
+    (instance, *_), lines = load_instances(data, "zh"), read_lines(tmp_path / "verdicts.jsonl")
+    assert len(lines) == 9 * len(VARIANTS)
+    passed = {(line["main_id"], line["point_id"]): line["verdict"] for line in lines}
     for number, (name, (_, failed)) in enumerate(VARIANTS.items()):
-        own = [passed[number, at] for at in range(9)]
-        with_dependencies = [own[at] and all(own[on] for on in instance.questions[at].dependencies) for at in range(9)]
-        assert [at for at in range(9) if not with_dependencies[at]] == failed, name
+        verdicts = [passed[number, at] for at in range(9)]
+        not_passed = [
+            at
+            for at, question_of in enumerate(instance.questions)
+            if not (verdicts[at] and all(verdicts[on] for on in question_of.dependencies))
+        ]
+        assert not_passed == failed, name
     failures = sum(len(failed) for _, failed in VARIANTS.values())
-    share = f"{100 - 100 * failures / len(verdicts):.1f}"
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"responses.jsonl - - - - - {share} - {share} - - {share}" in said
-    assert "MISO-succ 64.5 39.3 42.9 42.1 37.3 39.2 38.1 36.5 42.0 24.4 48.2" in said
+    share = f"{100 - 100 * failures / len(lines):.1f}"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"responses.jsonl - - - - - {share} - {share} - - {share}" in printed
+    assert "MISO-succ 64.5 39.3 42.9 42.1 37.3 39.2 38.1 36.5 42.0 24.4 48.2" in printed
 
 
-# The server misbehaves
+# Faults of the server
 
 BAD_JSON = b'{"id": "1", "choices": [{"message": '
 
 
 def numbered(body):
-    """Yes to every second question."""
+    """Answer yes to every second question."""
     number = int(re.search(r"\d+", shown(body)[1])[0])
     return f"<answer>{'yes' if number % 2 else 'no'}</answer>"
 
@@ -130,13 +134,13 @@ def expected(count):
 
 @pytest.fixture
 def server():
-    with chat_server(numbered) as made:
-        yield made
+    with chat_server(numbered) as server:
+        yield server
 
 
 @pytest.fixture
 def make_tasks(tmp_path):
-    """Tasks of five questions an instance, each question with its number in it."""
+    """Make tasks of five questions per instance; a question's text is its number."""
 
     def make(count, response="answer", language="zh"):
         rows = [
@@ -174,7 +178,7 @@ def judge(tasks, server, file, **settings):
 
 
 def assert_judged(file, tasks, wanted):
-    """Each once in the file, and read as wanted."""
+    """Check that the file has every verdict once, and that they are read so."""
     lines = [(each["main_id"], each["point_id"]) for each in read_lines(file)]
     assert sorted(lines) == sorted(wanted)
     assert read_verdicts(file, tasks, JUDGE).passed == wanted
@@ -215,8 +219,8 @@ def test_every_question_is_judged_or_reported(server, make_tasks, tmp_path):
     assert len(server.requests) == len(asked) + 3
 
 
-def test_a_server_that_goes_away_leaves_what_came(make_tasks, tmp_path):
-    """Connections are refused from the eleventh answer on: the others are reported, and few of them are tried."""
+def test_after_the_server_shuts_down_verdicts_are_kept(make_tasks, tmp_path):
+    """Connections are refused after the tenth answer: the other questions are reported, and few of them are tried."""
     tasks, file = make_tasks(100), tmp_path / "v.jsonl"
     with ExitStack() as stack:
         server = stack.enter_context(chat_server(numbered))
@@ -235,20 +239,20 @@ def test_a_server_that_goes_away_leaves_what_came(make_tasks, tmp_path):
     refused = [
         reason for reason in unjudged.values() if "APIConnectionError" in reason and "--judge_base_url" in reason
     ]
-    assert GIVE_UP <= len(refused) < GIVE_UP + 6  # what is under way is waited for, at the beginning and at the end
+    assert GIVE_UP <= len(refused) < GIVE_UP + 6  # requests under way are awaited, at the beginning and at the end
     assert sum(reason.startswith("not asked, after 2") for reason in unjudged.values()) == len(unjudged) - len(refused)
     with chat_server(numbered) as server:
         assert judge(tasks, server, file) == {}
     assert_judged(file, tasks, expected(100))
 
 
-def test_a_judge_that_never_says_yes_or_no_is_soon_left_alone(server, make_tasks, tmp_path):
+def test_a_judge_that_never_answers_yes_or_no_is_given_up(server, make_tasks, tmp_path):
     server.reply = lambda body: "Hm."
     unjudged = judge(make_tasks(100), server, tmp_path / "v.jsonl", concurrency=4)
     assert len(unjudged) == 100 and GIVE_UP <= len(server.requests) < GIVE_UP + 4
 
 
-def test_failures_among_verdicts_stop_nothing(server, make_tasks, tmp_path):
+def test_failures_between_verdicts_stop_nothing(server, make_tasks, tmp_path):
     tasks, file = make_tasks(50), tmp_path / "v.jsonl"
     server.faults = {f"No. {number}.": [Fault(200, completion("Hm."))] for number in range(0, 50, 2)}
     assert judge(tasks, server, file, concurrency=2) == {}
@@ -256,8 +260,8 @@ def test_failures_among_verdicts_stop_nothing(server, make_tasks, tmp_path):
     assert len(server.requests) == 50 + 25 > 50 + GIVE_UP
 
 
-def test_a_killed_run_goes_on(server, make_tasks, tmp_path, capsys, wide_terminal):
-    """SIGKILL, with requests under way: they are asked again, and nothing else is."""
+def test_a_killed_run_resumes(server, make_tasks, tmp_path, capsys, wide_terminal):
+    """After SIGKILL only the questions without a verdict are asked again."""
     tasks, file = make_tasks(40), tmp_path / "verdicts.jsonl"
     responses = write_lines(tmp_path / "r.jsonl", [{"response": f"answer {main_id}"} for main_id in range(8)])
     line = command(tmp_path / "data.json", responses, server, "--judge_concurrency", "3")
@@ -279,7 +283,7 @@ def test_a_killed_run_goes_on(server, make_tasks, tmp_path, capsys, wide_termina
     assert "50.0" in capsys.readouterr().out
 
 
-def test_cut_at_any_byte_the_file_is_completed(make_tasks, tmp_path):
+def test_a_file_truncated_at_any_byte_is_completed(make_tasks, tmp_path):
     tasks, file = make_tasks(5), tmp_path / "v.jsonl"
     asked = []
 
@@ -299,7 +303,7 @@ def test_cut_at_any_byte_the_file_is_completed(make_tasks, tmp_path):
         assert file.read_bytes() == whole and len(asked) == 5 - whole[:cut].count(b"\n")
 
 
-def test_a_verdict_is_on_disk_before_the_next_is_waited_for(make_tasks, tmp_path):
+def test_a_verdict_is_on_disk_before_the_next_is_awaited(make_tasks, tmp_path):
     tasks, file = make_tasks(5), tmp_path / "v.jsonl"
 
     def ask_all(prompts):
@@ -313,15 +317,15 @@ def test_a_verdict_is_on_disk_before_the_next_is_waited_for(make_tasks, tmp_path
 def test_a_second_run_on_the_same_verdicts_is_refused(server, make_tasks, tmp_path):
     tasks, file = make_tasks(5), tmp_path / "verdicts.jsonl"
     with (
-        exclusive_writer(file),
+        exclusive_lock(file),
         pytest.raises(ValueError, match="verdicts.jsonl, which another run is writing.*Fix: wait"),
     ):
         judge(tasks, server, file)
     assert not server.requests and not file.exists()
 
 
-def test_a_line_twice_counts_once(server, make_tasks, tmp_path):
-    """As two runs at once write it; the first counts."""
+def test_of_two_verdicts_on_a_question_the_first_counts(server, make_tasks, tmp_path):
+    """As written by two runs at once."""
     tasks, file = make_tasks(5), tmp_path / "v.jsonl"
     judge(tasks, server, file)
     lines = read_lines(file)
@@ -329,12 +333,12 @@ def test_a_line_twice_counts_once(server, make_tasks, tmp_path):
     assert read_verdicts(file, tasks, JUDGE).passed == expected(5)
 
 
-def test_verdicts_of_something_else_are_refused_and_kept(server, make_tasks, tmp_path):
+def test_verdicts_of_another_run_are_refused_and_kept(server, make_tasks, tmp_path):
     tasks, file = make_tasks(10), tmp_path / "v.jsonl"
     judge(tasks, server, file)
     whole, rows = file.read_bytes(), read_lines(file)
     ruled = [replace(task, question=replace(task.question, rule=parse_rule("length:[1,2]"))) for task in tasks]
-    for content, of, whose, message in (
+    for content, tasks_of_run, judge_of_run, message in (
         (whole, tasks, "judge-2", "line 1 of .* a verdict of 'judge-1', not of 'judge-2'"),
         (whole, make_tasks(10, response="another"), JUDGE, r"line 1 of .* on another question \d of main_id \d"),
         (whole, make_tasks(10, response="another"), None, "line 1 of .* on another question"),
@@ -347,18 +351,19 @@ def test_verdicts_of_something_else_are_refused_and_kept(server, make_tasks, tmp
             None,
             "line 2 of .* of 'judge-2', not of 'judge-1'",
         ),
-        (lines_of({**rows[0], "main_id": [0]}), tasks, JUDGE, "line 1 of .*, which is no verdict"),
-        (lines_of({**rows[0], "verdict": "yes"}), tasks, JUDGE, "line 1 of .*, which is no verdict"),
-        (b'{"judge": \n' + whole, tasks, JUDGE, "line 1 of .*, which is no verdict"),
-        (lines_of({"response": "a"}), tasks, JUDGE, "line 1 of .*, which is no verdict"),
-        (lines_of(["a"]), tasks, JUDGE, "line 1 of .*, which is no verdict"),
-        (b'{"response": "without end"}', tasks, JUDGE, "line 1 of .*, which is no verdict"),
+        (lines_of({**rows[0], "main_id": [0]}), tasks, JUDGE, "line 1 of .*, which is not a verdict"),
+        (lines_of({**rows[0], "verdict": "yes"}), tasks, JUDGE, "line 1 of .*, which is not a verdict"),
+        (b'{"judge": \n' + whole, tasks, JUDGE, "line 1 of .*, which is not a verdict"),
+        (lines_of({"response": "a"}), tasks, JUDGE, "line 1 of .*, which is not a verdict"),
+        (lines_of(["a"]), tasks, JUDGE, "line 1 of .*, which is not a verdict"),
+        (b'{"response": "without end"}', tasks, JUDGE, "line 1 of .*, which is not a verdict"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"Got {message}.*Expected .*Fix: "):
-            ask_judge(of, whose, lambda _: pytest.fail("something was asked"), file) if whose else read_verdicts(
-                file, of, None
-            )
+            if judge_of_run:
+                ask_judge(tasks_of_run, judge_of_run, lambda _: pytest.fail("the judge was asked"), file)
+            else:
+                read_verdicts(file, tasks_of_run, None)
         assert file.read_bytes() == content
 
 
@@ -371,7 +376,7 @@ def lines_of(*rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """Data of two instances, the second in another column, and responses to them."""
+    """Files of two instances, which count in different columns, and of responses to them."""
     rows = [
         row(0, "Chain_1", [question(0, text="No. 1."), question(1, text="No. 2.", dep=[0])]),
         row(
@@ -384,14 +389,14 @@ def files(tmp_path):
     return write(tmp_path / "data.json", rows), responses
 
 
-def test_what_is_unjudged_makes_bounds_and_a_failure(files, server, tmp_path, capsys, wide_terminal):
+def test_unjudged_questions_make_bounds_and_exit_status_1(files, server, tmp_path, capsys, wide_terminal):
     server.faults["No. 4."] = [Fault(400, {"error": {"message": "content filter"}})] * ATTEMPTS
     line = [*command(*files, server), "--json", str(tmp_path / "counts.json")]
     with pytest.raises(SystemExit, match="(?s)no verdict on 1 of 5 questions.*main_id 1, question 1: .*content filter"):
         main(line)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "responses.jsonl, at least - 50.0 - 50.0 - - - 33.3 33.3 - 40.0" in said
-    assert "responses.jsonl, at most - 50.0 - 50.0 - - - 100.0 100.0 - 80.0" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "responses.jsonl, at least - 50.0 - 50.0 - - - 33.3 33.3 - 40.0" in printed
+    assert "responses.jsonl, at most - 50.0 - 50.0 - - - 100.0 100.0 - 80.0" in printed
     written = json.loads((tmp_path / "counts.json").read_text())
     assert written["counts"]["All Avg."] == {"passed": 2, "unjudged": 2, "questions": 5}
     assert list(written["counts"]) == list(COLUMNS) and written["judge"] == JUDGE
@@ -399,11 +404,11 @@ def test_what_is_unjudged_makes_bounds_and_a_failure(files, server, tmp_path, ca
     assert (unjudged["main_id"], unjudged["point_id"]) == (1, 1) and "content filter" in unjudged["reason"]
 
     asked = len(server.requests)
-    main(line)  # asks what is missing; number 4 fails, and 5, which depends on it
+    main(line)  # asks for the missing verdict: number 4 fails, and number 5, which depends on it
     assert len(server.requests) == asked + 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert "responses.jsonl - 50.0 - 50.0 - - - 33.3 33.3 - 40.0" in said and "at least" not in said
-    assert "2 of the benchmark's 1,150 instructions (zh), 5 of its 5,306 questions, judge judge-1" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "responses.jsonl - 50.0 - 50.0 - - - 33.3 33.3 - 40.0" in printed and "at least" not in printed
+    assert "2 of the benchmark's 1,150 instructions (zh), 5 of its 5,306 questions, judge judge-1" in printed
 
 
 def test_no_figure_is_cut_in_80_columns(monkeypatch):
@@ -411,11 +416,16 @@ def test_no_figure_is_cut_in_80_columns(monkeypatch):
     console = Console(file=StringIO())
     sure = Count(3, 0, 3)
     console.print(complexbench_table("a-model-with-a-long-name", dict.fromkeys(COLUMNS, sure), ""))
-    said = console.file.getvalue()
-    assert said.count("100.0") == len(COLUMNS) and "…" not in said and said.count("48.2") == 1 and "MISO-succ" in said
+    printed = console.file.getvalue()
+    assert (
+        printed.count("100.0") == len(COLUMNS)
+        and "…" not in printed
+        and printed.count("48.2") == 1
+        and "MISO-succ" in printed
+    )
 
 
-def test_verdicts_are_scored_again_for_nothing(files, server, capsys, wide_terminal):
+def test_kept_verdicts_are_scored_again_at_no_cost(files, server, capsys, wide_terminal):
     line = command(*files, server)
     alone = line[: line.index("--judge")]
     with pytest.raises(ValueError, match="Got no file .*verdicts.jsonl.*Fix: .*--judge"):
@@ -437,9 +447,9 @@ def test_the_cost_is_estimated_before_it_is_spent(files, server, tmp_path, capsy
     line = [*command(*files, server), "--dry_run", "--judge_prices", "1000", "2000", "--judge_max_tokens", "100"]
     tokens = Estimate.of(judge_tasks(load_instances(files[0], "zh"), ["a", "b"], "zh"), 100).input_tokens
     main([each for each in line if each != server.url and each != "--judge_base_url"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"5 of 5 questions to ask judge-1: about {tokens:,} tokens in" in said and "at most 500 out" in said
-    assert f"about {tokens / 1000:.2f} and what the answers cost, at most {tokens / 1000 + 1:.2f}" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"5 of 5 questions to ask judge-1: about {tokens:,} tokens in" in printed and "at most 500 out" in printed
+    assert f"about {tokens / 1000:.2f} plus the cost of the answers, at most {tokens / 1000 + 1:.2f}" in printed
     assert not server.requests and not (tmp_path / "verdicts.jsonl").exists()
     main(command(*files, server))
     lines = (tmp_path / "verdicts.jsonl").read_text().splitlines(keepends=True)
@@ -463,7 +473,7 @@ def test_an_unknown_rule_is_refused_before_anything_is_spent(files, server, tmp_
     assert not server.requests and not (tmp_path / "new.jsonl").exists()
 
 
-def test_a_judge_without_a_key_is_refused_before_responses_are_asked_for(files, server, tmp_path, monkeypatch):
+def test_a_judge_without_a_key_is_refused_before_the_model_is_asked(files, server, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     line = command(files[0], tmp_path / "new.jsonl", server)
     line[line.index("--judge_base_url") :] = ["--model", "m", "--backend", "openai", "--base_url", server.url]
@@ -472,7 +482,7 @@ def test_a_judge_without_a_key_is_refused_before_responses_are_asked_for(files, 
     assert not server.requests
 
 
-def test_options_of_a_judge_need_one(files, server):
+def test_options_of_a_judge_need_a_judge(files, server):
     line = command(*files, server)
     alone = line[: line.index("--judge")]
     for option in (
@@ -485,8 +495,8 @@ def test_options_of_a_judge_need_one(files, server):
             main([*alone, *option])
 
 
-def test_responses_are_asked_for_and_judged(files, server, tmp_path, capsys, wide_terminal):
-    """The model and its judge are two: each has its own name, server and limit of tokens."""
+def test_a_model_is_asked_and_judged_in_one_run(files, server, tmp_path, capsys, wide_terminal):
+    """The model and the judge each have a name, server and token limit of their own."""
     line = command(files[0], tmp_path / "new.jsonl", server, "--language", "en", "--judge_max_tokens", "55")
     with chat_server(lambda body: f"Done: {body['messages'][-1]['content']}") as model:
         main([*line, "--model", "model-1", "--backend", "openai", "--base_url", model.url])

@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible servers: what is sent, what is tried again, what an error says, what is kept."""
+"""Endpoint, the client of OpenAI-compatible servers: requests, retries, error messages, answers that are kept."""
 
 import os
 import signal
@@ -23,8 +23,8 @@ def user(text):
 
 @pytest.fixture
 def server():
-    with chat_server() as made:
-        yield made
+    with chat_server() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def endpoint(server, **settings):
     return Endpoint("m", server.url, **({"max_tokens": 7, "max_retries": 1, "timeout": 5} | settings))
 
 
-def test_what_is_sent_and_returned(server):
+def test_request_and_answer(server):
     conversation = [{"role": "system", "content": "Be brief."}, *user("Why?")]
     assert endpoint(server).ask(conversation) == "answer to Why?"
     (request,) = server.requests
@@ -44,7 +44,7 @@ def test_what_is_sent_and_returned(server):
     assert request.key == f"Bearer {KEY}" and request.path == "/v1/chat/completions"
 
 
-def test_answers_come_with_their_numbers_as_they_come(server):
+def test_answers_are_numbered_and_yielded_as_they_come(server):
     server.faults["number 0"] = [Fault(delay=0.3)]
     answers = list(endpoint(server, concurrency=4).ask_all(user(f"number {at}") for at in range(12)))
     assert answers[-1] == (0, "answer to number 0")
@@ -53,8 +53,8 @@ def test_answers_come_with_their_numbers_as_they_come(server):
     assert list(endpoint(server).ask_all([])) == []
 
 
-def test_what_may_pass_is_tried_again(server):
-    """After the time that Retry-After says, which is not the package's own half second."""
+def test_temporary_errors_are_retried(server):
+    """After the time in Retry-After, which differs from the package's own half second."""
     server.faults = {
         "limited": [Fault(429, SLOW_DOWN, {"Retry-After": "0.1"})],
         "broken": [Fault(500, b"<html>", {"Retry-After": "0.1"})],
@@ -71,15 +71,18 @@ def test_what_may_pass_is_tried_again(server):
 
 
 BROKEN = {
-    "limited": ([Fault(429, SLOW_DOWN, {"Retry-After": "0.01"})] * 2, "429 - .*slow down.*--concurrency"),
+    "limited": ([Fault(429, SLOW_DOWN, {"Retry-After": "0.01"})] * 2, "429 - .*slow down.*lower --concurrency"),
     "broken": ([Fault(500, b"", {"Retry-After": "0.01"})] * 2, "500.*try again later"),
     "slow": ([Fault(delay=2)] * 2, "timed out.*overloaded"),
-    "no JSON": ([Fault(200, b'{"choices": [')], "JSONDecodeError.*speaks OpenAI's"),
+    "not JSON": ([Fault(200, b'{"choices": [')], "JSONDecodeError.*speaks OpenAI's"),
     "a page": ([Fault(200, b"<html>", {"Content-Type": "text/html"})], "'<html>', which holds no message.*speaks"),
     "no choices": ([Fault(200, {"choices": []})], "choices=.*which holds no message.*speaks"),
     "nothing": ([Fault(200, {})], "which holds no message.*speaks"),
     "no text": ([Fault(200, completion(None, "length"))], "without text .finish_reason 'length'.*allow more"),
-    "no such model": ([Fault(404, {"error": {"message": "what is m"}})], "404 - .*what is m.*--base_url"),
+    "no such model": (
+        [Fault(404, {"error": {"message": "what is m"}})],
+        "404 - .*what is m.*--base_url, which usually ends",
+    ),
     "not greedy": ([Fault(400, {"error": {"message": "no temperature"}})], "no temperature.*temperature 0"),
     "wrong key": ([Fault(401, {"error": {"message": f"{KEY} is wrong"}})], r"401 - .*\*\*\* is wrong.*OPENAI_API_KEY"),
     "long": ([Fault(400, {"error": {"message": "long" * 999}})], r"longlong\w+ \.\.\. from m at"),
@@ -87,7 +90,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("faults", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_conversation_without_answer_is_an_error_that_says_why(server, faults, message):
+def test_a_conversation_without_an_answer_raises_with_the_reason(server, faults, message):
     server.faults["Why?"] = list(faults)
     asked = endpoint(server, timeout=0.2 if "timed out" in message else 5)
     with pytest.raises(ValueError, match=f"^Got .*{message}") as error:
@@ -97,9 +100,9 @@ def test_a_conversation_without_answer_is_an_error_that_says_why(server, faults,
     assert asked.ask(user("Why?")) == "answer to Why?"
 
 
-def test_a_server_that_is_not_there_is_an_error():
+def test_an_unreachable_server_is_an_error():
     with pytest.raises(
-        ValueError, match=r"APIConnectionError.* at http://127\.0\.0\.1:9/v1/?, expected.*see that the server runs"
+        ValueError, match=r"APIConnectionError.* at http://127\.0\.0\.1:9/v1/?, expected.*check that the server runs"
     ):
         Endpoint("m", "http://me:word@127.0.0.1:9/v1?token=x", max_tokens=1, max_retries=0).ask(user("a"))
 
@@ -108,18 +111,20 @@ PROXIES = [f"{name}_PROXY" for name in ("ALL", "HTTP", "HTTPS", "NO")]
 
 
 @pytest.mark.parametrize("proxy", ["socks5://me:word@127.0.0.1:9", "http://me:word@a:b", "me:word"])
-def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
+def test_an_unusable_proxy_is_named(proxy, monkeypatch):
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setitem(sys.modules, "socksio", None)
     monkeypatch.setenv("ALL_PROXY", proxy)
-    with pytest.raises(ValueError, match=r"^Got \w+ for a client.* ALL_PROXY names, expected .*Fix: ") as error:
+    with pytest.raises(
+        ValueError, match=r"^Got \w+ for a client.* proxies set by ALL_PROXY, expected .*Fix: "
+    ) as error:
         Endpoint("m", "http://127.0.0.1:9/v1", max_tokens=1)
     assert "word" not in str(error.value)
 
 
-def test_a_proxy_on_the_way_is_named(monkeypatch):
+def test_a_proxy_in_use_is_named_if_the_connection_fails(monkeypatch):
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -130,7 +135,7 @@ def test_a_proxy_on_the_way_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9/v1", "localhost", "ftp://a"])
-def test_an_address_without_its_scheme_is_refused_at_once(address, monkeypatch):
+def test_an_address_without_a_scheme_is_refused_at_once(address, monkeypatch):
     with pytest.raises(ValueError, match="without http:// or https://.*Fix: "):
         Endpoint("m", address, max_tokens=1)
     monkeypatch.setenv("OPENAI_BASE_URL", address)
@@ -138,7 +143,7 @@ def test_an_address_without_its_scheme_is_refused_at_once(address, monkeypatch):
         Endpoint("m", max_tokens=1)
 
 
-def test_after_a_failure_no_more_are_asked_and_what_is_under_way_is_kept(server):
+def test_after_a_failure_nothing_is_sent_and_answers_under_way_are_kept(server):
     server.faults = {"number 1": [Fault(401, {"error": {"message": "no"}})], "number 0": [Fault(delay=0.3)]}
     answers = dict(endpoint(server, concurrency=2).ask_all(user(f"number {at}") for at in range(50)))
     assert answers.pop(0) == "answer to number 0"
@@ -146,8 +151,7 @@ def test_after_a_failure_no_more_are_asked_and_what_is_under_way_is_kept(server)
     assert not answers and len(server.requests) == 2
 
 
-def test_a_conversation_that_is_refused_stops_no_others_but_many_do(server):
-    """Twenty in a row are no matter of their words."""
+def test_one_refusal_stops_no_others_but_twenty_in_a_row_do(server):
     no = Fault(400, {"error": {"message": "no"}})
     server.faults = {"number 1": [no] * 11}
     answers = dict(endpoint(server, concurrency=1).ask_all(user(f"number {at}") for at in range(50)))
@@ -162,9 +166,9 @@ def test_a_refusal_is_an_answer(server):
     assert endpoint(server).ask(user("Why?")) == "I would rather not."
 
 
-def test_models_that_take_no_max_tokens_are_asked_by_its_new_name(server):
-    said = {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}
-    server.faults["a"] = [Fault(400, {"error": said | {"param": "max_tokens", "code": "unsupported_parameter"}})]
+def test_models_that_reject_max_tokens_get_max_completion_tokens(server):
+    error = {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}
+    server.faults["a"] = [Fault(400, {"error": error | {"param": "max_tokens", "code": "unsupported_parameter"}})]
     asked = endpoint(server)
     assert asked.ask(user("a")) == "answer to a"
     assert asked.ask(user("b")) == "answer to b"
@@ -174,11 +178,13 @@ def test_models_that_take_no_max_tokens_are_asked_by_its_new_name(server):
 
 
 def test_keys(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # as `cat` of a file has it
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # as read from a file
     endpoint(server).ask(user("a"))
     assert server.requests[-1].key == f"Bearer {KEY}"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\x1bsecret")
-    with pytest.raises(ValueError, match="Got an OPENAI_API_KEY with characters.*Fix: ") as error:
+    with pytest.raises(
+        ValueError, match="Got an OPENAI_API_KEY with characters that a key cannot have.*Fix: "
+    ) as error:
         endpoint(server)
     assert "secret" not in str(error.value)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -192,14 +198,14 @@ def test_keys(server, monkeypatch):
     assert Endpoint("m", max_tokens=1).ask(user("a")) == "answer to a"
 
 
-def test_without_the_package_its_installation_is_named(monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match=r"Got no package 'openai'.*Fix: pip install 'trl-miso\[eval\]'"):
+    with pytest.raises(ImportError, match=r"Got no package 'openai'.*Fix: pip install 'trl-miso\[eval\]'"):
         Endpoint("m", max_tokens=1)
 
 
-def test_an_interrupt_ends_it_at_once(server):
-    """Ctrl-C, with requests under way that would take another ten seconds."""
+def test_an_interrupt_ends_requests_at_once(server):
+    """Ctrl-C while requests are under way that would take another ten seconds."""
     server.faults["number"] = [Fault(delay=10)] * 2
     begun = time.monotonic()
 
@@ -208,7 +214,7 @@ def test_an_interrupt_ends_it_at_once(server):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore SIGINT
     Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Scores of responses: what is joined, counted and written, and lm-eval's verdicts."""
+"""IFEval: joining responses, lm-eval's verdicts, counts, and the command."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from tests.support.chat_server import chat_server
 from trl_miso.cli import eval_ifeval as ifeval_command
 from trl_miso.cli.eval import main
-from trl_miso.cli.main import main as cli
+from trl_miso.cli.main import main as console_command
 from trl_miso.evaluation import ifeval
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_prompts, load_scorer, without
 from trl_miso.evaluation.responses import load_responses, note_of
@@ -44,7 +44,7 @@ PROMPTS = [
     prompt(12, ("detectable_format:title", {}), (COMMA, {})),
     prompt(13, (CAPITALS, {"capital_relation": "at least", "capital_frequency": 2})),
 ]
-# Followed as they are: yes; no and yes (the comma is in the first line, which the loose reading drops); title only; no.
+# Followed strictly: yes; no and yes (the comma is in the first line, which a loose variant drops); title only; no.
 RESPONSES = ["No commas here.", "Well, then:\nOne. Two.", "<<Title>> a, b, c", "only ONE"]
 VERDICTS = [
     Verdict((True,), (True,)),
@@ -61,14 +61,14 @@ def write(file, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """The data, and responses to them."""
+    """Files of the data and of responses to them."""
     rows = [{"prompt": asked["prompt"], "response": text} for asked, text in zip(PROMPTS, RESPONSES, strict=True)]
     return write(tmp_path / "data.jsonl", PROMPTS), write(tmp_path / "responses.jsonl", rows)
 
 
 @pytest.fixture
 def punkt(tmp_path, monkeypatch):
-    """A Punkt tokenizer that has seen no text, in place of NLTK's: enough for sentences without abbreviations."""
+    """An untrained Punkt tokenizer in place of NLTK's: enough for sentences without abbreviations."""
     pytest.importorskip("lm_eval", reason="needs pip install 'trl-miso[eval]'")
     nltk = pytest.importorskip("nltk")
     english = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
@@ -82,14 +82,14 @@ def punkt(tmp_path, monkeypatch):
 # The scorer
 
 
-def test_verdicts_are_known_ones(punkt):
+def test_verdicts_equal_those_by_hand(punkt):
     score = load_scorer()
     assert [score(*pair) for pair in zip(PROMPTS, RESPONSES, strict=True)] == VERDICTS
     assert score(PROMPTS[1], " \n") == Verdict((False, False), (False, False))
 
 
 def test_the_hubs_form_of_the_data_is_scored_alike(punkt, files, tmp_path, monkeypatch):
-    """Read as a data set every instruction has all options of all others, as null."""
+    """In the Hub's data set every instruction has the options of all others, as null."""
     (tmp_path / "hub").mkdir()
     write(tmp_path / "hub/train.jsonl", PROMPTS)
     monkeypatch.setattr(ifeval, "DATASET", str(tmp_path / "hub"))
@@ -99,8 +99,8 @@ def test_the_hubs_form_of_the_data_is_scored_alike(punkt, files, tmp_path, monke
     assert [score(*pair) for pair in zip(prompts, RESPONSES, strict=True)] == VERDICTS
 
 
-def test_a_letter_that_is_drawn_is_drawn_alike(punkt):
-    """The published checker replaces '#' by a letter of its own choice: the same in every order and from any state."""
+def test_a_random_letter_is_reproducible(punkt):
+    """The published checker replaces '#' by a random letter: the same one in every order and from any random state."""
     score = load_scorer()
     text = "".join(letter * count for count, letter in enumerate("abcdefghijklmnopqrstuvwxyz"))
     options = {"let_relation": "at least", "letter": "#", "let_frequency": 13}
@@ -113,7 +113,7 @@ def test_a_letter_that_is_drawn_is_drawn_alike(punkt):
     assert random.getstate() == before
 
 
-def test_an_instruction_that_is_unknown_is_refused(punkt):
+def test_an_unknown_instruction_is_refused(punkt):
     with pytest.raises(ValueError, match=r"Got instructions \['punctuation:no_dash'\] \(key 7\).*Fix: "):
         load_scorer()(prompt(7, ("punctuation:no_dash", {})), "-")
 
@@ -134,22 +134,22 @@ def test_without_punkt_nothing_is_scored_or_downloaded(punkt, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("package", ["langdetect", "lm_eval", "nltk"])
-def test_a_package_that_is_missing_is_named(package, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=r"Got no package '\w+'.*Fix: pip install 'trl-miso\[eval\]'"):
+    with pytest.raises(ImportError, match=r"Got no package '\w+'.*Fix: pip install 'trl-miso\[eval\]'"):
         load_scorer()
 
 
 # Counts
 
 
-def test_counts_are_of_what_was_asked():
+def test_counts():
     assert Counts.of(VERDICTS) == Counts(1, 3, 2, 4, 4, 6)
     assert Counts.of(VERDICTS).percentages() == (25, 50, 50, pytest.approx(400 / 6))
 
 
 def test_the_papers_rows_have_its_averages():
-    """Four figures and their mean, each printed with one decimal: off by 0.1 at most. The paper's Mistral SFT is off by more."""
+    """Four figures and their mean, printed with one decimal, differ by 0.1 at most. The paper's Mistral SFT differs by more."""
     off = [(method, base) for method, base, accuracies, average in PAPER if abs(fmean(accuracies) - average) > 0.1]
     assert off == [("SFT", "Mistral-7B")]
     assert [average for *_, average in PAPER[6:]] == [48.1, 52.1, 51.4, 45.5, 50.2, 50.4]
@@ -162,10 +162,10 @@ def test_what_the_command_prints_and_writes(punkt, files, tmp_path, capsys, wide
     data, responses = files
     line = ["ifeval", "--responses", responses, "--data", data]
     main([*line, "--json", str(tmp_path / "counts.json"), "--samples", str(tmp_path / "samples.jsonl")])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "responses.jsonl 25.0 50.0 50.0 66.7 47.9" in said
-    assert "MISO-para Llama3-8B 44.5 54.7 49.5 59.5 52.1" in said
-    assert "4 of 4 prompts, 6 instructions" in said and "chance" not in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "responses.jsonl 25.0 50.0 50.0 66.7 47.9" in printed
+    assert "MISO-para Llama3-8B 44.5 54.7 49.5 59.5 52.1" in printed
+    assert "4 of 4 prompts, 6 instructions" in printed and "chance" not in printed
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert list(counts.values()) == [1, 3, 2, 4, 4, 6]
     samples = [json.loads(sample) for sample in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -183,14 +183,14 @@ def test_what_the_command_prints_and_writes(punkt, files, tmp_path, capsys, wide
     assert "2 of 4 prompts, 3 instructions" in " ".join(capsys.readouterr().out.split())
 
 
-def test_keys_that_are_scored_by_chance_are_said(punkt, tmp_path, capsys, wide_terminal):
+def test_the_note_names_keys_that_are_scored_by_chance(punkt, tmp_path, capsys, wide_terminal):
     data = write(tmp_path / "data.jsonl", [PROMPTS[0] | {"key": 1129}, PROMPTS[0]])
     responses = write(
         tmp_path / "responses.jsonl", [{"response": "a", "prompt": "Question 10."}, {"response": "a", "prompt": ""}]
     )
     main(["ifeval", "--responses", responses, "--data", data])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "Keys 1129 are scored by chance" in shown and "1 of 2 responses were given to another prompt" in shown
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Keys 1129 are scored by chance" in printed and "1 of 2 responses were given to another prompt" in printed
 
 
 def test_responses_to_other_prompts_are_warned_of(files, tmp_path, caplog):
@@ -207,7 +207,7 @@ def test_responses_to_other_prompts_are_warned_of(files, tmp_path, caplog):
 
 
 def test_responses_in_another_order_are_refused(files, tmp_path):
-    """Where more than half of the prompts that are there differ; without any, the order is the user's word."""
+    """If more than half of the rows with a prompt have another one. Rows without prompts are trusted."""
     prompts = [asked["prompt"] for asked in PROMPTS]
     assert load_responses(files[1], [prompts[1], prompts[0], *prompts[2:]]) == RESPONSES
     with pytest.raises(ValueError, match="Got 3 of 4 responses in .* to another prompt.*Fix: put the rows"):
@@ -218,22 +218,23 @@ def test_responses_in_another_order_are_refused(files, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--json", "--samples"])
-def test_a_folder_that_is_not_there_is_refused_before_anything_is_asked(option, tmp_path, capsys):
+def test_an_output_file_without_a_folder_is_refused_before_a_model_is_asked(option, tmp_path, capsys):
     for file in (tmp_path / "no/such/file", tmp_path):
         with pytest.raises(SystemExit):
             main(["ifeval", "--responses", "no file", option, str(file)])
         assert f"argument {option}: got '{file}', expected a file in a folder that exists" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_exits_with_status_130_and_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ifeval_command, "load_scorer", interrupted)
     monkeypatch.setattr(sys, "argv", ["trl-miso", "eval", "ifeval", "--responses", "r"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 130 and capsys.readouterr().err.startswith("Interrupted. The same command goes on")
+        console_command()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\nThe same command continues with the responses that are kept.\n"
 
 
 BAD = {
@@ -255,8 +256,8 @@ def test_data_that_are_not_ifevals_are_refused(tmp_path):
     file = tmp_path / "data.jsonl"
     for text, message in (
         (b"", "no prompts in .*data.jsonl"),
-        (b'{"key": 1', "line 1 of .* is no JSON"),
-        (b"\xff\n", "line 1 of .* is no JSON"),
+        (b'{"key": 1', "line 1 of .* is not JSON"),
+        (b"\xff\n", "line 1 of .* is not JSON"),
         (b'{"key": "1", "prompt": "", "instruction_id_list": [], "kwargs": []}', "line 1 of .* with key='1'"),
         (
             b'{"key": 1, "prompt": "", "instruction_id_list": ["a"], "kwargs": []}',
@@ -269,7 +270,7 @@ def test_data_that_are_not_ifevals_are_refused(tmp_path):
             load_prompts(file)
 
 
-def test_no_hub_is_said(monkeypatch):
+def test_an_unreachable_hub_is_reported(monkeypatch):
     monkeypatch.setattr(ifeval, "DATASET", "nobody/nothing")
     with pytest.raises(ValueError, match="Got no data set nobody/nothing from the Hub: .*Fix: .*--data"):
         load_prompts(None)
@@ -277,13 +278,13 @@ def test_no_hub_is_said(monkeypatch):
 
 def test_keys_are_left_out_or_refused():
     assert without(PROMPTS, [11, 11]) == [0, 2, 3]
-    for keys, message in (([9, 10, 8], r"keys \[8, 9\]"), ([10, 11, 12, 13], "all keys")):
+    for keys, message in (([9, 10, 8], r"keys \[8, 9\] to leave out"), ([10, 11, 12, 13], "all keys to leave out")):
         with pytest.raises(ValueError, match=f"Got {message}.*Fix: "):
             without(PROMPTS, keys)
 
 
 def gpt4_counts(folder, environment=None, order=1):
-    """The counts that the command writes for GPT-4's responses, in a process of its own."""
+    """Run the command on GPT-4's responses in a process of its own, and return the counts it writes."""
     if not GPT4.exists():
         pytest.skip("needs IFEval's data and GPT-4's responses to it")
     files = [folder / "input_data.jsonl", folder / GPT4.name]
@@ -298,7 +299,7 @@ def gpt4_counts(folder, environment=None, order=1):
 
 @pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
 def test_gpt4s_responses_have_the_published_checkers_counts(order, tmp_path):
-    """415/539 and 694/830 strictly, 429/539 and 710/830 loosely: in any order, in a new process."""
+    """Strictly 415/539 and 694/830, loosely 429/539 and 710/830: in either order of the rows, in a new process."""
     nltk = pytest.importorskip("nltk", reason="needs pip install 'trl-miso[eval]'")
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
@@ -308,7 +309,7 @@ def test_gpt4s_responses_have_the_published_checkers_counts(order, tmp_path):
 
 
 def test_gpt4s_responses_without_knowledge_of_abbreviations(punkt, tmp_path):
-    """As above, but for one response, in whose loose reading a sentence more is counted."""
+    """As above, except for one response: a loose variant of it counts one sentence more."""
     assert gpt4_counts(tmp_path, {"NLTK_DATA": str(punkt)}) == [415, 694, 429, 711, 539, 830]
 
 
@@ -322,5 +323,5 @@ def test_the_command_asks_a_model_and_scores_it(punkt, files, tmp_path, capsys, 
         monkeypatch.chdir(tmp_path)
         line[1] = "."
         main(["ifeval", "--data", files[0], *line])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "llama 25.0 50.0 50.0 66.7 47.9" in shown and f"{tmp_path.name} 25.0 50.0 50.0 66.7 47.9" in shown
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "llama 25.0 50.0 50.0 66.7 47.9" in printed and f"{tmp_path.name} 25.0 50.0 50.0 66.7 47.9" in printed

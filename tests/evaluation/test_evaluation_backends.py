@@ -1,7 +1,7 @@
-"""Responses of standard inference: those of plain greedy decoding, whatever backend gives them, kept whatever stops a run.
+"""Standard inference: every backend gives the responses of plain greedy decoding, and an interrupted run resumes.
 
-vLLM cannot be had without a GPU: `FakeVLLM` has the signatures of vLLM's `LLM` and `SamplingParams` (its commit 10fdb8f, before 0.16), and
-what they are documented to do, by transformers. Nothing here was run on vLLM.
+vLLM needs a GPU. `FakeVLLM` has the signatures of vLLM's `LLM` and `SamplingParams` (its commit 10fdb8f, before 0.16), and does what they
+are documented to do, by transformers. Nothing here was run on vLLM.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.support.chat_server import Fault, chat_server
 from trl_miso.cli.eval import main
-from trl_miso.evaluation import backends, source
-from trl_miso.evaluation.inference import add_arguments, respond, responses_file
+from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file
+from trl_miso.evaluation import backends, model_fingerprint
+from trl_miso.evaluation.file_lock import exclusive_lock
+from trl_miso.evaluation.inference import respond
 from trl_miso.evaluation.responses import load_responses
-from trl_miso.evaluation.writing import exclusive_writer
 from trl_miso.sources.synthetic import build_model
 
 QUESTIONS = [
@@ -47,7 +48,7 @@ def model(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def penalized(model, tmp_path_factory):
-    """The same model, which asks for a penalty on repetition."""
+    """The same model, with a repetition penalty in its generation config."""
     folder = tmp_path_factory.mktemp("penalized")
     for file in Path(model).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -56,7 +57,7 @@ def penalized(model, tmp_path_factory):
 
 
 def with_config(model, folder, name, **changed):
-    """A copy of the model, one of whose configs says something else."""
+    """Copy the model, and change values of one of its configs."""
     shutil.copytree(model, folder)
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
     return folder
@@ -66,18 +67,19 @@ def with_config(model, folder, name, **changed):
 def server(monkeypatch):
     pytest.importorskip("openai", reason="needs pip install 'trl-miso[eval]'")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with chat_server() as made:
-        yield made
+    with chat_server() as server:
+        yield server
 
 
-def options(**given):
+def request(**options):
+    """Parse the options as the commands do."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([f"--{name}={value}" for name, value in given.items()])
+    add_model_arguments(parser)
+    return model_request(parser.parse_args([f"--{name}={value}" for name, value in options.items()]))
 
 
-def ask(file, prompts=QUESTIONS, **given):
-    respond(prompts, file, options(**given))
+def ask(file, prompts=QUESTIONS, **options):
+    respond(prompts, file, request(**options))
     return load_responses(file, prompts)
 
 
@@ -85,7 +87,7 @@ def ask(file, prompts=QUESTIONS, **given):
 
 
 def test_responses_are_those_of_plain_greedy_decoding(model, tokenizer, tmp_path):
-    """Each alone, token by token from the model's own logits, without padding, cache or `generate`."""
+    """One prompt at a time, token by token from the logits, without padding, cache or `generate`."""
     responses = ask(tmp_path / "r.jsonl", model=model, batch_size=3, max_new_tokens=8)
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [(row["row"], row["prompt"]) for row in rows] == list(enumerate(QUESTIONS, start=1))
@@ -94,15 +96,15 @@ def test_responses_are_those_of_plain_greedy_decoding(model, tokenizer, tmp_path
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        said = []
-        while len(said) < 8 and tokenizer.eos_token_id not in said:
+        tokens = []
+        while len(tokens) < 8 and tokenizer.eos_token_id not in tokens:
             with torch.no_grad():
-                said.append(plain(torch.tensor([ids + said])).logits[0, -1].argmax().item())
-        assert response == tokenizer.decode(said, skip_special_tokens=True)
+                tokens.append(plain(torch.tensor([ids + tokens])).logits[0, -1].argmax().item())
+        assert response == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_a_run_that_was_killed_goes_on(model, tmp_path):
-    """Cut anywhere, also amid a row, the file becomes what it would have been."""
+def test_a_killed_run_resumes(model, tmp_path):
+    """Truncated anywhere, also within a row, the file is completed to that of an uninterrupted run."""
     file = tmp_path / "r.jsonl"
     settings = {"model": model, "batch_size": 2, "max_new_tokens": 4}
     ask(file, **settings)
@@ -114,31 +116,41 @@ def test_a_run_that_was_killed_goes_on(model, tmp_path):
         assert file.read_bytes() == whole
 
 
-def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, tmp_path, monkeypatch):
+def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, tokenizer, tmp_path, monkeypatch):
     file, asked = tmp_path / "r.jsonl", []
 
-    def generate(_tokenizer, _model, prompts, _max):
+    def questions_of(prompts_ids):
+        texts = tokenizer.batch_decode(prompts_ids)
+        return [next(question for question in QUESTIONS if question in text) for text in texts]
+
+    def generate(_model, _tokenizer, prompts_ids, _max):
         assert file.read_bytes().count(b"\n") == len(asked)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        asked.extend(prompts)
-        return [f"answer to {text}" for text in prompts]
+        questions = questions_of(prompts_ids)
+        asked.extend(questions)
+        return tokenizer([f"answer to {question}" for question in questions])["input_ids"]
 
-    monkeypatch.setattr(backends, "_generate", generate)
+    monkeypatch.setattr(backends, "greedy_responses", generate)
     with pytest.raises(KeyboardInterrupt):
         ask(file, model=model, batch_size=2, max_new_tokens=4)
     batches = []
-    monkeypatch.setattr(
-        backends, "_generate", lambda _t, _m, prompts, _max: batches.append(prompts) or ["late"] * len(prompts)
-    )
+
+    def generate_late(_model, _tokenizer, prompts_ids, _max):
+        batches.append(questions_of(prompts_ids))
+        return tokenizer(["late"] * len(prompts_ids))["input_ids"]
+
+    monkeypatch.setattr(backends, "greedy_responses", generate_late)
     responses = ask(file, model=model, batch_size=3, max_new_tokens=4)
-    assert batches == [QUESTIONS[3:]]  # the batch that an unbroken run has, of which the first row is kept as it was
+    assert batches == [
+        QUESTIONS[3:]
+    ]  # the batch of an uninterrupted run; its first row is already in the file and stays
     assert responses == [f"answer to {text}" for text in QUESTIONS[:4]] + ["late"]
     monkeypatch.setattr(backends, "_load", lambda _: pytest.fail("a model was loaded for nothing"))
     ask(file, model=model, batch_size=3, max_new_tokens=4)
 
 
-def test_a_file_of_something_else_is_refused_and_kept(model, tmp_path):
+def test_a_file_of_another_run_is_refused_and_kept(model, tmp_path):
     file = tmp_path / "r.jsonl"
     ask(file, QUESTIONS[:2], model=model, max_new_tokens=2)
     own = file.read_bytes()
@@ -154,7 +166,9 @@ def test_a_file_of_something_else_is_refused_and_kept(model, tmp_path):
         (b"not ours", QUESTIONS, {}),
     ):
         file.write_bytes(text)
-        with pytest.raises(ValueError, match=r"Got line [12] of .* is no response of this model and backend.*Fix: "):
+        with pytest.raises(
+            ValueError, match=r"Got line [12] of .* is not a response of this model, backend and max_new_tokens.*Fix: "
+        ):
             ask(file, prompts, **({"model": model, "max_new_tokens": 2} | changed))
         assert file.read_bytes() == text
 
@@ -168,9 +182,9 @@ def test_a_model_without_a_chat_template_is_refused(model, tokenizer, tmp_path):
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused_before_the_first_batch(model, tmp_path, monkeypatch):
-    """The longest prompt counts, also where another is missing."""
+    """The longest prompt counts, even if its response is not missing."""
     folder = with_config(model, tmp_path / "short", "config.json", max_position_embeddings=64)
-    monkeypatch.setattr(backends, "_generate", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(backends, "greedy_responses", lambda *_: pytest.fail("asked"))
     with pytest.raises(
         ValueError, match="Got max_new_tokens=50 with a prompt of (..) tokens, expected at most 64 together.*Fix: "
     ):
@@ -180,7 +194,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused_before_the_first_b
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_a_text_that_ends_a_response_does_so(penalized, tmp_path):
+def test_stop_strings_end_a_response(penalized, tmp_path):
     responses = ask(tmp_path / "r.jsonl", model=penalized, max_new_tokens=32)
     whole = next(text for text in responses if re.search(r"(?s)[A-Za-z].{3}", text))
     text = re.search(r"(?s)[A-Za-z](?=.{3})", whole).group()
@@ -192,14 +206,14 @@ def test_a_text_that_ends_a_response_does_so(penalized, tmp_path):
 def test_adapters_without_peft_are_refused(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(backends, "is_peft_available", lambda: False)
-    with pytest.raises(ValueError, match=r"holds adapters, without peft.*Fix: pip install 'trl-miso\[peft\]'"):
+    with pytest.raises(ImportError, match=r"holds adapters, without peft.*Fix: pip install 'trl-miso\[peft\]'"):
         ask(tmp_path / "r.jsonl", model=tmp_path)
 
 
 # Options
 
 
-def test_responses_have_a_file_of_their_own_by_default(tmp_path, monkeypatch):
+def test_the_default_file_is_named_after_benchmark_and_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, expected in (
         ({"model": "hub/Some-8B"}, "ifeval-Some-8B.jsonl"),
@@ -215,7 +229,8 @@ def test_responses_have_a_file_of_their_own_by_default(tmp_path, monkeypatch):
 
 
 def test_without_a_model_nothing_is_asked(tmp_path):
-    respond(QUESTIONS, tmp_path / "r.jsonl", options())
+    assert request() is None
+    respond(QUESTIONS, tmp_path / "r.jsonl", request())
     assert not (tmp_path / "r.jsonl").exists()
 
 
@@ -229,7 +244,7 @@ def test_without_a_model_nothing_is_asked(tmp_path):
         ({"model": "m", "backend": "openai", "batch_size": 2}, "--batch_size with --backend openai.*hf or vllm"),
     ],
 )
-def test_options_that_have_no_effect_are_refused(given, message, tmp_path):
+def test_options_without_effect_are_refused(given, message, tmp_path):
     with pytest.raises(ValueError, match=f"Got {message}"):
         ask(tmp_path / "r.jsonl", **given)
     assert not (tmp_path / "r.jsonl").exists()
@@ -247,7 +262,7 @@ class SamplingParams:
 
 
 class FakeVLLM(ModuleType):
-    """The module: `calls` are the numbers of conversations of each `chat`."""
+    """The module. `calls` has the number of conversations per call of `chat`."""
 
     def __init__(self):
         super().__init__("vllm")
@@ -304,15 +319,15 @@ class FakeVLLM(ModuleType):
 
 
 def test_vllm_gives_the_responses_of_transformers(model, penalized, tmp_path, monkeypatch):
-    """Also where the model asks for a penalty; in batches, so that what is written is kept."""
+    """Also with a repetition penalty; in batches, so that the rows of a killed run are kept."""
     monkeypatch.setitem(sys.modules, "vllm", fake := FakeVLLM())
-    said = {}
+    responses = {}
     for folder in (model, penalized):
         for backend in ("hf", "vllm"):
             file = tmp_path / f"{Path(folder).name}-{backend}.jsonl"
-            said[folder, backend] = ask(file, model=folder, backend=backend, batch_size=2, max_new_tokens=8)
-        assert said[folder, "vllm"] == said[folder, "hf"]
-    assert said[model, "hf"] != said[penalized, "hf"]
+            responses[folder, backend] = ask(file, model=folder, backend=backend, batch_size=2, max_new_tokens=8)
+        assert responses[folder, "vllm"] == responses[folder, "hf"]
+    assert responses[model, "hf"] != responses[penalized, "hf"]
     assert fake.calls == [2, 2, 1] * 2
     whole = file.read_bytes()
     file.write_bytes(whole[: whole.index(b"\n") + 9])
@@ -320,22 +335,24 @@ def test_vllm_gives_the_responses_of_transformers(model, penalized, tmp_path, mo
     assert file.read_bytes() == whole
 
 
-def test_without_vllm_its_installation_is_named(monkeypatch, tmp_path):
+def test_missing_vllm_is_named_with_its_fix(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match="Got no vLLM.*Fix: install it.*--backend openai"):
+    with pytest.raises(ImportError, match="Got no vLLM.*Fix: install it.*--backend openai"):
         ask(tmp_path / "r.jsonl", model="m", backend="vllm")
 
 
 # OpenAI-compatible servers
 
 
-def test_a_server_is_asked_one_user_turn_a_prompt(server, tmp_path):
-    """Answers come in another order than the prompts; the file has theirs, and a prompt twice is two rows."""
+def test_a_server_is_asked_one_user_turn_per_prompt(server, tmp_path):
+    """Answers come in another order than the prompts, the file has the prompts' order; a repeated prompt has two rows."""
     prompts = [*QUESTIONS, QUESTIONS[0]]
     server.faults[QUESTIONS[0]] = [Fault(delay=0.2)]
     settings = {"model": "m", "backend": "openai", "base_url": server.url, "max_new_tokens": 9, "concurrency": 3}
     assert ask(tmp_path / "r.jsonl", prompts, **settings) == [f"answer to {text}" for text in prompts]
-    assert [request.body for request in sorted(server.requests, key=lambda made: prompts.index(made.text))][1:3] == [
+    assert [request.body for request in sorted(server.requests, key=lambda request: prompts.index(request.text))][
+        1:3
+    ] == [
         {"model": "m", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 9}
         for text in (QUESTIONS[0], QUESTIONS[1])
     ]
@@ -345,7 +362,7 @@ def test_a_server_is_asked_one_user_turn_a_prompt(server, tmp_path):
     assert "127.0.0.1" not in (tmp_path / "r.jsonl").read_text()
 
 
-def test_an_error_keeps_what_came_and_the_next_run_goes_on_there(server, tmp_path):
+def test_after_an_error_answers_are_kept_and_the_next_run_resumes(server, tmp_path):
     file = tmp_path / "r.jsonl"
     settings = {"model": "m", "backend": "openai", "base_url": server.url, "concurrency": 2}
     whole = ask(tmp_path / "whole.jsonl", **settings) and (tmp_path / "whole.jsonl").read_bytes()
@@ -354,7 +371,7 @@ def test_an_error_keeps_what_came_and_the_next_run_goes_on_there(server, tmp_pat
         QUESTIONS[0]: [Fault(delay=0.2)],
         QUESTIONS[2]: [Fault(401, {"error": {"message": "no such key"}})],
     }
-    with pytest.raises(ValueError, match="no such key.*This was prompt 3; what came is kept"):
+    with pytest.raises(ValueError, match="no such key.*This was prompt 3. The responses that came are kept"):
         ask(file, **settings)
     came = [json.loads(line)["row"] for line in file.read_text().splitlines()]
     assert came[0] == 2 and sorted(came) == [1, 2]  # in the order in which they came
@@ -365,8 +382,8 @@ def test_an_error_keeps_what_came_and_the_next_run_goes_on_there(server, tmp_pat
     assert file.read_bytes() == whole
 
 
-def test_prompts_that_are_refused_stop_no_others_and_can_be_counted_as_empty(server, tmp_path):
-    """By the command that the message gives, in a folder whose name a shell would split."""
+def test_refused_prompts_stop_no_others_and_can_be_scored_as_empty(server, tmp_path):
+    """By the command in the message, in a folder whose name a shell would split."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     file, settings = folder / "r.jsonl", {"model": "m", "backend": "openai", "base_url": server.url, "concurrency": 2}
@@ -374,7 +391,7 @@ def test_prompts_that_are_refused_stop_no_others_and_can_be_counted_as_empty(ser
     server.faults = {QUESTIONS[1]: [words] * 2, QUESTIONS[3]: [words] * 2}
     for _ in range(2):
         with pytest.raises(
-            ValueError, match="inappropriate .*This was prompt 2 and 1 others; .*scored as empty"
+            ValueError, match="inappropriate .*This was prompt 2 and 1 others. .*scored as empty"
         ) as error:
             ask(file, **settings)
         assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == [1, 3, 5]
@@ -388,8 +405,8 @@ def test_prompts_that_are_refused_stop_no_others_and_can_be_counted_as_empty(ser
     assert [kept[at] for at in (0, 2, 4)] == [whole[at] for at in (0, 2, 4)]
 
 
-def test_a_file_whose_rows_came_in_any_order_is_put_in_order_by_the_next_run(server, tmp_path):
-    """As a run leaves it that was killed between its last row and the putting in order, or amid a row."""
+def test_rows_in_any_order_are_sorted_by_the_next_run(server, tmp_path):
+    """As left by a run that was killed before it sorted the rows, or within a row."""
     file = tmp_path / "r.jsonl"
     settings = {"model": "m", "backend": "openai", "base_url": server.url}
     ask(file, **settings)
@@ -402,16 +419,16 @@ def test_a_file_whose_rows_came_in_any_order_is_put_in_order_by_the_next_run(ser
     assert list(tmp_path.iterdir()) == [file]
 
 
-# Whose responses they are
+# Fingerprints of models
 
 
-def test_responses_of_a_retrained_model_are_not_taken_for_its_own(model, tmp_path, capsys):
+def test_responses_of_the_model_before_retraining_are_refused(model, tmp_path, capsys):
     folder, file = tmp_path / "model", tmp_path / "r.jsonl"
     shutil.copytree(model, folder)
     ask(file, QUESTIONS[:2], model=folder, max_new_tokens=2)
     own = file.read_bytes()
     capsys.readouterr()
-    for name in ("scores.json", "trainer_state.json", "optimizer.pt"):  # which say nothing of what it answers
+    for name in ("scores.json", "trainer_state.json", "optimizer.pt"):  # files without effect on responses
         (folder / name).write_text("{}")
     ask(file, QUESTIONS[:2], model=folder, max_new_tokens=2)
     assert capsys.readouterr().err == f"2 of 2 responses kept in {file}, none asked.\n"
@@ -429,7 +446,7 @@ def test_responses_of_a_retrained_model_are_not_taken_for_its_own(model, tmp_pat
     assert file.read_bytes() == own
 
 
-def test_responses_of_another_server_are_not_taken_for_this_ones(server, tmp_path, monkeypatch):
+def test_responses_of_another_server_are_refused(server, tmp_path, monkeypatch):
     file, settings = tmp_path / "r.jsonl", {"model": "default", "backend": "openai"}
     ask(file, **settings, base_url=server.url)
     asked = len(server.requests)
@@ -444,19 +461,19 @@ def test_responses_of_another_server_are_not_taken_for_this_ones(server, tmp_pat
     assert len(server.requests) == asked and not other.requests
 
 
-def test_a_commit_on_the_hub_tells_responses_apart(tmp_path, monkeypatch):
-    """Of what is in the cache: nothing is asked of the Hub here."""
+def test_commits_on_the_hub_have_different_fingerprints(tmp_path, monkeypatch):
+    """Of models in the cache: the Hub is not asked."""
     commits = iter(("a" * 40, "a" * 40, "b" * 40))
     monkeypatch.setattr(
-        source, "cached_file", lambda *_, **__: f"hub/models--a--b/snapshots/{next(commits)}/config.json"
+        model_fingerprint, "cached_file", lambda *_, **__: f"hub/models--a--b/snapshots/{next(commits)}/config.json"
     )
-    first, again, later = (source.source_of("a/b", "hf", None) for _ in range(3))
+    first, again, later = (model_fingerprint.model_fingerprint("a/b", "hf", None) for _ in range(3))
     assert first == again == "commit " + "a" * 40 != later
     monkeypatch.undo()
-    assert source.source_of("nobody/nothing", "hf", None) is None
+    assert model_fingerprint.model_fingerprint("nobody/nothing", "hf", None) is None
 
 
-def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path):
+def test_a_missing_folder_leaves_no_file_behind(tmp_path):
     for folder in ("./wrong", str(tmp_path / "wrong"), "out/run/checkpoint-5"):
         with pytest.raises(ValueError, match=f"Got no folder {folder}, expected .*Fix: "):
             ask(tmp_path / "r.jsonl", model=folder)
@@ -467,7 +484,7 @@ def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path):
 
 def test_a_second_run_on_the_same_file_is_refused(server, tmp_path):
     file, settings = tmp_path / "r.jsonl", {"model": "m", "backend": "openai", "base_url": server.url}
-    with exclusive_writer(file), pytest.raises(ValueError, match="r.jsonl, which another run is writing.*Fix: wait"):
+    with exclusive_lock(file), pytest.raises(ValueError, match="r.jsonl, which another run is writing.*Fix: wait"):
         ask(file, **settings)
     ask(file, **settings)
     assert len(server.requests) == len(QUESTIONS) == file.read_bytes().count(b"\n")

@@ -1,4 +1,4 @@
-"""IFEval-Flatten: what its rows are composed of, that bases are free of constraints, and one score by command and by lm-eval."""
+"""IFEval-Flatten: composed rows, base instructions free of constraints, equal scores by the command and by lm-eval."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def test_a_row_is_the_base_and_one_instruction(punkt):
 
 
 def test_the_hubs_form_of_the_prompts_gives_the_same_rows(punkt):
-    """There every instruction has all options of all others, as null."""
+    """In the Hub's data set every instruction has the options of all others, as null."""
     wide = [
         asked | {"kwargs": [{"num_words": None, "prompt_to_repeat": None, **given} for given in asked["kwargs"]]}
         for asked in PROMPTS
@@ -78,7 +78,7 @@ def test_the_hubs_form_of_the_prompts_gives_the_same_rows(punkt):
         ("!", 'Contain 3 or more exclamation marks "!" in your response.', "So! Many! Of them!", "So! Few!"),
     ],
 )
-def test_a_letter_that_is_none_is_counted(punkt, letter, words, followed, broken):
+def test_a_letter_that_is_a_punctuation_mark_is_counted(punkt, letter, words, followed, broken):
     options = {"let_relation": "at least", "letter": letter, "let_frequency": 3}
     (row,) = flatten_rows([prompt(10, ("keywords:letter_frequency", options))], BASES)
     assert row["prompt"] == f"Write about rain. {words}"
@@ -86,7 +86,7 @@ def test_a_letter_that_is_none_is_counted(punkt, letter, words, followed, broken
     assert score(row, followed).strict == (True,) and score(row, broken).strict == (False,)
 
 
-def test_nothing_is_left_to_chance(punkt):
+def test_options_that_would_be_drawn_are_refused(punkt):
     random.seed(5)
     state = random.getstate()
     with pytest.raises(
@@ -112,11 +112,11 @@ def base_of(key, base, full="a"):
 
 
 def test_mends(punkt):
-    """Where their words stand; a base that its owner has corrected is left as it is."""
+    """A correction applies where its words occur; a base instruction that was corrected at its source stays."""
     wrong, right = MENDS["1021"]
     assert base_of(1021, f"Write a{wrong} critique.") == f"Write a{right} critique."
     assert base_of(1022, f"Write a{wrong} critique.") == f"Write a{wrong} critique."
-    for key in ("286", "1834"):  # what is added is not added twice
+    for key in ("286", "1834"):  # corrections that add words add them once
         wrong, right = MENDS[key]
         assert wrong in right
         assert base_of(int(key), wrong) == base_of(int(key), right) == right
@@ -130,7 +130,7 @@ def test_line_breaks_that_a_base_lost_are_put_back(punkt):
     assert base_of(1, "Summarize this. The rain falls.", full) == "Summarize this. The rain falls."
 
 
-# Words by which a base betrays an instruction that was to be taken out of it, and the options that may not stand in it.
+# Words by which a base instruction betrays a constraint that should have been removed, and options that it must not contain.
 TRACES = {
     "change_case": r"capital|caps\b|[ul]\w+er ?case|\benglish\b",
     "combination:repeat_prompt": r"repeat|word for word",
@@ -154,16 +154,16 @@ TRACES = {
     "startend:quotation": r"double quot",
 }
 OPTIONS = ("keywords", "end_phrase")
-# Read: in these a keyword is part of what the text is about, or the base cannot do without.
+# Checked by reading: here a keyword is part of the text's topic, or the base instruction needs it.
 CONTENT = {1237, 1348, 1379, 2602, 3439, 1843}
 
 
 def test_bases_are_free_of_the_instructions(real, punkt):
-    """The word search finds nothing but content, and finds what was mended."""
+    """A search for these words finds only content, and finds the base instructions that `bases.json` corrects."""
     prompts, given = real
 
     def betrayed(bases):
-        found = set()
+        keys = set()
         for asked in prompts:
             base = bases[asked["key"]]
             for name, options in zip(asked["instruction_id_list"], asked["kwargs"], strict=True):
@@ -174,13 +174,13 @@ def test_bases_are_free_of_the_instructions(real, punkt):
                         rf"\b{re.escape(value)}\b" for value in ([values] if isinstance(values, str) else values)
                     ]
                 if any(re.search(pattern, base, re.IGNORECASE | re.MULTILINE) for pattern in patterns):
-                    found.add(asked["key"])
-        return found
+                    keys.add(asked["key"])
+        return keys
 
     commas = [asked | {"instruction_id_list": [COMMA], "kwargs": [{}]} for asked in prompts]
     mended = {row["key"]: row["prompt"].removesuffix(f" {NO_COMMAS}") for row in flatten_rows(commas, given)}
     assert betrayed(mended) == CONTENT
-    # These were too much about two, parts or a language, or had lost what they are about.
+    # All corrected base instructions but two betray a constraint (two responses, sections, a language); the two had lost their topic.
     assert {int(key) for key in MENDS} - betrayed(given) == {286, 1834}
     assert all(wrong in given[int(key)] for key, (wrong, _) in MENDS.items())
     lost = {key for key, base in mended.items() if str(key) not in MENDS and base != given[key].strip()}
@@ -188,7 +188,7 @@ def test_bases_are_free_of_the_instructions(real, punkt):
 
 
 def test_real_rows_have_ifevals_own_verdicts(real, punkt):
-    """GPT-4's responses to every sixth prompt, instruction by instruction as in the full prompt; requests to repeat are other ones."""
+    """On GPT-4's responses to every sixth prompt, per instruction as in the full prompt; repeat_prompt differs, since its text does."""
     prompts, bases = real
     assert len(flatten_rows(prompts, bases)) == 834
     responses = [json.loads(line)["response"] for line in GPT4.read_text().splitlines()]
@@ -220,9 +220,9 @@ def test_what_the_command_prints_and_writes(punkt, sources, tmp_path, capsys, wi
     responses = write(tmp_path / "responses.jsonl", [{"response": response} for response in RESPONSES])
     line = ["--responses", responses, "--json", str(counts), "--samples", str(samples)]
     main(["ifeval_flatten", *sources, *line])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "responses.jsonl 50.0 75.0 62.5" in said and "MISO-para Llama3-8B 58.4 62.1 60.3" in said
-    assert "4 instructions" in said and "Not the paper's IFEval-Flatten" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "responses.jsonl 50.0 75.0 62.5" in printed and "MISO-para Llama3-8B 58.4 62.1 60.3" in printed
+    assert "4 instructions" in printed and "Not the paper's IFEval-Flatten" in printed
     assert list(json.loads(counts.read_text()).values()) == [2, 2, 3, 3, 4, 4]
     verdicts = [json.loads(sample)["strict_instruction"] for sample in samples.read_text().splitlines()]
     assert verdicts == [[True], [False], [True], [False]]
@@ -262,7 +262,7 @@ def task_manager(punkt, sources, tmp_path, capsys):
 
 
 def test_lm_eval_gives_the_commands_score(task_manager, tokenizer, tmp_path, monkeypatch):
-    """Of a model's responses, once those of a random one, once ours."""
+    """On the responses of a random model, then on those of this file."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -282,21 +282,21 @@ def test_lm_eval_gives_the_commands_score(task_manager, tokenizer, tmp_path, mon
             monkeypatch.setattr(
                 model, "generate_until", lambda requests, **_: [RESPONSES[one.doc_id] for one in requests]
             )
-        said = lm_eval.simple_evaluate(model, **settings)
-        samples = sorted(said["samples"]["ifeval_flatten"], key=lambda sample: sample["doc_id"])
+        results = lm_eval.simple_evaluate(model, **settings)
+        samples = sorted(results["samples"]["ifeval_flatten"], key=lambda sample: sample["doc_id"])
         responses = write(tmp_path / "r.jsonl", [{"response": sample["resps"][0][0]} for sample in samples])
         line = ["--responses", responses, "--json", str(tmp_path / "counts.json")]
         main(
             ["ifeval_flatten", "--data", str(tmp_path / "data.jsonl"), "--bases", str(tmp_path / "bases.jsonl"), *line]
         )
         counts = json.loads((tmp_path / "counts.json").read_text())
-        result = said["results"]["ifeval_flatten"]
+        result = results["results"]["ifeval_flatten"]
         scores.append([result[f"inst_level_{kind}_acc,none"] for kind in ("strict", "loose")])
         assert scores[-1] == [counts["strict_instruction"] / 4, counts["loose_instruction"] / 4]
     assert scores[1] == [0.5, 0.75]
 
 
-def test_lm_eval_is_told_what_is_missing(task_manager, tmp_path, monkeypatch):
+def test_lm_eval_reports_missing_rows_and_data(task_manager, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Got no rows for ifeval_flatten.*Fix: add `--metadata rows=FILE`"):
         task_manager().load(["ifeval_flatten"])
     nltk = sys.modules["nltk"]

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server on loopback, which misbehaves on command.
+"""An OpenAI-compatible server on loopback, with faults on demand.
 
-It answers `chat/completions` with `reply(request)`, by default "answer to " and the last message. `server.faults[text]` is a list of
-faults for requests whose last message contains `text`: each such request meets the first that is left, and takes it off the list.
+It answers `chat/completions` with `reply(body)`, by default "answer to " and the last message. `server.faults[text]` is a list of
+faults for requests whose last message contains `text`: each such request takes the first fault off the list, and gets it.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """An answer with `status` and `body` (bytes as they are, else as JSON; None: the right one), after `delay` seconds."""
+    """An answer with `status` and `body` (bytes unchanged, other values as JSON, None for the right answer), after `delay` seconds."""
 
     status: int = 200
     body: Any = None
@@ -27,7 +27,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """What was asked: when, with which body, key and path."""
+    """A request: its time, body, key and path."""
 
     at: float
     body: dict[str, Any]
@@ -50,8 +50,8 @@ class ChatServer:
     _at_once: int = 0
     _lock: Lock = field(default_factory=Lock)
 
-    def meet(self, request: Request) -> Fault:
-        """Count a request that begins, and say what becomes of it."""
+    def begin(self, request: Request) -> Fault:
+        """Record a request that begins, and return its fault."""
         with self._lock:
             self.requests.append(request)
             self._at_once += 1
@@ -59,35 +59,35 @@ class ChatServer:
             due = [faults for text, faults in self.faults.items() if text in request.text and faults]
             return due[0].pop(0) if due else Fault()
 
-    def leave(self) -> None:
+    def end(self) -> None:
         with self._lock:
             self._at_once -= 1
 
 
 def completion(text: str | None, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
-    """The body of a right answer."""
+    """Return the body of a right answer."""
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
     return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
 
 
 @contextmanager
 def chat_server(reply: Callable[[dict[str, Any]], str] | None = None) -> Iterator[ChatServer]:
-    """A server of its own on a free port; its `url` is a client's `base_url`."""
+    """Run a server on a free port; its `url` is the `base_url` for a client."""
     server = ChatServer(**({"reply": reply} if reply else {}))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # which delays every answer
+        disable_nagle_algorithm = True  # Nagle's algorithm delays every answer
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fault = server.meet(Request(monotonic(), body, self.headers["Authorization"], self.path))
+            fault = server.begin(Request(monotonic(), body, self.headers["Authorization"], self.path))
             try:
                 self.wait(fault.delay)
-                said = completion(server.reply(body)) if fault.body is None else fault.body
-                data = said if isinstance(said, bytes) else json.dumps(said).encode()
+                answer = completion(server.reply(body)) if fault.body is None else fault.body
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             finally:
-                server.leave()  # before the answer, on which the client may ask the next
+                server.end()  # before the answer is sent: the client may send the next request at once
             try:
                 self.send_response(fault.status)
                 headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | fault.headers
@@ -96,10 +96,10 @@ def chat_server(reply: Callable[[dict[str, Any]], str] | None = None) -> Iterato
                 self.end_headers()
                 self.wfile.write(data)
             except OSError:
-                pass  # the client waited no longer
+                pass  # the client has closed the connection
 
         def wait(self, seconds: float) -> None:
-            """While the client does: what it sends before its answer is the end of the connection."""
+            """Sleep, but stop once the client closes the connection, which makes it readable."""
             until = monotonic() + seconds
             while (left := until - monotonic()) > 0 and not server.closed.is_set():
                 if select([self.connection], [], [], min(left, 0.05))[0]:

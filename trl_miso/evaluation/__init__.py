@@ -1,1 +1,5 @@
-"""What a model makes of instructions with constraints: benchmarks, scored as their authors do, beside the paper's numbers."""
+"""Standard inference and its scores: responses of a model, and the scorers of IFEval, IFEval-Flatten and ComplexBench.
+
+Responders: `inference` (a file of responses, through `backends`) and `in_training` (the model under training, for `callback`).
+Scorers: `ifeval`, `flatten`, `complexbench`. `table` sets scores beside the paper's numbers.
+"""

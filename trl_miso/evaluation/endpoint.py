@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: one conversation, or many at once, answered greedily."""
+"""Client of an OpenAI-compatible server: greedy answers to one conversation, or to many at once."""
 
 import asyncio
 import os
@@ -7,42 +7,44 @@ from typing import Any
 
 Conversation = Sequence[Mapping[str, str]]
 
-# By the class of the package's error; the first that fits.
+# Fix per error class of the `openai` package. The first class in the order of inheritance counts.
 _FIXES = {
     "AuthenticationError": "set OPENAI_API_KEY to a key of this server.",
     "PermissionDeniedError": "set OPENAI_API_KEY to a key that may ask this model.",
-    "NotFoundError": "correct the model's name, or --base_url, which mostly ends in /v1.",
-    "RateLimitError": "ask fewer at once (--concurrency), or later, or see to the account's quota.",
-    "APITimeoutError": "ask fewer at once (--concurrency), or see whether the server is overloaded.",
-    "APIConnectionError": "see that the server runs, and correct --base_url.",
-    "BadRequestError": "ask a model that takes this request: these messages, temperature 0 and a limit of tokens.",
-    "APIError": "the server says why; try again later.",
+    "NotFoundError": "correct the model's name, or --base_url, which usually ends in /v1.",
+    "RateLimitError": "lower --concurrency, try again later, or check the account's quota.",
+    "APITimeoutError": "lower --concurrency, or check whether the server is overloaded.",
+    "APIConnectionError": "check that the server runs, and correct --base_url.",
+    "BadRequestError": "use a model that accepts this request: these messages, temperature 0 and a token limit.",
+    "APIError": "see the server's message; try again later.",
 }
 
-# Of conversations: after so many that were refused in a row, no other is asked: it is not their words.
-_GIVE_UP = 20
+# After this many refusals in a row no other conversation is sent: the cause is not the words of one conversation.
+_MAX_REFUSALS_IN_A_ROW = 20
 
 
 class Refused(ValueError):
-    """The server will not answer this conversation (400), as where a filter dislikes its words; it may answer others."""
+    """The server refuses this conversation (status 400), for example because of a content filter. It may answer others."""
 
 
 class Endpoint:
     """A model behind `chat/completions`, asked at temperature 0 through the `openai` package.
 
-    What may pass (429, 408, 409, 5xx, lost connections, time-outs) is tried again by the package, after the time that Retry-After
-    says (a longer one than a minute may end it) or with back-off. The key is OPENAI_API_KEY's; a server given by `base_url`, or
-    OPENAI_BASE_URL, may need none.
+    The package retries temporary errors (429, 408, 409, 5xx, lost connections, time-outs), after the time in Retry-After (more than a
+    minute may end the retries) or with back-off. The key is that of OPENAI_API_KEY. A server given by `base_url` or OPENAI_BASE_URL
+    may need none.
 
     Args:
-        base_url: Of the server; None for the package's own (OPENAI_BASE_URL, or api.openai.com).
-        max_tokens: Limit of an answer, sent as `max_completion_tokens` to models that take no `max_tokens`.
-        concurrency: Conversations at once.
-        timeout: Seconds for one answer.
-        max_retries: How often one conversation is tried again.
+        model: The server's name for the model.
+        base_url: Address of the server (default: OPENAI_BASE_URL, or api.openai.com).
+        max_tokens: Limit per answer, sent as `max_completion_tokens` to models that do not accept `max_tokens`.
+        concurrency: Number of requests at once.
+        timeout: Limit per answer, in seconds.
+        max_retries: Number of retries per conversation.
 
     Raises:
-        ValueError: If the package is not installed, there is no key, or the address or a proxy's cannot be used.
+        ImportError: If the `openai` package is not installed.
+        ValueError: If there is no key, or the server's or a proxy's address cannot be used.
     """
 
     def __init__(
@@ -58,22 +60,24 @@ class Endpoint:
         try:
             import openai
         except ImportError as error:
-            raise ValueError("Got no package 'openai', expected it. Fix: pip install 'trl-miso[eval]'.") from error
+            raise ImportError(
+                "Got no package 'openai', expected it for an OpenAI-compatible server. Fix: pip install 'trl-miso[eval]'."
+            ) from error
         self._openai = openai
         self._model = model
         self._key = _key(base_url)
         self._settings: dict[str, Any] = {"base_url": base_url, "timeout": timeout, "max_retries": max_retries}
         _check_address(base_url)
-        self._client()  # what cannot be made is said now: others may be asked for hours before
+        self._client()  # fail now rather than after hours: responses of a model may be awaited before the first question
         self._max_tokens = max_tokens
-        self._limit = "max_tokens"
+        self._limit_name = "max_tokens"
         self._concurrency = concurrency
 
     def ask(self, conversation: Conversation) -> str:
-        """The answer to one conversation.
+        """Return the answer to one conversation.
 
         Raises:
-            ValueError: If there is none; the message says why, and never the key.
+            ValueError: If there is no answer. The message gives the reason, and never contains the key.
         """
         ((_, answer),) = self.ask_all([conversation])
         if isinstance(answer, ValueError):
@@ -81,59 +85,69 @@ class Endpoint:
         return answer
 
     def ask_all(self, conversations: Iterable[Conversation]) -> Iterator[tuple[int, str | ValueError]]:
-        """The answers as they come, each with the number, from 0, of its conversation.
+        """Yield (number from 0, answer) per conversation, as answers come.
 
-        A conversation that stays without answer has a ValueError in its place. From then on no other is asked (if it is a `Refused`, only
-        after 20 in a row), but those that are under way are still waited for and yielded: they may have been paid for.
+        The answer to a conversation that failed is a ValueError. After a failure no other conversation is sent (after a `Refused`: only
+        if 20 were refused in a row), but answers under way are awaited and yielded, since they may have been paid for.
         """
         waiting = enumerate(conversations)
-        asked: dict[asyncio.Task[str | ValueError], int] = {}
-        failed, refused = False, 0
+        pending: dict[asyncio.Task[str | ValueError], int] = {}
+        failed, refused_in_a_row = False, 0
         with asyncio.Runner() as runner:
             client = self._client()
             try:
                 while True:
-                    while not failed and len(asked) < self._concurrency and (following := next(waiting, None)):
-                        task = runner.get_loop().create_task(self._answer(client, following[1]))
-                        asked[task] = following[0]
-                    if not asked:
+                    while not failed and len(pending) < self._concurrency:
+                        following = next(waiting, None)
+                        if following is None:
+                            break
+                        number, conversation = following
+                        pending[runner.get_loop().create_task(self._answer(client, conversation))] = number
+                    if not pending:
                         return
-                    done, _ = runner.run(asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED))
+                    done, _ = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
                     for task in done:
                         answer = task.result()
-                        refused = refused + 1 if isinstance(answer, Refused) else 0
-                        failed |= refused >= _GIVE_UP or isinstance(answer, ValueError) and not refused
-                        yield asked.pop(task), answer
+                        if isinstance(answer, Refused):
+                            refused_in_a_row += 1
+                            failed |= refused_in_a_row >= _MAX_REFUSALS_IN_A_ROW
+                        else:
+                            refused_in_a_row = 0
+                            failed |= isinstance(answer, ValueError)
+                        yield pending.pop(task), answer
             finally:
                 runner.run(client.close())
 
     def _client(self) -> Any:
         try:
             return self._openai.AsyncOpenAI(api_key=self._key, **self._settings)
-        except Exception as error:  # of the package beneath, which reads the proxies
-            proxies = f"the proxies that {_proxies()} name{'s' * (',' not in _proxies())}" if _proxies() else "no proxy"
+        except Exception as error:  # httpx, which reads the proxies' variables, raises errors of many kinds
+            variables = _proxy_variables()
+            proxies = f"proxies set by {variables}" if variables else "no proxy set"
             raise ValueError(
-                f"Got {type(error).__name__} for a client of the server, with {proxies}, expected one. Fix: correct the server's address or "
-                "these variables; proxies with socks:// need pip install 'httpx[socks]'."
+                f"Got {type(error).__name__} for a client of the server, with {proxies}, expected a client. Fix: correct the server's address "
+                "or these variables. Proxies with socks:// need pip install 'httpx[socks]'."
             ) from error
 
     async def _answer(self, client: Any, conversation: Conversation) -> str | ValueError:
-        limit = self._limit
+        limit_name = self._limit_name
         try:
             completion = await client.chat.completions.create(
-                model=self._model, messages=conversation, temperature=0, **{limit: self._max_tokens}
+                model=self._model, messages=conversation, temperature=0, **{limit_name: self._max_tokens}
             )
         except self._openai.BadRequestError as error:
-            # OpenAI's newer models take the one name, most other servers the other.
-            if limit == "max_tokens" and "max_completion_tokens" in str(error):
-                self._limit = "max_completion_tokens"
+            # OpenAI's newer models accept max_completion_tokens only, most other servers max_tokens only.
+            if limit_name == "max_tokens" and "max_completion_tokens" in str(error):
+                self._limit_name = "max_completion_tokens"
                 return await self._answer(client, conversation)
             return self._error(client, error)
-        except (self._openai.APIError, ValueError) as error:  # ValueError: JSON that is none
+        except (self._openai.APIError, ValueError) as error:  # ValueError: the answer is not JSON
             return self._error(client, error)
         try:
             choice = completion.choices[0]
-            text = choice.message.content if choice.message.content is not None else choice.message.refusal
+            text = choice.message.content
+            if text is None:
+                text = choice.message.refusal  # a refusal in words is an answer
         except (AttributeError, IndexError, TypeError):
             return self._error(client, f"{completion!r}, which holds no message")
         if not isinstance(text, str):
@@ -141,26 +155,27 @@ class Endpoint:
         return text
 
     def _error(self, client: Any, got: Exception | str) -> ValueError:
-        """What the CLI prints, without key."""
+        """Describe the failure in one line, with a fix and without the key."""
         kind = Refused if isinstance(got, self._openai.BadRequestError) else ValueError
-        fix = (
-            "see that the server speaks OpenAI's chat/completions; if the tokens were used up by thinking, allow more."
-        )
+        fix = "check that the server speaks OpenAI's chat/completions; if thinking used up the tokens, allow more."
         if isinstance(got, Exception):
             names = [each.__name__ for each in type(got).__mro__]
             fix = next((_FIXES[name] for name in names if name in _FIXES), fix)
-            if names[0] in ("APIConnectionError", "APITimeoutError") and _proxies():
-                fix += f" A proxy is set ({_proxies()}): name the server's host in NO_PROXY if it is to be reached without."
+            if names[0] in ("APIConnectionError", "APITimeoutError") and _proxy_variables():
+                fix += (
+                    f" A proxy is set ({_proxy_variables()}): add the server's host to NO_PROXY to reach it directly."
+                )
             cause = f" ({got.__cause__})" if got.__cause__ and str(got.__cause__) else ""
             got = f"{names[0]}: {got}{cause}"
-        said = " ".join(got.replace(self._key, "***").split())
-        said = said if len(said) <= 500 else said[:500] + " ..."
+        message = " ".join(got.replace(self._key, "***").split())
+        if len(message) > 500:
+            message = message[:500] + " ..."
         server = client.base_url.copy_with(username=None, password=None, query=None)
-        return kind(f"Got {said} from {self._model} at {server}, expected an answer. Fix: {fix}")
+        return kind(f"Got {message} from {self._model} at {server}, expected an answer. Fix: {fix}")
 
 
-def _proxies() -> str:
-    """The names of the variables that set a proxy, never their values."""
+def _proxy_variables() -> str:
+    """List the environment variables that set a proxy, without their values."""
     names = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
     return ", ".join(name for name in names if os.environ.get(name) or os.environ.get(name.lower()))
 
@@ -169,7 +184,7 @@ def _check_address(base_url: str | None) -> None:
     address = base_url or os.environ.get("OPENAI_BASE_URL")
     if address and not address.lower().startswith(("http://", "https://")):
         raise ValueError(
-            "Got a server's address without http:// or https://, expected one of them. Fix: put it in front."
+            "Got a server's address without http:// or https://, expected one of these. Fix: put it in front of the address."
         )
 
 
@@ -182,6 +197,6 @@ def _key(base_url: str | None) -> str:
         )
     if not (key.isascii() and key.isprintable()):
         raise ValueError(
-            "Got an OPENAI_API_KEY with characters that no key has, expected printable ASCII. Fix: copy the key again."
+            "Got an OPENAI_API_KEY with characters that a key cannot have, expected printable ASCII. Fix: copy the key again."
         )
     return key or "no-key"

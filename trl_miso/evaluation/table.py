@@ -1,4 +1,4 @@
-"""Scores as a table, above the paper's."""
+"""Score tables of IFEval and IFEval-Flatten, above the paper's rows."""
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -25,11 +25,11 @@ PAPER: tuple[tuple[str, str, tuple[float, float, float, float], float], ...] = (
     ("MISO-succ", "Mistral-7B", (42.9, 53.5, 47.0, 58.2), 50.4),
 )
 _CITED = (
-    "Below the first line: the paper's own, Table 1 of arXiv 2505.11922 (all 541 prompts; * quoted there from Qi et al. 2024); "
+    "Below the first line: the paper's rows, Table 1 of arXiv 2505.11922 (all 541 prompts; * quoted there from Qi et al. 2024). "
     "SFT and MISO are fine-tuned on Crab."
 )
 
-# The same table's IFEval-Flatten: [S]I, [L]I, Avg.
+# IFEval-Flatten in the same table: method, base model, FLATTEN_COLUMNS, Avg.
 FLATTEN_COLUMNS = ("[S]I", "[L]I")
 FLATTEN_PAPER: tuple[tuple[str, str, tuple[float, float], float], ...] = (
     ("SFT", "Llama3-8B", (52.5, 56.5), 54.5),
@@ -40,17 +40,17 @@ FLATTEN_PAPER: tuple[tuple[str, str, tuple[float, float], float], ...] = (
     ("MISO-succ", "Mistral-7B", (56.1, 61.1), 58.6),
 )
 _FLATTEN_CITED = (
-    "Below the first line: the paper's own, Table 1 of arXiv 2505.11922, on its authors' rows; fine-tuned on Crab."
+    "Below the first line: the paper's rows, Table 1 of arXiv 2505.11922, on its authors' prompts; fine-tuned on Crab."
 )
 
 
 def ifeval_table(name: str, percentages: Sequence[float], note: str) -> Table:
-    """One line of `percentages` (in the order of `COLUMNS`), then the paper's; `note` says what the line is of."""
+    """Lay out one row of `percentages` (in the order of `COLUMNS`) above the paper's rows; `note` describes that row."""
     return _table("IFEval (%)", COLUMNS, name, percentages, PAPER, f"{note} {_CITED}")
 
 
 def flatten_table(name: str, percentages: Sequence[float], note: str) -> Table:
-    """As `ifeval_table`, in the order of `FLATTEN_COLUMNS`."""
+    """As `ifeval_table`, with `percentages` in the order of `FLATTEN_COLUMNS`."""
     return _table("IFEval-Flatten (%)", FLATTEN_COLUMNS, name, percentages, FLATTEN_PAPER, f"{note} {_FLATTEN_CITED}")
 
 
@@ -62,16 +62,16 @@ def _table(
     paper: Iterable[tuple[str, str, Sequence[float], float]],
     caption: str,
 ) -> Table:
-    # Text, since rich takes "[S]" in a string for a style.
-    made = Table(title=title, box=SIMPLE, caption=Text(caption))
-    made.add_column("model")
-    made.add_column("base model")
+    # Text, since rich reads "[S]" in a string as a style.
+    table = Table(title=title, box=SIMPLE, caption=Text(caption))
+    table.add_column("model")
+    table.add_column("base model")
     for column in (*columns, "Avg."):
-        made.add_column(Text(column), justify="right", no_wrap=True)
-    made.add_row(Text(name), "", *_cells((*percentages, fmean(percentages))), style="bold", end_section=True)
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    table.add_row(Text(name), "", *_cells((*percentages, fmean(percentages))), style="bold", end_section=True)
     for method, base, accuracies, average in paper:
-        made.add_row(method, base, *_cells((*accuracies, average)))
-    return made
+        table.add_row(method, base, *_cells((*accuracies, average)))
+    return table
 
 
 def _cells(values: Sequence[float]) -> list[str]:

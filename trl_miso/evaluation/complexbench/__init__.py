@@ -1,1 +1,1 @@
-"""ComplexBench (arXiv 2407.03978): 1,150 instructions, each with questions to a judge and rules, scored as its authors do."""
+"""ComplexBench (arXiv 2407.03978): 1,150 instructions, scored as its authors do, by a judge's answers and by rules."""

@@ -1,4 +1,4 @@
-"""Questions to a judge, and its verdicts: a line each, written as they come."""
+"""Ask a judge, and keep its verdicts in a file: one line per verdict, written as it comes."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from rich.progress import Progress
 
 from trl_miso.evaluation.complexbench.instances import Instance, Question
 from trl_miso.evaluation.complexbench.prompts import judge_prompt, read_answer
-from trl_miso.evaluation.writing import exclusive_writer
+from trl_miso.evaluation.file_lock import exclusive_lock
 
-# Of a question: how often it is asked in all, if there is no answer or one that is neither yes nor no.
+# How often a question is asked in total, if there is no answer or the answer cannot be read as a verdict.
 ATTEMPTS = 3
-# Of questions: after so many failures without a verdict in between, no other is asked.
+# After this many failures in a row no other question is asked.
 GIVE_UP = 20
 
-# What a line begins with, by which the end of a killed run's file is told from a file of something else.
-_BEGINNING = b'{"judge": '
+# Every line starts with these bytes: they tell the unfinished line of a killed run from a file of another kind.
+_LINE_START = b'{"judge": '
 
 Key = tuple[int, int]
 AskAll = Callable[[Iterable[Sequence[dict[str, str]]]], Iterator[tuple[int, str | ValueError]]]
@@ -30,10 +30,10 @@ AskAll = Callable[[Iterable[Sequence[dict[str, str]]]], Iterator[tuple[int, str 
 
 @dataclass(frozen=True)
 class Task:
-    """A question about a response, as a judge is asked it.
+    """A question about a response, with the prompt for the judge.
 
     Attributes:
-        key: main_id and number of the question.
+        key: The instance's main_id and the number of the question.
     """
 
     key: Key
@@ -42,54 +42,59 @@ class Task:
     prompt: str
 
     def fingerprint(self, judge: str) -> str:
-        """Of all that a verdict is of: the judge, what it is asked, the rule, the response."""
-        rule = self.question.rule and self.question.rule.text
-        return sha256(json.dumps([judge, self.prompt, rule, self.response]).encode()).hexdigest()[:16]
+        """Digest of all that a verdict depends on: the judge, its prompt, the rule, the response."""
+        return sha256(json.dumps([judge, self.prompt, self.rule_text, self.response]).encode()).hexdigest()[:16]
+
+    @property
+    def rule_text(self) -> str | None:
+        return None if self.question.rule is None else self.question.rule.text
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The verdicts of a file by their questions' keys, and whose they are (None of an empty file)."""
+    """Verdicts of a file by the questions' keys, and the judge that gave them (None for an empty file)."""
 
     judge: str | None
     passed: dict[Key, bool]
 
 
 def judge_tasks(instances: Sequence[Instance], responses: Sequence[str], language: str) -> list[Task]:
-    """Every question about every response, in the order of the data."""
-    return [
-        Task((instance.main_id, number), question, response, judge_prompt(instance, question, response, language))
-        for instance, response in zip(instances, responses, strict=True)
-        for number, question in enumerate(instance.questions)
-    ]
+    """Return one task per question of every instance, in the order of the data."""
+    tasks = []
+    for instance, response in zip(instances, responses, strict=True):
+        for number, question in enumerate(instance.questions):
+            prompt = judge_prompt(instance, question, response, language)
+            tasks.append(Task((instance.main_id, number), question, response, prompt))
+    return tasks
 
 
 def read_verdicts(file: Path, tasks: Sequence[Task], judge: str | None) -> Verdicts:
-    """The verdicts that `file` has on `tasks`, each once; what a killed run wrote of another is left out.
+    """Read the verdicts on `tasks`, the first per question. The unfinished last line of a killed run is skipped.
 
     Args:
-        judge: Whose verdicts they have to be; None for those of whoever gave the first.
+        judge: The judge that has to have given them; None for the judge of the file's first line.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it has anything else: another judge's verdicts, or on other questions or responses.
+        ValueError: If the file holds anything else: verdicts of another judge, or on other questions or responses.
     """
-    asked = {task.key: task for task in tasks}
+    tasks_by_key = {task.key: task for task in tasks}
     passed: dict[Key, bool] = {}
-    *lines, rest = file.read_bytes().split(b"\n") if file.exists() else [b""]
-    if rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
-        raise ValueError(_refusal(file, len(lines) + 1, "which is no verdict"))
+    *lines, unfinished = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    if unfinished[: len(_LINE_START)] != _LINE_START[: len(unfinished)]:
+        raise ValueError(_refusal(file, len(lines) + 1, "which is not a verdict"))
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            of, key, said = row["judge"], (int(row["main_id"]), int(row["point_id"])), row["fingerprint"]
+            line_judge, fingerprint = row["judge"], row["fingerprint"]
+            key = int(row["main_id"]), int(row["point_id"])
             verdict = {True: True, False: False}[row["verdict"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(_refusal(file, number, "which is no verdict")) from error
-        judge = judge or of
-        if of != judge:
-            raise ValueError(_refusal(file, number, f"a verdict of {of!r}, not of {judge!r}"))
-        if key not in asked or said != asked[key].fingerprint(judge):
+            raise ValueError(_refusal(file, number, "which is not a verdict")) from error
+        judge = judge or line_judge
+        if line_judge != judge:
+            raise ValueError(_refusal(file, number, f"a verdict of {line_judge!r}, not of {judge!r}"))
+        if key not in tasks_by_key or fingerprint != tasks_by_key[key].fingerprint(judge):
             other = f"a verdict on another question {key[1]} of main_id {key[0]}, or on another response to it"
             raise ValueError(_refusal(file, number, other))
         passed.setdefault(key, verdict)
@@ -99,13 +104,13 @@ def read_verdicts(file: Path, tasks: Sequence[Task], judge: str | None) -> Verdi
 def _refusal(file: Path, number: int, got: str) -> str:
     return (
         f"Got line {number} of {file}, {got}. Expected verdicts of one judge on these responses to these data. Fix: give --verdicts "
-        "another file, or the judge, data, responses and language that this one was written with."
+        "another file, or the judge, data, responses and language of the run that wrote this file."
     )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What asking a judge will take: requests, and tokens of what is asked and, at most, of the answers."""
+    """Estimated cost of asking a judge: requests, input tokens, and the most output tokens."""
 
     requests: int
     input_tokens: int
@@ -113,60 +118,64 @@ class Estimate:
 
     @classmethod
     def of(cls, tasks: Iterable[Task], max_tokens: int) -> "Estimate":
-        """Of one request each, not counting what is asked again.
+        """Estimate one request per task. Questions that have to be asked again are not counted.
 
-        No tokenizer is asked, since a judge's is seldom at hand: a character of three bytes, as Chinese has, is taken for a token, and
-        so are four other characters.
+        Tokens are estimated from characters, since the judge's tokenizer is seldom at hand: one token per character of three UTF-8
+        bytes (such as Chinese), and one per four other characters.
         """
         prompts = [task.prompt for task in tasks]
-        characters, size = sum(map(len, prompts)), sum(len(prompt.encode("utf-8", "replace")) for prompt in prompts)
-        wide = (size - characters) // 2
+        characters = sum(len(prompt) for prompt in prompts)
+        size = sum(len(prompt.encode("utf-8", "replace")) for prompt in prompts)
+        wide = (size - characters) // 2  # a character of three bytes exceeds its count by two
         return cls(len(prompts), wide + (characters - wide) // 4, len(prompts) * max_tokens)
 
     def cost(self, input_price: float, output_price: float) -> tuple[float, float]:
-        """Without any answer and with the longest, at prices per million tokens."""
+        """Return the cost of the questions alone, and with answers of the greatest length. Prices are per million tokens."""
         least = self.input_tokens * input_price / 1e6
         return least, least + self.output_tokens * output_price / 1e6
 
 
 def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) -> dict[Key, str]:
-    """Append to `file` the verdicts that it lacks; returns why the tasks that stay without have none.
+    """Append the missing verdicts to `file`; return the reason per task that stays without a verdict.
 
-    A verdict is written whole and flushed when it comes, so that a run that was killed goes on where it was. What gets no answer, or one
-    that is neither yes nor no, is asked again when all others have been, `ATTEMPTS` times in all.
+    Every verdict is flushed when it comes, so that a killed run can be resumed. A question without a readable answer is asked again
+    after all others, `ATTEMPTS` times in total.
 
     Args:
-        ask_all: As `Endpoint.ask_all`, which may ask no more after a failure.
+        ask_all: As `Endpoint.ask_all`, which may stop asking after a failure.
 
     Raises:
-        OSError, ValueError: As `read_verdicts`, and as `exclusive_writer`.
+        OSError, ValueError: As `read_verdicts`, and as `exclusive_lock`.
     """
-    in_a_row = 0
-    with exclusive_writer(file) as written, Progress(console=Console(stderr=True)) as progress:
-        had = read_verdicts(file, tasks, judge).passed
-        _cut_unfinished(file)
-        waiting = [task for task in tasks if task.key not in had]
+    failures_in_a_row = 0
+    with exclusive_lock(file) as opened, Progress(console=Console(stderr=True)) as progress:
+        passed = read_verdicts(file, tasks, judge).passed
+        _cut_unfinished_line(file)
+        waiting = [task for task in tasks if task.key not in passed]
         failures: dict[Key, list[str]] = {task.key: [] for task in waiting}
-        shown = progress.add_task("Judging", total=len(tasks), completed=len(had))
-        while waiting and in_a_row < GIVE_UP:
-            left = dict(enumerate(waiting))
-            again = []
-            for number, answer in ask_all(_messages(task) for task in waiting if in_a_row < GIVE_UP):
-                task = left.pop(number)
+        bar = progress.add_task("Judging", total=len(tasks), completed=len(passed))
+        while waiting and failures_in_a_row < GIVE_UP:
+            unanswered = dict(enumerate(waiting))
+            retry = []
+            # The condition is checked as conversations are sent: it stops the round after too many failures.
+            conversations = (_messages(task) for task in waiting if failures_in_a_row < GIVE_UP)
+            for number, answer in ask_all(conversations):
+                task = unanswered.pop(number)
                 verdict, failure = _read(task, answer)
                 if verdict is None:
-                    in_a_row += 1
+                    failures_in_a_row += 1
                     failures[task.key].append(failure)
-                    again += [task] * (len(failures[task.key]) < ATTEMPTS)
+                    if len(failures[task.key]) < ATTEMPTS:
+                        retry.append(task)
                     continue
-                in_a_row = 0
+                failures_in_a_row = 0
                 del failures[task.key]
-                written.write(_line(task, judge, verdict, str(answer)))
-                written.flush()
-                progress.advance(shown)
-            waiting = [*left.values(), *again]
-    stopped = f"not asked, after {in_a_row} failures in a row"
-    return {key: said[-1] if said else stopped for key, said in failures.items()}
+                opened.write(_line(task, judge, verdict, str(answer)))
+                opened.flush()
+                progress.advance(bar)
+            waiting = [*unanswered.values(), *retry]
+    not_asked = f"not asked, after {failures_in_a_row} failures in a row"
+    return {key: messages[-1] if messages else not_asked for key, messages in failures.items()}
 
 
 def _messages(task: Task) -> list[dict[str, str]]:
@@ -174,13 +183,13 @@ def _messages(task: Task) -> list[dict[str, str]]:
 
 
 def _read(task: Task, answer: str | ValueError) -> tuple[bool | None, str]:
-    """The verdict, or None and why there is none."""
+    """Return the verdict; or None, with the reason."""
     if isinstance(answer, ValueError):
-        # The endpoint knows its options by the names that they have for a model's responses.
+        # The endpoint's messages name the options for responses; the judge's options have a prefix.
         return None, re.sub(r"--(base_url|concurrency)\b", r"--judge_\1", str(answer))
-    wanted = "<answer> with yes or no" if task.question.rule is None else "<extract> with its end"
+    expected = "<answer> with yes or no" if task.question.rule is None else "<extract> with its end"
     shown = answer if len(answer) <= 200 else "... " + answer[-200:]
-    return read_answer(task.question, task.response, answer), f"Got answer {shown!r}, expected an {wanted}."
+    return read_answer(task.question, task.response, answer), f"Got answer {shown!r}, expected an {expected}."
 
 
 def _line(task: Task, judge: str, verdict: bool, answer: str) -> bytes:
@@ -190,12 +199,12 @@ def _line(task: Task, judge: str, verdict: bool, answer: str) -> bytes:
         "point_id": task.key[1],
         "fingerprint": task.fingerprint(judge),
         "question": task.question.text,
-        "rule": task.question.rule and task.question.rule.text,
+        "rule": task.rule_text,
         "verdict": verdict,
         "answer": answer,
     }
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
-def _cut_unfinished(file: Path) -> None:
+def _cut_unfinished_line(file: Path) -> None:
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)

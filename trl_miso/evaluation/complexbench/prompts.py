@@ -1,11 +1,11 @@
-"""What a judge is asked, and how its answers are read. The criteria are the benchmark's, the wording is this package's."""
+"""Prompts for a judge, and how its answers are read. The criteria are the benchmark's, the wording is this package's."""
 
 import re
 
 from trl_miso.evaluation.complexbench.instances import Instance, Question
 
-# How much the published judge is shown of an instruction and of a response.
-_INSTRUCTION, _RESPONSE = 6000, 4000
+# Characters of an instruction and of a response that the published judge sees.
+_INSTRUCTION_LIMIT, _RESPONSE_LIMIT = 6000, 4000
 
 _VERDICT = {
     "zh": """\
@@ -81,23 +81,25 @@ _ANSWERS = {"是": True, "yes": True, "否": False, "no": False}
 
 
 def judge_prompt(instance: Instance, question: Question, response: str, language: str) -> str:
-    """What the judge is asked: for a verdict, or, if there is a rule, for the parts of the response that the rule is about."""
+    """Ask the judge for a verdict, or, if the question has a rule, for the parts of the response that the rule is about."""
     if question.rule is None:
         task = _VERDICT[language]
     else:
         task = _EXTRACT[language].format(**_PARTS[language, question.rule.each])
     return task + _MATERIAL.format(
-        instruction=instance.instruction[:_INSTRUCTION], response=response[:_RESPONSE], question=question.text
+        instruction=instance.instruction[:_INSTRUCTION_LIMIT],
+        response=response[:_RESPONSE_LIMIT],
+        question=question.text,
     )
 
 
 def read_answer(question: Question, response: str, answer: str) -> bool | None:
-    """Whether the question passes, by the judge's answer; None if that is neither yes nor no, or no whole extract."""
-    said = answer.rpartition("</think>")[2]
+    """Return whether the question passes by the judge's answer; None if the answer has no clear yes or no, or no complete extract."""
+    answer = answer.rpartition("</think>")[2]
     if question.rule is None:
-        found = {_ANSWERS.get(each.lower()) for each in re.findall(r"<answer>\s*(.*?)\s*</answer>", said)}
-        return found.pop() if len(found) == 1 else None
-    before, opened, rest = said.partition("<extract>")
+        verdicts = {_ANSWERS.get(word.lower()) for word in re.findall(r"<answer>\s*(.*?)\s*</answer>", answer)}
+        return verdicts.pop() if len(verdicts) == 1 else None
+    before, opened, rest = answer.partition("<extract>")
     extract, closed, after = rest.partition("</extract>")
     if not (opened and closed) or "<extract>" in rest or "</extract>" in before + after:
         return None
@@ -105,8 +107,10 @@ def read_answer(question: Question, response: str, answer: str) -> bool | None:
 
 
 def _spans(extract: str, response: str) -> list[str]:
-    """`all` is the response as a whole, `None` no part of it."""
+    """Split an extract into parts of the response: `all` means the whole response, `None` no part."""
     word = extract.strip("\"'“”`.。 ").lower()
     if word == "all":
         return [response]
-    return [] if word == "none" else [part.strip() for part in extract.split("||")]
+    if word == "none":
+        return []
+    return [part.strip() for part in extract.split("||")]

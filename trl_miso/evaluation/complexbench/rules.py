@@ -1,9 +1,12 @@
-"""The rules of ComplexBench: what a program checks of the part of a response that a question is about.
+"""Rules of ComplexBench: what a program checks in the part of a response that a question is about.
 
-A rule is `NAME:ARGUMENT`, four pairs of them a line each. Its verdicts are those of the benchmark's published checker, its habits
-included: some kinds read ASCII punctuation as full-width and some do not, some also hold if they do without the quotation marks
-around the text. One thing differs: kinds are told by their names, where the published checker looks for names anywhere in a rule, also
-in what it asks for.
+A rule is `NAME:ARGUMENT`; four rules are a pair of these, one per line. The verdicts equal those of the benchmark's published checker,
+including its quirks: some kinds of rule read ASCII punctuation as full-width and some do not; some also pass if the text passes
+without the quotation marks around it. One difference: here a rule's kind is decided by its name, while the published checker searches
+for names anywhere in a rule, also in its argument.
+
+Every kind of rule (`KINDS`) chooses three things: a condition, which the argument states; the readings of a part, one of which has to
+meet the condition; and the scope, that is, which parts are checked.
 """
 
 import json
@@ -14,19 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 Spans = Sequence[str]
-Holds = Callable[[Any], bool]
+Condition = Callable[[Any], bool]
 
 _WIDE = str.maketrans("!#$%&()*,.:;?\\^“”", '！＃＄％＆（）＊，。：；？＼＾""')
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the benchmark, ready to be asked.
+    """A parsed rule of the benchmark.
 
     Attributes:
-        text: As the benchmark has it.
-        each: It is of several parts of a response, each by itself or their number.
-        holds: From the parts of a response (none if it has none) to the verdict.
+        text: The rule as the benchmark writes it.
+        each: Whether the rule is about several parts of a response: each of them, or their number.
+        holds: Function of the parts of a response (an empty list if the response has no such part): whether the rule is met.
     """
 
     text: str
@@ -35,170 +38,181 @@ class Rule:
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule that `text` states.
+    """Parse a rule of the benchmark.
 
     Raises:
-        ValueError: If it is not one of the benchmark's kinds, or its argument is not of that kind.
+        ValueError: If the rule is not one of the benchmark's kinds, or its argument cannot be read.
     """
     stated = text.lstrip().removesuffix("\n")
-    for (first, second), (one, other) in _PAIRS.items():
-        beginning, separator, end = stated.partition(f"\n{second}:")
-        if separator and beginning.startswith(f"{first}:"):
-            both = _condition(text, one, beginning.removeprefix(f"{first}:")), _condition(text, other, end)
-            return _rule(text, first, _all(both))
+    for (first_name, second_name), (parse_first, parse_second) in _PAIRS.items():
+        first, separator, second_argument = stated.partition(f"\n{second_name}:")
+        if separator and first.startswith(f"{first_name}:"):
+            first_condition = _parse_argument(text, parse_first, first.removeprefix(f"{first_name}:"))
+            second_condition = _parse_argument(text, parse_second, second_argument)
+            return _rule(text, first_name, _both(first_condition, second_condition))
     names = [line.partition(":")[0] for line in stated.split("\n") if ":" in line]
-    if len(_KINDS.keys() & names) != 1 or names[0] not in _KINDS:
+    if len(KINDS.keys() & names) != 1 or names[0] not in KINDS:
         pairs = [" with ".join(pair) for pair in _PAIRS]
         raise ValueError(
-            f"Got rule {text!r}, expected NAME:ARGUMENT with one of {sorted(_KINDS)}, or {', '.join(pairs)}. Fix: correct the rule; "
-            "nothing was asked yet."
+            f"Got rule {text!r}, expected NAME:ARGUMENT with one of {sorted(KINDS)}, or {', '.join(pairs)}. Fix: correct the rule; the "
+            "judge has not been asked yet."
         )
     name, _, argument = stated.partition(":")
-    return _rule(text, name, _condition(text, _KINDS[name].condition, argument))
+    return _rule(text, name, _parse_argument(text, KINDS[name].parse, argument))
 
 
-def _rule(text: str, name: str, holds: Holds) -> Rule:
-    kind = _KINDS[name]
+def _rule(text: str, name: str, condition: Condition) -> Rule:
+    kind = KINDS[name]
 
-    def verdict(spans: Spans) -> bool:
-        return kind.missing if not any(spans[:1]) and len(spans) < 2 else kind.scope(kind, holds, spans)
+    def holds(spans: Spans) -> bool:
+        no_part = len(spans) == 0 or (len(spans) == 1 and not spans[0])
+        if no_part:
+            return kind.if_no_part
+        return kind.scope(kind, condition, spans)
 
-    return Rule(text, name.endswith("_each"), verdict)
+    return Rule(text, name.endswith("_each"), holds)
 
 
-def _condition(text: str, make: Callable[[str], Holds], argument: str) -> Holds:
+def _parse_argument(text: str, parse: Callable[[str], Condition], argument: str) -> Condition:
     try:
-        return make(argument)
+        return parse(argument)
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(
-            f"Got rule {text!r}, whose argument cannot be read ({error}), expected one of its kind, as [1,100] or [word,word]. Fix: "
-            "correct the rule; nothing was asked yet."
+            f"Got rule {text!r}, whose argument cannot be read ({error}), expected an argument of its kind, such as [1,100] or "
+            "[word,word]. Fix: correct the rule; the judge has not been asked yet."
         ) from error
 
 
-# Arguments: what a text has to be
+# Conditions: what a text has to meet, parsed from a rule's argument
 
 
 def _items(argument: str) -> list[str]:
     stated = argument.strip()
     if not (stated.startswith("[") and stated.endswith("]")) or "\n" in stated:
-        raise ValueError("no list in brackets, in one line")
+        raise ValueError("expected a list in brackets, on one line")
     return stated.strip("[]").split(",")
-
-
-def _all(conditions: Sequence[Holds]) -> Holds:
-    return lambda text: all(holds(text) for holds in conditions)
 
 
 def _words(argument: str) -> list[str]:
     return [word.strip() for word in _items(argument)]
 
 
-def _bounds(least: Any, most: Any) -> Callable[[int], bool]:
+def _both(first: Condition, second: Condition) -> Condition:
+    return lambda text: first(text) and second(text)
+
+
+def _not(parse: Callable[[str], Condition]) -> Callable[[str], Condition]:
+    def parse_negated(argument: str) -> Condition:
+        condition = parse(argument)
+        return lambda text: not condition(text)
+
+    return parse_negated
+
+
+def _between(least: Any, most: Any) -> Callable[[int], bool]:
     if not all(isinstance(bound, int | float) for bound in (least, most)):
-        raise ValueError("no two numbers")
+        raise ValueError("expected two numbers")
     return lambda count: least <= count <= most
 
 
 def _range(argument: str) -> Callable[[int], bool]:
     least, most = literal_eval(argument.strip())
-    return _bounds(least, most)
+    return _between(least, most)
 
 
-def _contains(argument: str) -> Holds:
+def _contains_all(argument: str) -> Condition:
     words = [_wide(word) for word in _words(argument)]
     return lambda text: all(word in text for word in words)
 
 
-def _lacks(argument: str, words: Callable[[str], list[str]] = _words) -> Holds:
-    forbidden = [_wide(word) for word in words(argument)]
-    return lambda text: not any(word in text for word in forbidden)
+def _contains_none(argument: str, split: Callable[[str], list[str]] = _words) -> Condition:
+    words = [_wide(word) for word in split(argument)]
+    return lambda text: not any(word in text for word in words)
 
 
-def _counts(argument: str, words: Callable[[str], list[str]] = _words) -> Holds:
-    least, most, *wanted = words(argument)
-    fits, wanted = _bounds(int(least), int(most)), [_wide(word) for word in wanted]
-    return lambda text: fits(sum(word in text for word in wanted))
+def _contains_number_of(argument: str, split: Callable[[str], list[str]] = _words) -> Condition:
+    least, most, *listed = split(argument)
+    in_range = _between(int(least), int(most))
+    words = [_wide(word) for word in listed]
+    return lambda text: in_range(sum(word in text for word in words))
 
 
-def _characters(argument: str) -> Holds:
-    fits = _range(argument)
-    return lambda text: fits(len(text))
+def _character_count(argument: str) -> Condition:
+    in_range = _range(argument)
+    return lambda text: in_range(len(text))
 
 
-def _word_count(argument: str) -> Holds:
-    fits = _range(argument)
-    return lambda text: fits(len(text.split()))
+def _word_count(argument: str) -> Condition:
+    in_range = _range(argument)
+    return lambda text: in_range(len(text.split()))
 
 
-def _starts(argument: str) -> Holds:
+def _starts_with(argument: str) -> Condition:
     return lambda text: text.startswith(_wide(argument))
 
 
-def _ends(argument: str) -> Holds:
-    return lambda text: text.endswith(tuple(_wide(argument) + mark for mark in ("", "。", "？")))
+def _ends_with(argument: str) -> Condition:
+    endings = tuple(_wide(argument) + mark for mark in ("", "。", "？"))
+    return lambda text: text.endswith(endings)
 
 
-def _equals(argument: str) -> Holds:
+def _equals(argument: str) -> Condition:
     return lambda text: text in (argument, argument + "。", argument + ".")
 
 
-def _punctuation(argument: str) -> Holds:
-    """No other punctuation than the listed, of ASCII's: full-width where it has a full-width form."""
-    other = set(_wide(string.punctuation)) - {_wide(mark) for mark in _words(argument)}
-    return lambda text: other.isdisjoint(text)
+def _punctuation(argument: str) -> Condition:
+    """Allow only the listed punctuation of ASCII's, compared in its full-width form where there is one."""
+    forbidden = set(_wide(string.punctuation)) - {_wide(mark) for mark in _words(argument)}
+    return lambda text: forbidden.isdisjoint(text)
 
 
-def _json_object(argument: str) -> Holds:
-    """The first object in braces has these keys and no others; any keys if none is listed."""
+def _json_object(argument: str) -> Condition:
+    """Require that the first object in braces has exactly the listed keys; any keys if none is listed."""
     keys = [key for key in literal_eval(argument.strip()) if key != ""]
 
-    def holds(text: str) -> bool:
+    def condition(text: str) -> bool:
         try:
-            found = json.loads(_first_braces(text))
+            parsed = json.loads(_first_braces(text))
         except (ValueError, RecursionError):
             return False
-        return not keys or (len(found) == len(keys) and all(key in found for key in keys))
-
-    return holds
-
-
-def _first_braces(text: str) -> str:
-    """From the first brace to the one that closes it, as if no brace were in a string."""
-    depth = start = 0
-    for at, character in enumerate(text):
-        if character == "{":
-            start = start if depth else at
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start : at + 1]
-    return ""
-
-
-def _number(argument: str) -> Holds:
-    fits = _range(argument)
-    return lambda spans: fits(len(spans))
-
-
-def _starts_in_turn(argument: str) -> Holds:
-    starts = [_wide(start) for start in _words(argument)]
-    return lambda spans: (
-        len(spans) == len(starts)
-        and all(_wide(span).startswith(start) for span, start in zip(spans, starts, strict=True) if span)
-    )
-
-
-def _not(make: Callable[[str], Holds]) -> Callable[[str], Holds]:
-    def condition(argument: str) -> Holds:
-        holds = make(argument)
-        return lambda text: not holds(text)
+        return not keys or (len(parsed) == len(keys) and all(key in parsed for key in keys))
 
     return condition
 
 
-# Readings of a part: one of them has to hold
+def _first_braces(text: str) -> str:
+    """Return the text from the first brace to its closing brace. Braces within strings count too, as in the published checker."""
+    depth = start = 0
+    for index, character in enumerate(text):
+        if character == "{":
+            if depth == 0:
+                start = index
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start : index + 1]
+    return ""
+
+
+def _span_count(argument: str) -> Condition:
+    in_range = _range(argument)
+    return lambda spans: in_range(len(spans))
+
+
+def _spans_start_with(argument: str) -> Condition:
+    """Require one span per listed start, in this order; an empty span passes."""
+    starts = [_wide(start) for start in _words(argument)]
+
+    def condition(spans: Spans) -> bool:
+        if len(spans) != len(starts):
+            return False
+        return all(_wide(span).startswith(start) for span, start in zip(spans, starts, strict=True) if span)
+
+    return condition
+
+
+# Readings of a part: one of them has to meet the condition
 
 
 def _wide(text: str) -> str:
@@ -207,109 +221,125 @@ def _wide(text: str) -> str:
 
 def _unquoted(text: str) -> str:
     text = text.lstrip("\n")
-    return text[1:-1] if text[:1] in ('"', "“", "`") and text[-1] in ('"', "”", "`") else text
+    if text[:1] in ('"', "“", "`") and text[-1] in ('"', "”", "`"):
+        return text[1:-1]
+    return text
 
 
-def _as_it_is(text: str) -> list[str]:
+def _read_unchanged(text: str) -> list[str]:
     return [text]
 
 
-def _widened(text: str) -> list[str]:
+def _read_wide(text: str) -> list[str]:
     return [_wide(text)]
 
 
-def _bare(text: str) -> list[str]:
+def _read_unquoted(text: str) -> list[str]:
     return [_unquoted(text)]
 
 
-def _or_bare(text: str) -> list[str]:
+def _read_with_and_without_quotes(text: str) -> list[str]:
     return [text, _unquoted(text)]
 
 
-def _widened_or_bare(text: str) -> list[str]:
-    return _or_bare(_wide(text))
+def _read_wide_then_unquoted(text: str) -> list[str]:
+    return _read_with_and_without_quotes(_wide(text))
 
 
-def _bare_or_widened(text: str) -> list[str]:
-    return [_wide(reading) for reading in _or_bare(text)]
+def _read_unquoted_then_wide(text: str) -> list[str]:
+    return [_wide(reading) for reading in _read_with_and_without_quotes(text)]
 
 
-# Scopes: which parts
+# Scopes: which parts are checked
 
 
-def _first(kind: "_Kind", holds: Holds, spans: Spans) -> bool:
-    return any(holds(reading) for reading in kind.readings(spans[0]))
+def _meets(kind: "_Kind", condition: Condition, part: str) -> bool:
+    return any(condition(reading) for reading in kind.readings(part))
 
 
-def _plain(kind: "_Kind", holds: Holds, spans: Spans) -> bool:
-    """Of the first part; one that is empty, or has "None" in it, is taken for none."""
-    return any(
-        kind.missing if not reading or "None" in reading else holds(reading) for reading in kind.readings(spans[0])
-    )
+def _first_part(kind: "_Kind", condition: Condition, spans: Spans) -> bool:
+    return _meets(kind, condition, spans[0])
 
 
-def _every(kind: "_Kind", holds: Holds, spans: Spans) -> bool:
-    return all(any(holds(reading) for reading in kind.readings(span)) for span in spans if span)
+def _first_part_unless_none(kind: "_Kind", condition: Condition, spans: Spans) -> bool:
+    """Check the first part. A reading that is empty or contains "None" counts as no part."""
+    for reading in kind.readings(spans[0]):
+        no_part = not reading or "None" in reading
+        passes = kind.if_no_part if no_part else condition(reading)
+        if passes:
+            return True
+    return False
 
 
-def _every_but_last(kind: "_Kind", holds: Holds, spans: Spans) -> bool:
-    return _every(kind, holds, spans[:-1] or spans)
+def _every_part(kind: "_Kind", condition: Condition, spans: Spans) -> bool:
+    return all(_meets(kind, condition, span) for span in spans if span)
 
 
-def _together(kind: "_Kind", holds: Holds, spans: Spans) -> bool:
-    return holds(spans)
+def _every_part_but_last(kind: "_Kind", condition: Condition, spans: Spans) -> bool:
+    """Check every part but the last; a part that is the only one is checked."""
+    return _every_part(kind, condition, spans[:-1] or spans)
+
+
+def _all_parts_together(kind: "_Kind", condition: Condition, spans: Spans) -> bool:
+    return condition(spans)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """From a rule's argument and the parts of a response to the verdict; `missing` is the verdict where there is no part."""
+    """A kind of rule: how its argument is parsed, how a part is read, and which parts are checked.
 
-    condition: Callable[[str], Holds]
+    Attributes:
+        if_no_part: The verdict on a response without such a part.
+    """
+
+    parse: Callable[[str], Condition]
     readings: Callable[[str], list[str]]
-    scope: Callable[["_Kind", Holds, Spans], bool]
-    missing: bool = False
+    scope: Callable[["_Kind", Condition, Spans], bool]
+    if_no_part: bool = False
 
 
-_KINDS = {
-    "keyword": _Kind(_contains, _bare_or_widened, _plain),
-    "forbidden_word": _Kind(_lacks, _bare_or_widened, _plain, missing=True),
-    "match": _Kind(_equals, _bare_or_widened, _plain),
-    "constraint_punc": _Kind(_punctuation, _bare_or_widened, _plain),
-    "startswith": _Kind(_starts, _bare_or_widened, _plain),
-    "endswith": _Kind(_ends, _bare_or_widened, _plain),
-    "not endswith": _Kind(_not(_ends), _bare_or_widened, _plain, missing=True),
-    "length": _Kind(_characters, _bare_or_widened, _plain),
-    "length_word": _Kind(_word_count, _bare_or_widened, _plain),
-    "Json": _Kind(_json_object, _or_bare, _plain),
-    "model_keyword": _Kind(_contains, _as_it_is, _first),
-    "model_keyword_each": _Kind(_contains, _widened, _every),
-    "model_keyword_num": _Kind(_counts, _as_it_is, _first),
-    "model_keyword_num_each": _Kind(lambda argument: _counts(argument, _items), _as_it_is, _every),
-    "model_forbidden_word": _Kind(_lacks, _as_it_is, _first, missing=True),
-    "model_forbidden_word_each": _Kind(_lacks, _widened, _every, missing=True),
-    "model_number_each": _Kind(_number, _as_it_is, _together),
-    "model_length": _Kind(_characters, _or_bare, _first),
-    "model_length_each": _Kind(_characters, _or_bare, _every),
-    "model_length_word": _Kind(_word_count, _or_bare, _first),
-    "model_length_word_each": _Kind(_word_count, _or_bare, _every),
-    "model_startswith": _Kind(_starts, _widened, _first),
-    "model_startswith_each": _Kind(_starts, _widened, _every),
-    "model_starts_with_list_each": _Kind(_starts_in_turn, _as_it_is, _together),
-    "model_not_startswith": _Kind(_not(_starts), _widened, _first, missing=True),
-    "model_endswith": _Kind(_ends, _widened, _first),
-    "model_endswith_each": _Kind(_ends, _widened_or_bare, _every_but_last),
-    "model_not_endswith": _Kind(_not(_ends), _widened, _first, missing=True),
-    "model_not_endswith_each": _Kind(_not(_ends), _widened, _every, missing=True),
-    "model_constraint_punc": _Kind(_punctuation, _bare, _first),
-    "model_constraint_punc_each": _Kind(_punctuation, _widened_or_bare, _every),
+KINDS = {
+    "keyword": _Kind(_contains_all, _read_unquoted_then_wide, _first_part_unless_none),
+    "forbidden_word": _Kind(_contains_none, _read_unquoted_then_wide, _first_part_unless_none, if_no_part=True),
+    "match": _Kind(_equals, _read_unquoted_then_wide, _first_part_unless_none),
+    "constraint_punc": _Kind(_punctuation, _read_unquoted_then_wide, _first_part_unless_none),
+    "startswith": _Kind(_starts_with, _read_unquoted_then_wide, _first_part_unless_none),
+    "endswith": _Kind(_ends_with, _read_unquoted_then_wide, _first_part_unless_none),
+    "not endswith": _Kind(_not(_ends_with), _read_unquoted_then_wide, _first_part_unless_none, if_no_part=True),
+    "length": _Kind(_character_count, _read_unquoted_then_wide, _first_part_unless_none),
+    "length_word": _Kind(_word_count, _read_unquoted_then_wide, _first_part_unless_none),
+    "Json": _Kind(_json_object, _read_with_and_without_quotes, _first_part_unless_none),
+    "model_keyword": _Kind(_contains_all, _read_unchanged, _first_part),
+    "model_keyword_each": _Kind(_contains_all, _read_wide, _every_part),
+    "model_keyword_num": _Kind(_contains_number_of, _read_unchanged, _first_part),
+    "model_keyword_num_each": _Kind(
+        lambda argument: _contains_number_of(argument, _items), _read_unchanged, _every_part
+    ),
+    "model_forbidden_word": _Kind(_contains_none, _read_unchanged, _first_part, if_no_part=True),
+    "model_forbidden_word_each": _Kind(_contains_none, _read_wide, _every_part, if_no_part=True),
+    "model_number_each": _Kind(_span_count, _read_unchanged, _all_parts_together),
+    "model_length": _Kind(_character_count, _read_with_and_without_quotes, _first_part),
+    "model_length_each": _Kind(_character_count, _read_with_and_without_quotes, _every_part),
+    "model_length_word": _Kind(_word_count, _read_with_and_without_quotes, _first_part),
+    "model_length_word_each": _Kind(_word_count, _read_with_and_without_quotes, _every_part),
+    "model_startswith": _Kind(_starts_with, _read_wide, _first_part),
+    "model_startswith_each": _Kind(_starts_with, _read_wide, _every_part),
+    "model_starts_with_list_each": _Kind(_spans_start_with, _read_unchanged, _all_parts_together),
+    "model_not_startswith": _Kind(_not(_starts_with), _read_wide, _first_part, if_no_part=True),
+    "model_endswith": _Kind(_ends_with, _read_wide, _first_part),
+    "model_endswith_each": _Kind(_ends_with, _read_wide_then_unquoted, _every_part_but_last),
+    "model_not_endswith": _Kind(_not(_ends_with), _read_wide, _first_part, if_no_part=True),
+    "model_not_endswith_each": _Kind(_not(_ends_with), _read_wide, _every_part, if_no_part=True),
+    "model_constraint_punc": _Kind(_punctuation, _read_unquoted, _first_part),
+    "model_constraint_punc_each": _Kind(_punctuation, _read_wide_then_unquoted, _every_part),
 }
-# Both conditions, of one reading of the same parts.
-_PAIRS: dict[tuple[str, str], tuple[Callable[[str], Holds], Callable[[str], Holds]]] = {
-    ("keyword", "forbidden_word"): (_contains, _lacks),
-    ("startswith", "endswith"): (_starts, _ends),
-    ("model_startswith", "model_endswith"): (_starts, _ends),
+# Pairs of rules: one reading of the part has to meet both conditions. The first name decides readings and scope.
+_PAIRS: dict[tuple[str, str], tuple[Callable[[str], Condition], Callable[[str], Condition]]] = {
+    ("keyword", "forbidden_word"): (_contains_all, _contains_none),
+    ("startswith", "endswith"): (_starts_with, _ends_with),
+    ("model_startswith", "model_endswith"): (_starts_with, _ends_with),
     ("model_keyword_num_each", "model_forbidden_word_each"): (
-        lambda argument: _counts(argument, _items),
-        lambda argument: _lacks(argument, _items),
+        lambda argument: _contains_number_of(argument, _items),
+        lambda argument: _contains_none(argument, _items),
     ),
 }

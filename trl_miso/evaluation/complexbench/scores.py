@@ -1,4 +1,4 @@
-"""Scores of ComplexBench: dependencies, and DRFR, the share of questions that pass, by the columns of the paper's Table 3."""
+"""Scores of ComplexBench: DRFR, the share of questions that pass with their dependencies, per column of the paper's Table 3."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from rich.text import Text
 
 from trl_miso.evaluation.complexbench.instances import Instance
 
-# Of a category's name and depth: whether its questions are the column's. "Selection Avg." is of every category that begins with
-# Selection, as the published averages are and as the paper's have to be: MISO-succ's is below all three of Selection's own columns.
+# Per column: whether it counts the questions of a category (name, depth). "Selection Avg." counts every category that begins with
+# Selection, as the published averages do. The paper's must too: MISO-succ's average is below all three of its Selection columns.
 COLUMNS: dict[str, Callable[[str, int], bool]] = {
     "And 1": lambda name, depth: name == "And",
     "Chain 1": lambda name, depth: name == "Chain" and depth == 1,
@@ -32,67 +32,78 @@ PAPER = {
     "MISO-succ": (64.5, 39.3, 42.9, 42.1, 37.3, 39.2, 38.1, 36.5, 42.0, 24.4, 48.2),
 }
 _CITED = (
-    "Sel.: Selection; its Avg. includes S&C, Selection & Chain, as in the benchmark's own scores. Last three lines: the paper's, Table 3 of arXiv "
-    "2505.11922 (Llama-3-8B; judge qwen-plus-2025-04-28). A judge and its prompt are part of a score: compare your own lines, judged "
-    "alike."
+    "Sel.: Selection. S&C: Selection & Chain, which the Avg. of Sel. includes, as in the benchmark's own scores. Last three lines: the paper's, "
+    "Table 3 of arXiv 2505.11922 (Llama-3-8B; judge qwen-plus-2025-04-28). Scores depend on the judge and its prompt: compare only "
+    "lines of your own that have the same judge."
 )
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many questions pass for sure, how many depend on a verdict that is missing, and of how many."""
+    """Numbers of questions that pass, of questions that depend on a missing verdict, and of all questions."""
 
     passed: int
     unjudged: int
     questions: int
 
     def bounds(self) -> tuple[float, float] | None:
-        """DRFR in percent if all that is unjudged failed, and if it passed; None without a question."""
+        """Return DRFR in percent if all unjudged questions failed, and if all passed; None if there is no question."""
         if not self.questions:
             return None
         return 100 * self.passed / self.questions, 100 * (self.passed + self.unjudged) / self.questions
 
 
 def outcomes(instance: Instance, passed: Mapping[tuple[int, int], bool]) -> list[bool | None]:
-    """Of each question whether it and all of its dependencies passed; None where this depends on a missing verdict.
+    """Return per question whether it and its dependencies passed; None if that depends on a missing verdict.
 
-    One hop: a dependency counts by its own verdict, whatever it depends on itself, as in the published scores.
+    Dependencies go one step, as in the published scores: a dependency counts by its own verdict, not by its own dependencies.
+
+    Args:
+        passed: Verdicts by main_id and number of the question.
     """
-    own = [passed.get((instance.main_id, number)) for number in range(len(instance.questions))]
-    decisive = (
-        [verdict, *(own[at] for at in question.dependencies)]
-        for verdict, question in zip(own, instance.questions, strict=True)
-    )
-    return [False if False in verdicts else None if None in verdicts else True for verdicts in decisive]
+    verdicts = [passed.get((instance.main_id, number)) for number in range(len(instance.questions))]
+    results: list[bool | None] = []
+    for verdict, question in zip(verdicts, instance.questions, strict=True):
+        decisive = [verdict] + [verdicts[number] for number in question.dependencies]
+        if False in decisive:
+            results.append(False)
+        elif None in decisive:
+            results.append(None)
+        else:
+            results.append(True)
+    return results
 
 
 def counts(instances: Sequence[Instance], passed: Mapping[tuple[int, int], bool]) -> dict[str, Count]:
-    """Of each column; questions are pooled, so that an instance weighs by their number."""
+    """Count the outcomes per column. Questions are pooled: an instance weighs by its number of questions."""
     pooled: dict[str, list[bool | None]] = {column: [] for column in COLUMNS}
     for instance in instances:
-        found = outcomes(instance, passed)
-        for column, has in COLUMNS.items():
-            pooled[column] += found if has(*instance.composition) else []
-    return {column: Count(found.count(True), found.count(None), len(found)) for column, found in pooled.items()}
+        results = outcomes(instance, passed)
+        for column, counts_category in COLUMNS.items():
+            if counts_category(*instance.composition):
+                pooled[column] += results
+    return {column: Count(results.count(True), results.count(None), len(results)) for column, results in pooled.items()}
 
 
 def complexbench_table(name: str, scored: Mapping[str, Count], note: str) -> Table:
-    """The scores above the paper's: one line, or, where verdicts are missing, the least and the most that they can be."""
-    # In 80 columns, uncut.
-    made = Table(title="ComplexBench (%)", box=SIMPLE, padding=0, caption=Text(f"{note} {_CITED}"))
-    made.add_column("model", overflow="fold", min_width=12)
+    """Lay out the scores above the paper's rows: one row, or, if verdicts are missing, two rows with their bounds."""
+    # Without padding the table fits into 80 columns.
+    table = Table(title="ComplexBench (%)", box=SIMPLE, padding=0, caption=Text(f"{note} {_CITED}"))
+    table.add_column("model", overflow="fold", min_width=12)
     for column in COLUMNS:
         group, _, depth = column.rpartition(" ")
         group = group.replace("Selection & Chain", "S&C").replace("Selection", "Sel.")
-        made.add_column(f"{group}\n{depth}", justify="right", no_wrap=True, min_width=5)
+        table.add_column(f"{group}\n{depth}", justify="right", no_wrap=True, min_width=5)
     bounds = [count.bounds() for count in scored.values()]
+    least = [None if bound is None else bound[0] for bound in bounds]
+    most = [None if bound is None else bound[1] for bound in bounds]
     if scored["All Avg."].unjudged:
-        made.add_row(Text(f"{name}, at least"), *_cells([each and each[0] for each in bounds]), style="bold")
+        table.add_row(Text(f"{name}, at least"), *_cells(least), style="bold")
         name = f"{name}, at most"
-    made.add_row(Text(name), *_cells([each and each[1] for each in bounds]), style="bold", end_section=True)
+    table.add_row(Text(name), *_cells(most), style="bold", end_section=True)
     for method, percentages in PAPER.items():
-        made.add_row(method, *_cells(percentages))
-    return made
+        table.add_row(method, *_cells(percentages))
+    return table
 
 
 def _cells(percentages: Sequence[float | None]) -> list[str]:

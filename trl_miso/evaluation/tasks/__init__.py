@@ -1,1 +1,1 @@
-"""Tasks for lm-eval's `--include_path`, the folder of this file."""
+"""Task files for lm-eval: pass this folder as `--include_path`."""

@@ -1,4 +1,4 @@
-"""Files that runs write for hours."""
+"""Exclusive access to a file that one run appends to for hours."""
 
 import fcntl
 import os
@@ -9,23 +9,23 @@ from typing import BinaryIO
 
 
 @contextmanager
-def exclusive_writer(file: str | Path) -> Iterator[BinaryIO]:
-    """`open(file, "ab")`, which no other run has open so; nothing stays of a file that is empty.
+def exclusive_lock(file: str | Path) -> Iterator[BinaryIO]:
+    """Open `file` with mode "ab" and lock it against other runs; delete it in the end if it is empty.
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If another run writes it.
+        ValueError: If another run holds the lock.
     """
     path = Path(file)
-    with path.open("ab") as written:
+    with path.open("ab") as opened:
         try:
-            fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends in any way
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released on close, also when the process is killed
         except BlockingIOError as error:
             raise ValueError(
                 f"Got {file}, which another run is writing, expected a file for this run alone. Fix: wait for that run, or give another file."
             ) from error
         try:
-            yield written
+            yield opened
         finally:
-            if not os.fstat(written.fileno()).st_size:
+            if not os.fstat(opened.fileno()).st_size:
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Whose responses a file holds, beyond a name that stays when weights change."""
+"""Fingerprint of the model behind a response file, so that stale responses are never reused."""
 
 import os
 from collections.abc import Iterable
@@ -8,18 +8,21 @@ from urllib.parse import urlsplit
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-# What responses depend on, among all that is kept in a model's folder.
-_PARTS = (
+# The files of a model's folder that its responses depend on.
+_MODEL_FILES = (
     *("*.safetensors*", "pytorch_model*", "adapter_model*", "*config.json", "*.py"),
     *("tokenizer*", "vocab*", "merges*", "*.model", "*tokens*.json", "*chat_template*"),
 )
 
 
-def source_of(model: str, backend: str, base_url: str | None) -> str | None:
-    """What tells one model's responses from another's of the same name; None for what only its name is known of.
+def model_fingerprint(model: str, backend: str, base_url: str | None) -> str | None:
+    """Tell models of the same name apart; None if only the name is known.
 
-    Of a server, a digest of its address without credentials and query; of a folder, a digest of the names, sizes and times of the files
-    that make the model; of an id on the Hub, the commit that is loaded.
+    The fingerprint is per kind of model:
+
+    - of a server: a digest of its address without credentials and query;
+    - of a folder: a digest of the names, sizes and modification times of its model files;
+    - of an id on the Hub: the commit that is loaded.
 
     Raises:
         OSError: If the Hub has no such model.
@@ -27,14 +30,15 @@ def source_of(model: str, backend: str, base_url: str | None) -> str | None:
     """
     if backend == "openai":
         address = urlsplit(base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-        return f"server {_digest((address.scheme, address.netloc.rpartition('@')[2], address.path.rstrip('/')))}"
+        host = address.netloc.rpartition("@")[2]
+        return f"server {_digest((address.scheme, host, address.path.rstrip('/')))}"
     folder = Path(model)
     if folder.is_dir():
-        files = sorted({file for pattern in _PARTS for file in folder.glob(pattern)})
+        files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
         stats = [(file.name, file.stat()) for file in files]
         return f"folder {_digest((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)}"
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"Got no folder {model}, expected it, or an id on the Hub. Fix: correct --model.")
+        raise ValueError(f"Got no folder {model}, expected a model's folder or an id on the Hub. Fix: correct --model.")
     config = cached_file(
         model,
         "config.json",
@@ -43,7 +47,7 @@ def source_of(model: str, backend: str, base_url: str | None) -> str | None:
         _raise_exceptions_for_connection_errors=False,
     )
     commit = extract_commit_hash(config, None)
-    return commit and f"commit {commit}"
+    return None if commit is None else f"commit {commit}"
 
 
 def _digest(parts: Iterable[object]) -> str:
