@@ -1,8 +1,9 @@
-"""One process of test_distributed.py's launches: trains every scenario of FOLDER/NAME.json, and writes what became of it.
+"""One process of test_distributed.py's launches: train every scenario of FOLDER/NAME.json and write the results.
 
-    torchrun --nproc_per_node 2 tests/distributed_script.py FOLDER NAME
+    torchrun --nproc_per_node 2 tests/support/distributed_script.py FOLDER NAME
 
-Several scenarios a launch, since a process costs ten seconds of imports. The test calls `run` itself for one process.
+A launch runs several scenarios, since starting a process costs ten seconds of imports. The test itself calls `run` for a single
+process.
 """
 
 import json
@@ -24,7 +25,7 @@ OPTIONS = {
     "max_steps": 4,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "constant",
-    "adam_epsilon": 1e-4,  # else a gradient of nearly zero is an update of its sign, whatever the order of summation
+    "adam_epsilon": 1e-4,  # otherwise rounding decides the sign of the update for gradients near zero
     "per_device_train_batch_size": 1,
     "max_length": 512,
     "bf16": False,
@@ -33,21 +34,21 @@ OPTIONS = {
     "save_strategy": "no",
     "gradient_checkpointing": False,
     "disable_tqdm": True,
-    "ddp_timeout": 60,  # a rank that waits in vain is an error, not a hang
+    "ddp_timeout": 60,  # a rank that waits in vain becomes an error
 }
 
 
 class Recorder(MISOSFTTrainer):
-    """Notes the rows of every batch, and the optimizer step that the batch went into."""
+    """Records the rows of every batch, and the optimizer step of each batch."""
 
     def get_train_dataloader(self):
         collate, self.batches, self.steps = self.data_collator, [], []
 
-        def note(rows):
+        def record(rows):
             self.batches.append([{name: row[name] for name in COLUMNS} for row in rows])
             return collate(rows)
 
-        self.data_collator = note
+        self.data_collator = record
         try:
             return super().get_train_dataloader()
         finally:
@@ -59,15 +60,18 @@ class Recorder(MISOSFTTrainer):
 
 
 def run(folder: Path, rows: str = "rows", shards: int = 0, lora: bool = False, keep: str = "", **options: Any) -> dict:
-    """Train on prepared rows (as a stream of so many shards): losses, and the rows of each optimizer step on this rank.
+    """Train on prepared rows; return the losses, and the rows of each optimizer step on this rank.
 
-    `keep` names a folder for the trained model and its checkpoints.
+    Args:
+        rows: Folder of the prepared rows.
+        shards: Train on a stream of this many shards; 0 for a Dataset.
+        keep: Folder for the trained model and its checkpoints.
     """
     dataset = load_from_disk(folder / rows)
     resume = options.pop("resume_from_checkpoint", None)
     config = MISOSFTConfig(**{"output_dir": str(folder / (keep or "unsaved"))} | OPTIONS | options)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate offers FSDP on accelerators alone; told that this is one, it runs it on a CPU.
+        # accelerate allows FSDP on accelerators only, but runs it on a CPU that it takes for one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Recorder(
         str(folder / "model"),
@@ -79,7 +83,9 @@ def run(folder: Path, rows: str = "rows", shards: int = 0, lora: bool = False, k
     if keep:
         trainer.save_model()
     steps = [[] for _ in range(trainer.state.global_step)]
-    for step, batch in zip(trainer.steps, trainer.batches, strict=False):  # one batch is read ahead
+    for step, batch in zip(
+        trainer.steps, trainer.batches, strict=False
+    ):  # the last batch may be read ahead of its step
         steps[step].append(batch)
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -108,7 +114,7 @@ def main(folder: Path, name: str) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # faster sums, but first compiled, for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes a minute
     for scenario, arguments in json.loads((folder / f"{name}.json").read_text()).items():
         result = run(folder, **arguments)
         torch.save(result, folder / f"{name}-{scenario}-{PartialState().process_index}.pt")

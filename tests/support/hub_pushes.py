@@ -1,7 +1,7 @@
-"""Trains and pushes in every way to the Hub at HF_ENDPOINT, and writes down what happened, for test_hub.py.
+"""Train and push to the Hub at HF_ENDPOINT in every way, and write the results to FOLDER/results.json, for test_hub.py.
 
-A process of its own, since the client reads HF_ENDPOINT when it is imported: `python -m tests.support.hub_pushes FOLDER`, where
-FOLDER has `base` (a model with its tokenizer) and `rows` (prepared data).
+Runs as `python -m tests.support.hub_pushes FOLDER`, a process of its own, since the client reads HF_ENDPOINT on import. FOLDER has
+`base` (a model with its tokenizer) and `rows` (prepared data).
 """
 
 import copy
@@ -35,7 +35,7 @@ handler.emit = lambda record: warnings.append(record.getMessage())
 
 
 def main():
-    # The client waits 23 seconds in all before it gives up.
+    # The client would wait 23 seconds in all between its retries.
     huggingface_hub.utils._http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
     logging.getLogger("trl_miso.training.hub").addHandler(handler)
     scenarios = [whole, every_save, last_checkpoint, branch, dropped, refused, unreachable, background, xet]
@@ -61,7 +61,7 @@ def trainer_of(name, **options):
     base = str(FOLDER / "base")
     trainer = MISOSFTTrainer(base, config, train_dataset=rows, peft_config=options.get("peft_config"))
     trained = next(p for p in trainer.model.parameters() if p.requires_grad)
-    trained.data += next(SHIFTS) / 100  # or the weights were on the Hub already
+    trained.data += next(SHIFTS) / 100  # otherwise the Hub would already have these weights
     return trainer
 
 
@@ -77,7 +77,7 @@ def logits(model):
 
 
 def fails(push):
-    """How a push fails, and whether the model it left on disk is the trainer's."""
+    """Push; return the error, and whether the model on disk equals the trainer's."""
     trainer, message = push.__self__, ""
     try:
         push()
@@ -95,7 +95,7 @@ def _full(*args, **kwargs):
 
 
 def whole():
-    """By hand after training, into a private repository."""
+    """A push by hand after training, to a private repository."""
     trainer = trainer_of("whole", hub_private_repo=True, verify=True)
     trainer.train()
     trainer.push_to_hub("First push", dataset_name=str(FOLDER / "rows"), license="apache-2.0")
@@ -106,7 +106,7 @@ def whole():
 
 
 def every_save():
-    """Each upload is still under way, its files hashed and not yet sent, when the next would be."""
+    """Each upload is still running, with its files hashed but not sent, when the next one is due."""
     options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
     trainer = trainer_of("every_save", **options)
     faults((r"POST .*\.git/info/lfs/objects/batch", 9, 0, 1.0))
@@ -141,7 +141,7 @@ def branch():
 
 
 def dropped():
-    """The connection breaks in the second part of the weights, as often as the client tries; then once only."""
+    """The connection breaks in the second part of the weights, first on every try, then once."""
     trainer = trainer_of("dropped")
     faults((r"PUT /_lfs/\w+/2", 6, 0))
     result = fails(trainer.push_to_hub)
@@ -155,7 +155,7 @@ def refused():
 
 
 def unreachable():
-    """Without a repository: what was trained is on disk all the same."""
+    """Creating the repository fails; the trained model is on disk all the same."""
     return fails_then_pushes("unreachable", ("POST /api/repos/create", 1, 0))
 
 
@@ -168,27 +168,27 @@ def fails_then_pushes(name, fault):
 
 
 def background():
-    """The upload of the first checkpoint fails, that of the second does not."""
+    """The upload of the first checkpoint fails, and the second succeeds."""
     warnings.clear()
     options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
     trainer = trainer_of("background", **options)
     faults(("POST .*/commit/", 1, 500))
     trainer.train()
-    told = warnings[:]
+    training_warnings = warnings[:]
     faults(("POST .*/commit/", 1, 500))
     future = trainer.push_to_hub(blocking=False, dataset_name="ana/rows")
     failure = future.exception()
     trainer.push_to_hub("Last push", dataset_name="ana/rows")
     return {
         "step": trainer.state.global_step,
-        "told": told,
+        "warnings": training_warnings,
         "future": type(failure).__name__,
-        "told_of_future": warnings[len(told) :],
+        "warnings_of_future": warnings[len(training_warnings) :],
     }
 
 
 def xet():
-    """Xet, which the client takes by default, and whose store is not there."""
+    """The client uses Xet by default, and this Hub has no Xet store."""
     trainer = trainer_of("xet")
     constants.HF_HUB_DISABLE_XET = False
     result = fails(trainer.push_to_hub)

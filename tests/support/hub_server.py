@@ -1,9 +1,9 @@
-"""A Hub on loopback, in memory: what `huggingface_hub` asks of one to push a model and to load it again.
+"""A Hub on loopback, in memory, with the endpoints that `huggingface_hub` uses to push a model and to load it again.
 
-Files above `LFS_SIZE` and binary ones are LFS objects, above `PART_SIZE` uploaded in parts; Xet is not spoken (the client
-needs HF_HUB_DISABLE_XET=1 as soon as a file is an LFS object). Every answer depends on what was sent: hashes are checked,
-a private repository needs its owner's token, a card's metadata is refused as the Hub refuses it, a commit needs its objects.
-A test makes it fail with `faults`; a client in another process by sending them to `/_faults`.
+Binary files and files above `LFS_SIZE` are LFS objects, uploaded in parts above `PART_SIZE`. There is no Xet, so a client needs
+HF_HUB_DISABLE_XET=1 as soon as a file is an LFS object. The server checks requests as the Hub does: hashes have to match, a
+private repository needs its owner's token, invalid metadata of a card is refused, and a commit needs its objects. A test
+injects failures with `faults`, a client in another process by posting them to `/_faults`.
 """
 
 import base64
@@ -53,9 +53,9 @@ class Repository:
 
     def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
         history = self.branches.setdefault(branch, [])
-        made = Commit(hashlib.sha1(f"{branch} {len(history)} {title}".encode()).hexdigest(), title, files)
-        history.append(made)
-        return made
+        commit = Commit(hashlib.sha1(f"{branch} {len(history)} {title}".encode()).hexdigest(), title, files)
+        history.append(commit)
+        return commit
 
     def at(self, revision: str) -> Commit | None:
         if revision in self.branches:
@@ -65,8 +65,10 @@ class Repository:
 
 @dataclass
 class Fault:
-    """Answers `times` requests whose "METHOD path" matches: with `status`, or, if it is 0, hanging up amid the body, or
-    `late` by as many seconds, as it would have without."""
+    """A failure of the next `times` requests whose "METHOD path" matches `pattern`.
+
+    With `late`, answer normally after that many seconds. Otherwise answer with `status`; for status 0, hang up amid the body.
+    """
 
     pattern: str
     times: int
@@ -82,7 +84,7 @@ class Request(NamedTuple):
 
 
 class Answer(Exception):
-    """Ends a request early."""
+    """Raised to answer a request with an error."""
 
     def __init__(self, status: int, code: str = "", message: str = ""):
         self.status = status
@@ -115,7 +117,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """Print nothing for a client that hangs up."""
 
     def fault(self, request: str) -> Fault | None:
         with self.lock:
@@ -198,12 +200,12 @@ class _Handler(BaseHTTPRequestHandler):
         raise Answer(404, "EntryNotFound")
 
     def _repository(self, repo: str, write: bool = False) -> Repository:
-        found = self.server.repositories.get(repo)
-        if found is None or (found.private and found.owner != self.user):
+        repository = self.server.repositories.get(repo)
+        if repository is None or (repository.private and repository.owner != self.user):
             raise Answer(404 if self.user else 401, "RepoNotFound", "Repository not found")
-        if write and found.owner != self.user:
+        if write and repository.owner != self.user:
             raise Answer(403 if self.user else 401, message="You need the owner's token to write.")
-        return found
+        return repository
 
     def _commit_at(self, repo: str, revision: str, write: bool = False) -> Commit:
         commit = self._repository(repo, write).at(revision)
@@ -223,8 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         exists = repo in self.server.repositories
         if not exists:
             private = bool(sent.get("private")) or sent.get("visibility") == "private"
-            made = self.server.repositories[repo] = Repository(self.user, private)
-            made.commit("main", "initial commit", {})
+            repository = self.server.repositories[repo] = Repository(self.user, private)
+            repository.commit("main", "initial commit", {})
         return 409 if exists else 200, {"url": f"{self.server.endpoint}/{repo}"}
 
     def branch(self, repo: str, branch: str) -> tuple:
@@ -233,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {}
 
     def validate_yaml(self) -> tuple:
-        """The Hub takes as base model and data set what can be an id, and a mapping as metadata."""
+        """Like the Hub, accept only ids as base model and datasets, and only a mapping as metadata."""
         content = json.loads(self.body)["content"]
         metadata = yaml.safe_load(content.split("---")[1]) if content.startswith("---") else {}
         errors = [] if isinstance(metadata, dict) else ["metadata is not a mapping"]
@@ -246,13 +248,13 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"warnings": [], "errors": []}
 
     def preupload(self, repo: str, revision: str) -> tuple:
-        there = self._commit_at(repo, revision, write=True).files
+        stored_files = self._commit_at(repo, revision, write=True).files
         files = []
         for file in json.loads(self.body)["files"]:
             binary = b"\0" in base64.b64decode(file["sample"])
             mode = "lfs" if binary or file["size"] > LFS_SIZE else "regular"
-            known = there.get(file["path"])
-            oid = {"oid": known.oid} if known else {}
+            stored = stored_files.get(file["path"])
+            oid = {"oid": stored.oid} if stored else {}
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
         return 200, {"files": files}
 
@@ -314,8 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(self.server.objects[value["oid"]], True)
             else:
                 raise Answer(400, message=f"cannot {key}")
-        made = self._repository(repo).commit(revision, title, files)
-        return 200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{made.sha}", "commitOid": made.sha}
+        commit = self._repository(repo).commit(revision, title, files)
+        return 200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{commit.sha}", "commitOid": commit.sha}
 
     def info(self, repo: str, revision: str = "main") -> tuple:
         commit = self._commit_at(repo, revision)
@@ -337,14 +339,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, path: str) -> tuple:
         commit = self._commit_at(repo, revision)
-        here = {"X-Repo-Commit": commit.sha}
+        headers = {"X-Repo-Commit": commit.sha}
         if path not in commit.files:
             missing = Answer(404, "EntryNotFound")
-            missing.headers |= here
+            missing.headers |= headers
             raise missing
         file = commit.files[path]
         linked = {"X-Linked-Etag": f'"{file.oid}"', "X-Linked-Size": str(len(file.data))} if file.lfs else {}
-        return 200, file.data, here | linked | {"ETag": f'"{file.oid}"'}
+        return 200, file.data, headers | linked | {"ETag": f'"{file.oid}"'}
 
 
 _ROUTES: list[tuple[str, str, Callable[..., tuple]]] = [

@@ -1,4 +1,4 @@
-"""What the two ranks of test_interruption.py do, each in a process of its own: gloo DDP on the CPU."""
+"""Scenarios of the two ranks of test_interruption.py, each in a process of its own: gloo DDP on the CPU."""
 
 import os
 import signal
@@ -34,16 +34,15 @@ class AtStep(TrainerCallback):
 
 
 def start(rank: int, port: int, scenario: str, folder: Path) -> None:
-    """Run a scenario as a rank; what it saw goes into the file `rank`."""
+    """Run a scenario as one rank and write its result to the file `rank`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    seen = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}[scenario](
-        rank, folder
-    )
-    (folder / str(rank)).write_text(repr(seen))
+    scenarios = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}
+    result = scenarios[scenario](rank, folder)
+    (folder / str(rank)).write_text(repr(result))
 
 
-def trainer(folder: Path, dataset=None, **options) -> MISOSFTTrainer:
+def make_trainer(folder: Path, dataset=None, **options) -> MISOSFTTrainer:
     defaults = {
         "output_dir": str(folder / "out"),
         "max_steps": 4,
@@ -70,51 +69,51 @@ def saved(folder: Path) -> list[str]:
 
 
 def nan(rank: int, folder: Path):
-    """The second step of rank 1 has a NaN; both stop."""
-    made = trainer(folder)
+    """The second step of rank 1 has a NaN; both ranks stop."""
+    trainer = make_trainer(folder)
 
     def poison(module, args, out):
-        return out * torch.nan if (rank, made.state.global_step) == (1, 1) and module.training else out
+        return out * torch.nan if (rank, trainer.state.global_step) == (1, 1) and module.training else out
 
-    made.model.get_input_embeddings().register_forward_hook(poison)
+    trainer.model.get_input_embeddings().register_forward_hook(poison)
     try:
-        made.train()
+        trainer.train()
     except NonFiniteError as error:
-        return str(error), error.__notes__, made.state.global_step, saved(folder)
+        return str(error), error.__notes__, trainer.state.global_step, saved(folder)
 
 
 def sigterm(rank: int, folder: Path):
-    """Rank 1 alone is told to end in its second step; both save and end."""
-    made = trainer(folder)
+    """Only rank 1 receives SIGTERM, in its second step; both ranks save and end."""
+    trainer = make_trainer(folder)
     if rank == 1:
-        made.add_callback(AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        trainer.add_callback(AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     try:
-        made.train()
+        trainer.train()
     except SystemExit as end:
-        return end.code, made.state.global_step, saved(folder)
+        return end.code, trainer.state.global_step, saved(folder)
 
 
 def stream(rank: int, folder: Path):
-    """A stream of shards of 3, 6 and 14 rows: as many batches for each rank, and each row for one of them."""
+    """A stream of shards of 3, 6 and 14 rows: the ranks get the same number of batches, and each row goes to one of them."""
     dataset = IterableDataset.from_generator(parts, gen_kwargs={"bounds": [(0, 3), (3, 9), (9, 23)]})
-    made = trainer(folder, dataset, max_steps=9)
-    batches = [batch["miso_rows"].tolist() for batch in made.get_train_dataloader()]
-    made.train()
-    return batches, made.state.global_step
+    trainer = make_trainer(folder, dataset, max_steps=9)
+    batches = [batch["miso_rows"].tolist() for batch in trainer.get_train_dataloader()]
+    trainer.train()
+    return batches, trainer.state.global_step
 
 
 def verify(rank: int, folder: Path):
-    """Under DDP the checks run on every rank, on the same rows."""
-    made = trainer(folder)
-    made.train()
-    return [(check.name, check.status, check.measured) for check in made.verification]
+    """Under DDP every rank runs the checks, on the same rows."""
+    trainer = make_trainer(folder)
+    trainer.train()
+    return [(check.name, check.status, check.measured) for check in trainer.verification]
 
 
 def sharded(rank: int, folder: Path):
-    """The checks on a model that FSDP2 has sharded, as a trainer makes them before its first step."""
-    made = trainer(folder)
+    """The checks of the first step, on a model that FSDP2 has sharded."""
+    trainer = make_trainer(folder)
     mesh = init_device_mesh("cpu", (2,))
-    for part in (*made.model.model.layers, made.model):
+    for part in (*trainer.model.model.layers, trainer.model):
         fully_shard(part, mesh=mesh)
-    made.run_checks(2, gradients=False)
-    return [(check.name, check.status) for check in made.verification], type(made.model).__name__
+    trainer.run_checks(2, gradients=False)
+    return [(check.name, check.status) for check in trainer.verification], type(trainer.model).__name__

@@ -1,4 +1,4 @@
-"""What the processes of test_resume.py do: train a tiny model, and die, or find the disk full, where they are told to."""
+"""The processes of test_resume.py: train a tiny model, and be killed or run out of disk space at a given moment."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ STEPS = 8
 
 
 class Course(TrainerCallback):
-    """Writes each step's loss and gradient norm down, and acts in the step after a given one."""
+    """Append the loss and gradient norm of each step to course.jsonl, and call `act` when `at` steps are done."""
 
     def __init__(self, folder: Path, at: int | None, act):
         self.folder, self.at, self.act = folder, at, act
@@ -51,10 +51,10 @@ def fill_disk():
 
 
 def kill_in_write(number: int):
-    """Die in the `number`-th thing that saving a checkpoint does, a file written by half."""
+    """Be killed in the `number`-th write, replacement or removal of a save, with the file half-written."""
     calls = itertools.count(1)
 
-    def dying(owner, name, written=None):
+    def kill_in(owner, name, written=None):
         real = getattr(owner, name)
 
         def call(*args, **kwargs):
@@ -68,19 +68,19 @@ def kill_in_write(number: int):
 
         setattr(owner, name, call)
 
-    dying(PreTrainedModel, "save_pretrained", lambda model, folder, **_: Path(folder) / "model.safetensors")
-    dying(torch, "save", lambda value, path: path)
-    dying(TrainerState, "save_to_json", lambda state, path: path)
-    dying(Path, "write_text", lambda path, text: path)
-    dying(os, "replace")
-    dying(shutil, "rmtree")
+    kill_in(PreTrainedModel, "save_pretrained", lambda model, folder, **_: Path(folder) / "model.safetensors")
+    kill_in(torch, "save", lambda value, path: path)
+    kill_in(TrainerState, "save_to_json", lambda state, path: path)
+    kill_in(Path, "write_text", lambda path, text: path)
+    kill_in(os, "replace")
+    kill_in(shutil, "rmtree")
 
 
 def train(folder: Path, resume, at: int | None = None, act=kill, in_write: int | None = None, **options):
-    """Train to the end, or to where `act` ends it; `final` then has a digest of the weights, `error` what was raised."""
+    """Train to the end, or until `act` ends training. Write a digest of the weights to `final`, or an exception to `error`."""
     lora, stream, evaluate = (options.pop(name, None) for name in ("lora", "stream", "evaluate"))
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, quicker than a server of their own
-    rows = synthetic_rows(14, seed=1)  # 4 steps an epoch, the last of one batch
+    multiprocessing.set_start_method("fork", force=True)  # quicker for data workers than a server of their own
+    rows = synthetic_rows(14, seed=1)  # 4 steps per epoch, of which the last has one batch
     dataset = Dataset.from_list(rows).map(crab_row, remove_columns=list(rows[0]))
     model = tiny_model("llama")
     peft_config = None
@@ -115,7 +115,7 @@ def train(folder: Path, resume, at: int | None = None, act=kill, in_write: int |
         callbacks=[Course(folder, at, act)],
         peft_config=peft_config,
     )
-    if evaluate:  # a metric that is best at the first checkpoint
+    if evaluate:  # a metric that is the best at the first checkpoint
         trainer.evaluate = lambda *_, **__: {f"eval_{evaluate}": -trainer.state.global_step}
     if in_write:
         kill_in_write(in_write)

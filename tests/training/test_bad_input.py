@@ -1,7 +1,7 @@
-"""Bad rows, templates and tokenizers: an error that names row and column, or dropped and counted; nothing else, ever.
+"""Bad rows, templates and tokenizers: each is an error that names row and column, or a row that is dropped and counted.
 
-In the matrix one bad value stands in one column of row 2 of 4, in every format and mode, as a Dataset and as a stream of
-Python rows, which lets through what Arrow would refuse or convert.
+The matrix puts one bad value into one column of row 2 of 4, in every format and mode: in a Dataset, and in a stream of Python
+rows, where Arrow neither refuses nor converts values.
 """
 
 import datetime
@@ -62,7 +62,7 @@ BAD_MESSAGES = [{"content": "a"}, user("a", None), user("a", 5), user("a", "USER
 BAD_MESSAGES += [user([{"type": "text", "text": None}]), user([{"type": "image"}]), user("a", tool_calls=5)]
 BAD_MESSAGES += [user("a", tool_calls=["f"]), user(HALF), user("a", "\ud83d")]
 NO_WORDS = [{"role": "user"}, user(None), user(" \n"), user([])]
-# column -> (values that are errors, values for which the row is dropped, values that are fine); streams show them as they are
+# column -> (values that are errors, values that drop the row, values that are fine), each as a stream gives it
 TEXTS = ([*NO_TEXT, HALF], [*NOTHING, "", " \n", []], ["a\0b", "\U0001f600"])
 SYSTEM = [user("Be brief.", "system"), *PROMPT]
 CHATS = ([*NO_TEXT, HALF, "a string", *([message] for message in BAD_MESSAGES)],
@@ -102,13 +102,13 @@ KINDS = {
          [5, 6, 1024], [5, 6, 2**40]],
         [*NOTHING, []], [np.array([5, 6, 7]), [np.int64(5), 6, 7]]),
     "labels": ([*NOTHING, "a", 5, [], [6, 7], [6] * 4, [-100, -5, 6], [-100, 1024, 6], [-100.0, 6.0, 7.0], [None, 6, 7]],
-               [[-100] * 3, [6, -100, -100]],  # nothing precedes the first token to predict it from
+               [[-100] * 3, [6, -100, -100]],  # no token precedes the first one, so nothing predicts it
                [np.array([-100, 6, 7])]),
 }
 # fmt: on
 
 OUTCOMES = "error", "dropped", "prepared"
-# columns that a mode does not read, or not all of
+# columns that a mode does not read, or reads in part
 UNREAD = {("constraints_chat", "single"): ["prompt", "constraints"], ("contexts_chat", "succ"): ["contexts"]}
 UNREAD |= {("contexts", "single"): ["contexts", "context_weights"]}
 
@@ -121,9 +121,8 @@ def tok():
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(PrinterCallback, "on_log", lambda *args, **kwargs: None)
-    monkeypatch.setattr(
-        importlib.metadata, "metadata", cache(importlib.metadata.metadata)
-    )  # a fifth of a trainer's time
+    # takes a fifth of the time of making a trainer
+    monkeypatch.setattr(importlib.metadata, "metadata", cache(importlib.metadata.metadata))
     disable_progress_bars()
     yield
     enable_progress_bars()
@@ -131,7 +130,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def fit(tok, tmp_path):
-    """A trainer on rows, as a Dataset or a stream; None if Arrow cannot hold such rows."""
+    """Makes a trainer on rows, as a Dataset or a stream; None if Arrow cannot hold the rows."""
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, **SIZE))
 
     def fit(rows, streamed=False, tokenizer=tok, eval_rows=None, model=model, formatting_func=None, **config):
@@ -157,7 +156,7 @@ def as_dataset(rows, streamed):
 
 
 def prepared(trainer):
-    """Rows by the number of the raw row."""
+    """Prepared rows, by the number of the raw row."""
     rows = {}
     for row in trainer.train_dataset:
         assert any(label != -100 for label in row["labels"][1:])
@@ -172,17 +171,17 @@ def learns(trainer):
 
 
 def outcome(fit, good, bad, column, streamed, alone, **config):
-    """What becomes of a bad row among good ones, which are `alone`; AssertionError for anything but what is allowed."""
+    """Outcome of a bad row among good rows, whose prepared form is `alone`. AssertionError for outcomes that are not allowed."""
     try:
         trainer = fit([good, good, bad, good], streamed, **config)
     except ValueError as error:
-        # Arrow may have converted the whole column.
-        named = re.match(r"Row 2: " if streamed else r"Row [02]: ", str(error))
-        where = any(name in str(error) for name in (f"'{column}'", "chat template", "response_template"))
-        assert named and where and re.search("Got .*xpected .*Fix: ", str(error), re.DOTALL), str(error)
+        # Arrow may have converted the whole column, so that row 0 is bad too.
+        names_row = re.match(r"Row 2: " if streamed else r"Row [02]: ", str(error))
+        names_column = any(name in str(error) for name in (f"'{column}'", "chat template", "response_template"))
+        assert names_row and names_column and re.search("Got .*xpected .*Fix: ", str(error), re.DOTALL), str(error)
         return "error"
     if trainer is None:
-        return "error"  # of Arrow, before any of this
+        return "error"  # raised by Arrow, before the trainer
     rows, dropped = prepared(trainer), trainer.dropped_rows["train"]
     assert all(rows[i] == alone for i in (0, 1, 3)), "a good row was changed"
     assert sum(dropped.values(), []) == ([] if 2 in rows else [2])
@@ -190,7 +189,7 @@ def outcome(fit, good, bad, column, streamed, alone, **config):
 
 
 @pytest.mark.parametrize(("kind", "mode", "column"), MATRIX)
-def test_a_bad_value_is_named_or_counted(kind, mode, column, fit):
+def test_a_bad_value_is_an_error_or_counted(kind, mode, column, fit):
     good = ROWS[kind]
     config = {"context_mode": mode, "response_template": None if kind.endswith("_chat") else END}
     keys = f"{kind}-{column}", f"{column}_chat" if kind.endswith("_chat") else column, column
@@ -202,7 +201,7 @@ def test_a_bad_value_is_named_or_counted(kind, mode, column, fit):
     for n, (expected, value) in enumerate(cells):
         bad = {name: given for name, given in good.items() if name != column}
         bad |= {} if value is ... else {column: value}
-        # All in the first mode as streams; elsewhere some, in each mode others.
+        # Every value as a stream in the first mode; elsewhere a sample that differs by mode.
         for streamed, every in ((True, 1 if mode == "auto" else 4), (False, 5)):
             if (n + len(mode)) % every:
                 continue
@@ -216,8 +215,8 @@ def test_a_bad_value_is_named_or_counted(kind, mode, column, fit):
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind in ROWS for mode in MODES.get(kind, ["auto"])])
-def test_what_is_left_is_learned_and_evaluated(kind, mode, fit):
-    """Good rows among all that are dropped have the loss that they have alone."""
+def test_good_rows_train_among_dropped_ones(kind, mode, fit):
+    """Among rows that are dropped, good rows have the same loss as alone."""
     good = ROWS[kind]
     column = "completion" if "completion" in good else next(iter(good))
     _, dropped, _ = KINDS.get(f"{column}_chat" if kind.endswith("_chat") else column) or KINDS[column]
@@ -239,12 +238,12 @@ EVAL_ROWS = {
 }
 
 
-@pytest.mark.parametrize("named", EVAL_ROWS)
+@pytest.mark.parametrize("message", EVAL_ROWS)
 @pytest.mark.parametrize(("mode", "streamed"), [("auto", True), ("single", False)])
-def test_bad_evaluation_rows_are_named_too(named, mode, streamed, fit):
-    with pytest.raises(ValueError, match=f"{named}.*Fix") as caught:
-        fit([ROWS["prompt"]], eval_rows=as_dataset(EVAL_ROWS[named], streamed), context_mode=mode)
-    assert streamed or not named.startswith("Row") or "eval dataset" in caught.value.__notes__[0]
+def test_bad_evaluation_rows_are_errors_too(message, mode, streamed, fit):
+    with pytest.raises(ValueError, match=f"{message}.*Fix") as caught:
+        fit([ROWS["prompt"]], eval_rows=as_dataset(EVAL_ROWS[message], streamed), context_mode=mode)
+    assert streamed or not message.startswith("Row") or "eval dataset" in caught.value.__notes__[0]
 
 
 CHAT = ROWS["constraints_chat"] | {"full_prompt": None}
@@ -261,12 +260,12 @@ CHAT = ROWS["constraints_chat"] | {"full_prompt": None}
     ],
 )
 @pytest.mark.parametrize(("mode", "num_proc"), [("auto", None), ("single", None), ("single", 2)])
-def test_rows_after_those_that_types_are_inferred_from(first, late, mode, num_proc, fit):
+def test_rows_beyond_those_that_arrow_infers_types_from(first, late, mode, num_proc, fit):
     rows, config = [first] * 1001 + [first | late], {"context_mode": mode, "dataset_num_proc": num_proc}
     if first is ROWS["prompt"]:
         with pytest.raises(ValueError, match=r"^Row 1001: Got .* in column 'prompt', expected .*Fix"):
             fit(rows, **config)
-    elif num_proc is None or first is CHAT:  # processes take their time
+    elif num_proc is None or first is CHAT:  # worker processes are slow
         assert prepared(fit(rows, **config))[1001] == prepared(fit(rows[-1:], context_mode=mode))[0]
 
 
@@ -278,7 +277,7 @@ def test_text_and_messages_in_one_stream(mode, fit):
             fit(rows, True, context_mode=mode)
 
 
-def test_the_advice_for_half_a_pair_mends_it(fit):
+def test_the_fix_for_half_a_surrogate_pair_works(fit):
     row = {"prompt": "a \ud83d\ude00 and \ud83d", "completion": "b"}
     with pytest.raises(ValueError, match=r"^Row 0: Got '\\ud83d' in column 'prompt' .*Fix: text\.encode") as caught:
         fit([row], True)
@@ -324,7 +323,7 @@ TURNS = {
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "single"])
-def test_templates_render_every_turn_or_the_row_is_named(template, turns, error, mode, tok, fit):
+def test_templates_render_every_turn_or_the_error_names_the_row(template, turns, error, mode, tok, fit):
     tokenizer = deepcopy(tok)
     tokenizer.chat_template = LOOP.replace("%s", TEMPLATES[template])
     rows = [ROWS["messages"]] * (template in ("raises", "ignores")) + [{"messages": TURNS[turns]}]
@@ -353,7 +352,7 @@ def test_a_template_without_a_generation_prompt(tok, fit):
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "single"])
-def test_what_a_tokenizer_lacks_is_named(missing, rows, error, mode, tok, fit):
+def test_errors_name_what_a_tokenizer_lacks(missing, rows, error, mode, tok, fit):
     tokenizer = deepcopy(tok)
     for name, value in missing.items():
         setattr(tokenizer, name, value)
@@ -362,7 +361,7 @@ def test_what_a_tokenizer_lacks_is_named(missing, rows, error, mode, tok, fit):
 
 
 @pytest.mark.parametrize("kind", ["constraints", "constraints_chat", "messages", "text"])
-def test_a_tokenizer_of_python(kind, tok, fit):
+def test_a_tokenizer_written_in_python(kind, tok, fit):
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = tok.chat_template
     assert learns(fit([ROWS[kind]], tokenizer=tokenizer, response_template=END))
@@ -375,16 +374,18 @@ def test_tokens_beyond_the_models_vocabulary(kind, mode, fit):
         fit([ROWS[kind]], model=model, context_mode=mode)
 
 
-@pytest.mark.parametrize(("made", "named"), [(5, "Row 0: .*text"), (None, "none of which"), (["a"], "Row 0: .*text")])
-def test_what_a_formatting_function_makes_is_checked(made, named, fit):
-    with pytest.raises(ValueError, match=f"{named}.*Fix"):
-        fit([{"question": "a"}], formatting_func=lambda row: made)
+@pytest.mark.parametrize(
+    ("output", "message"), [(5, "Row 0: .*text"), (None, "none of which"), (["a"], "Row 0: .*text")]
+)
+def test_the_output_of_a_formatting_function_is_checked(output, message, fit):
+    with pytest.raises(ValueError, match=f"{message}.*Fix"):
+        fit([{"question": "a"}], formatting_func=lambda row: output)
     with pytest.raises(ValueError, match="Got no rows in the train dataset.*Fix"):
         fit([], formatting_func=lambda row: "a")
 
 
 @pytest.mark.parametrize("unbroken", [True, False])
-def test_texts_that_do_not_fit_are_tokenized_for_one_context(unbroken, tok, fit, monkeypatch):
+def test_texts_that_are_too_long_are_tokenized_for_one_context_only(unbroken, tok, fit, monkeypatch):
     tokenized, call = [], type(tok).__call__
     monkeypatch.setattr(type(tok), "__call__", lambda self, *a, **k: tokenized.extend(a[0]) or call(self, *a, **k))
     size = 300_000

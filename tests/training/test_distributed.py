@@ -1,4 +1,4 @@
-"""Training on several processes has the trajectory of one: DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3, on CPUs."""
+"""Training on several processes equals training on one, step by step: DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3, on CPUs."""
 
 import importlib.util
 import json
@@ -27,17 +27,17 @@ from trl_miso.data.collator import MISODataCollator
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "examples" / "accelerate"
-SCRIPT = REPOSITORY / "tests" / "distributed_script.py"
+SCRIPT = REPOSITORY / "tests" / "support" / "distributed_script.py"
 CPU = {"use_cpu": True}
-DEEPSPEED = {"ddp_backend": "gloo"}  # with use_cpu accelerate would take DDP, and without a backend a world of one
+DEEPSPEED = {"ddp_backend": "gloo"}  # with use_cpu accelerate would use DDP, and without a backend a single process
 SAVED = {"save_strategy": "steps", "save_steps": 10}
 LORA = {"lora": True, "max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
 REENTRANT = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    "ddp_find_unused_parameters": False,  # which transformers sets for adapters, and torch cannot join with reentrant
+    "ddp_find_unused_parameters": False,  # transformers sets it for adapters, and torch cannot combine it with reentrant checkpointing
 }
-# What one process does in a batch of 4, two do in 2 x 2, in 2 x 1 accumulated twice, or by splitting its batch.
+# Ways for two processes to do what one does in a batch of 4: 2 x 2, 2 x 1 accumulated twice, or a split batch of 4.
 STEPS = {
     "batch": {"max_steps": 20, "per_device_train_batch_size": 2},
     "accumulated": {"max_steps": 20, "gradient_accumulation_steps": 2},
@@ -47,7 +47,7 @@ STEPS = {
         "accelerator_config": {"split_batches": True},
     },
 }
-# Rows that fill neither the last batch nor the last step: 13, with a giant and one with a single label; 3; bins.
+# Rows that fill neither the last batch nor the last step: 13 rows, one very long and one with a single label; 3 rows; bins.
 UNEVEN = {
     "uneven": {"rows": "uneven", "max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "few": {"rows": "few", "max_steps": 2, "per_device_train_batch_size": 4},
@@ -80,7 +80,7 @@ def folder(tmp_path_factory, para_dataset, tokenizer):
 
 
 def _launch(folder, name, launcher, scenarios, **environment):
-    """Results of each scenario, one a rank."""
+    """Launch two ranks; return the results of each scenario, one per rank."""
     (folder / f"{name}.json").write_text(json.dumps(scenarios))
     environment = (
         os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
@@ -98,7 +98,7 @@ def _accelerate(name):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """20 steps of one process."""
+    """Results of 20 steps in one process."""
     return run(folder, keep="one", max_steps=20, per_device_train_batch_size=4, **CPU)
 
 
@@ -113,7 +113,7 @@ def ddp(folder):
 
 @pytest.fixture(scope="module", params=["fsdp2", "zero2", "zero3"])
 def sharded(request, folder):
-    """The launch by its name, with the results of its run and of the run resumed from the middle."""
+    """(name of the launch, results of an uninterrupted run and of a run resumed from its middle)"""
     name = request.param
     if name != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed: pip install 'trl-miso[deepspeed]'")
@@ -146,12 +146,12 @@ def _key(row):
 
 
 def _rows(result, steps=slice(None)):
-    """The rows that a rank saw, in order, as something to compare."""
+    """Hashable keys of the rows that a rank saw, in order."""
     return [_key(row) for step in result["steps"][steps] for batch in step for row in batch]
 
 
 def test_accumulation_is_per_labelled_token(folder, one):
-    """One process, 1 x 4."""
+    """One process that accumulates four batches of one row."""
     got = run(folder, max_steps=20, gradient_accumulation_steps=4, **CPU)
     assert Counter(_rows(got)) == Counter(_rows(one))
     _same(_losses(got), _losses(one))
@@ -172,7 +172,7 @@ def test_two_ranks_end_with_the_weights_of_one(folder, one, ddp):
 
 
 def test_sharded_equals_one(folder, one, sharded):
-    """The loss of every step; the checkpoint that `save_model` leaves is an ordinary one with the same weights."""
+    """The loss of every step is the same, and `save_model` leaves an ordinary checkpoint with the same weights."""
     name, results = sharded
     first, second = results["whole"]
     assert first["held"] == 1 if name == "zero2" else 0.4 < first["held"] < 0.6
@@ -184,13 +184,13 @@ def test_sharded_equals_one(folder, one, sharded):
 def test_resumed_equals_uninterrupted(folder, one, sharded):
     name, results = sharded
     resumed = _losses(results["resumed"][0])
-    assert len(resumed) == 20  # with the history of the first ten
+    assert len(resumed) == 20  # the first ten from the checkpoint's history
     _same(resumed, _losses(one))
     _same_weights(folder, f"{name}-resumed", "one")
 
 
 def test_every_batch_calls_the_same_modules(folder):
-    """ZeRO-3 gathers weights in the order of the modules' calls: ranks that differ in it wait for each other forever."""
+    """ZeRO-3 gathers weights in the order of the modules' calls: ranks with different orders would wait for each other forever."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model").train()
     prepare_model(model, register_miso_attention("sdpa", "cpu"), OPTIONS["max_length"])
     calls = []
@@ -207,7 +207,7 @@ def test_every_batch_calls_the_same_modules(folder):
 
 
 def _replay(folder, ranks):
-    """Losses of a training loop by hand over the rows that the ranks saw, all those of a step in one sum."""
+    """Losses of a hand-written training loop over the rows that the ranks saw, with one sum over all rows of a step."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model").train()
     prepare_model(model, register_miso_attention("sdpa", "cpu"), OPTIONS["max_length"])
     collate = MISODataCollator(0, share_prefixes=False)
@@ -234,7 +234,7 @@ def _replay(folder, ranks):
 
 @pytest.mark.parametrize("scenario", UNEVEN)
 def test_uneven_rows(folder, ddp, scenario):
-    """Every rank has as many batches, no row is left out, and a step's loss is the mean over all of its labels."""
+    """All ranks have the same number of batches, no row is left out, and the loss of a step is the mean over all of its labels."""
     ranks = ddp[scenario]
     shapes = [[[len(batch) for batch in step] for step in rank["steps"]] for rank in ranks]
     assert shapes[0] == shapes[1]
@@ -259,7 +259,7 @@ def test_lora(folder, ddp):
 
 
 def _launched(path, *options):
-    """accelerate's own reading of a config file; raises on keys that it does not know."""
+    """Read a config file as accelerate does, which raises on unknown keys."""
     load_config_from_file(str(path))
     arguments = launch_command_parser().parse_args(["--config_file", str(path), *options, "train.py"])
     return _validate_launch_command(arguments)[0]
@@ -267,7 +267,7 @@ def _launched(path, *options):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_launch_configs(path):
-    """Every field of an engine's section is one of the launcher's, and reaches it."""
+    """The launcher knows every field of the engine's section, and takes its value."""
     config, launched = load_config_from_file(str(path)), _launched(path)
     section = config.fsdp_config | config.deepspeed_config
     assert section == {name: getattr(launched, name) for name in section}
@@ -290,7 +290,7 @@ def test_multi_node_is_fsdp2_with_a_rank_and_an_address():
 
 
 def test_fsdp2_wraps_the_layers_that_the_model_names(monkeypatch):
-    """The plugin that accelerate makes of fsdp2.yaml: which modules it shards, and what is saved."""
+    """accelerate's plugin for fsdp2.yaml shards the right modules and saves full state dicts."""
     environment = prepare_multi_gpu_env(_launched(CONFIGS / "fsdp2.yaml", "--main_process_port", "0"))
     for name in [name for name in environment if name.startswith("FSDP_")]:
         monkeypatch.setenv(name, environment[name])

@@ -32,12 +32,10 @@ from trl_miso.attention.support import prepare_model
 from trl_miso.attention.transformers_attention import set_implementation
 from trl_miso.data.pipeline import check_first_row
 from trl_miso.segments.packed import WEIGHTINGS
-from trl_miso.data.pipeline import check_first_row
 from trl_miso.training import guards
 
-TOLERANCE = (
-    512 * torch.finfo(torch.float32).eps
-)  # relative for a loss; for a gradient, relative to the parameter's largest
+# Relative to a loss; for a gradient, relative to the largest of its parameter.
+TOLERANCE = 512 * torch.finfo(torch.float32).eps
 CLEAR = re.compile("Got .*xpected .*Fix: ", re.DOTALL)
 
 

@@ -1,6 +1,5 @@
-"""What cannot be trained with MISO is refused before training, with the reason: got / expected / fix."""
+"""What MISO cannot train is refused before training, with what was got, what was expected and how to fix it."""
 
-import re
 import sys
 from types import SimpleNamespace
 
@@ -17,13 +16,13 @@ from trl_miso.attention.support import check_config, prepare_model
 NAME = register_miso_attention("sdpa", "auto")
 
 
-def _refused(match):
-    return pytest.raises(ValueError, match=f"(?s)(?=Got.*[Ee]xpected.*Fix).*{match}")
+def _refused(match, error=ValueError):
+    return pytest.raises(error, match=f"(?s)(?=Got.*[Ee]xpected.*Fix).*{match}")
 
 
 @pytest.fixture
 def train(para_dataset, tokenizer, make_config):
-    """A trainer on the para rows, with some arguments changed."""
+    """Makes a trainer on the para rows, with the given arguments."""
 
     def make(model=None, dataset=None, peft_config=None, data_collator=None, **options):
         return MISOSFTTrainer(
@@ -39,39 +38,6 @@ def train(para_dataset, tokenizer, make_config):
 
 
 @pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"context_mode": "parallel"}, "context_mode"),
-        ({"context_weighting": "mean"}, "context_weighting"),
-        ({"output_positions": "first"}, "output_positions"),
-        ({"attention_kernel": "triton"}, "attention_kernel"),
-        ({"eval_contexts": "all"}, "eval_contexts"),
-        ({"para_prob": 1.5}, "para_prob"),
-        ({"chunk_probs": [0.5, 0.2]}, "chunk_probs"),
-        ({"chunk_probs": []}, "chunk_probs"),
-        ({"full_context_weight": 1.0}, "full_context_weight"),
-        ({"full_context_weight": 0.5, "context_weighting": "fid"}, "full_context_weight"),
-        ({"full_context_weight": 0.5, "include_full": False}, "full_context_weight"),
-        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
-        ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy"),
-    ],
-)
-def test_config(make_config, options, match):
-    with _refused(match):
-        make_config(**options)
-
-
-def test_config_help_and_docstring_agree():
-    text = " ".join(MISOSFTConfig.__doc__.split())
-    for name in MISOSFTConfig.__annotations__:
-        field = MISOSFTConfig.__dataclass_fields__[name]
-        plain = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())  # noqa: E731
-        assert f"{name} (`" in text, f"{name} is not in the docstring"
-        body = text.split(f"{name} (`", 1)[1].split("): ", 1)[1]
-        assert plain(body).startswith(plain(field.metadata["help"])), f"help and docstring of {name} differ"
-
-
-@pytest.mark.parametrize(
     ("config", "match"),
     [
         (lambda: CONFIGS["llama"](attention_dropout=0.1), "attention_dropout=0.1"),
@@ -80,7 +46,7 @@ def test_config_help_and_docstring_agree():
         (lambda: CONFIGS["gemma3"](use_bidirectional_attention=True), "bidirectional"),
     ],
 )
-def test_config_alone_shows_it(config, match):
+def test_model_configs_that_cannot_be_trained(config, match):
     with _refused(match):
         check_config(config())
 
@@ -91,7 +57,7 @@ def _small(config_class, **sizes):
 
 
 def _falcon_h1():
-    """Attention and a state-space mixer side by side in every layer: all layers receive the metadata."""
+    """Attention and a state-space mixer side by side in every layer, so that all layers receive the metadata."""
     sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
     return _small(t.FalconH1Config, intermediate_size=32, num_key_value_heads=2, head_dim=16, **sizes)
 
@@ -140,7 +106,7 @@ def test_absolute_positions_need_after_longest(train, tokenizer):
 
 @pytest.mark.parametrize("name", ["hunyuan_v1_dense", "beam"])
 def test_attention_that_is_not_relative(train, name):
-    """Norms after the rotation, though not trained yet, and queries scaled by their position: seen by their scores."""
+    """Norms after the rotation, though untrained, and queries scaled by their position show in the attention scores."""
     model = tiny_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with _refused("more than position differences.*output_positions='after_longest'"):
@@ -157,8 +123,8 @@ def test_other_implementations(train, implementation):
         train(model)
 
 
-def test_flash_attention_2_asks_for_flash_kernels(train):
-    """Asked for on a CPU, it is refused, not replaced."""
+def test_flash_attention_2_needs_flash_kernels(train):
+    """On a CPU it is refused, not replaced."""
     model = tiny_model("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with _refused("flash_attention_2.*needs CUDA tensors"):
@@ -166,7 +132,7 @@ def test_flash_attention_2_asks_for_flash_kernels(train):
 
 
 def test_flash_attention_2_without_its_package(train):
-    with _refused("flash_attention_2.*attention_kernel='torch_flash'"):
+    with _refused(r"flash_attention_2.*trl-miso\[flash\].*attention_kernel='torch_flash'", ImportError):
         train("some/model", model_init_kwargs={"attn_implementation": "flash_attention_2"})
 
 
@@ -226,14 +192,14 @@ def test_dispatch_batches_is_forced_off(train, caplog):
 
 
 def test_data_parallel(train, monkeypatch):
-    """Several GPUs in one process: TRL refuses, as its replicas would share one forward."""
+    """Several GPUs in one process: TRL refuses them, since the replicas would share one forward."""
     monkeypatch.setattr(MISOSFTConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="nn.DataParallel"):
         train()
 
 
 def test_metadata_is_checked_on_the_first_batch(train):
-    """A model whose attention was switched back would ignore the contexts: the first step notices."""
+    """A model whose attention was switched back would ignore the contexts. The first step refuses it."""
     trainer = train()
     trainer.model.set_attn_implementation("sdpa")
     with _refused("0 of 3 layers"):
@@ -263,7 +229,7 @@ def test_long_rope_turns_sharing_off(train, caplog):
 
 @pytest.mark.parametrize("norm", ["q_norm", "k_norm"])
 def test_queries_and_keys_are_both_compared(norm, monkeypatch):
-    """Where either is scaled by dimension after its rotation, turning it further is not what a later position gives."""
+    """Where queries or keys are scaled per dimension after the rotation, rotating them again does not give a later position."""
     model = tiny_model("llama")
     module = sys.modules[type(model).__module__]
     apply = module.apply_rotary_pos_emb
@@ -278,8 +244,8 @@ def test_queries_and_keys_are_both_compared(norm, monkeypatch):
     assert not prepare_model(model, NAME, None).shares
 
 
-def test_weights_out_of_reach_are_checked_without_a_forward():
-    """On the meta device (as under ZeRO-3): known families share prefixes, others do not."""
+def test_models_without_weights_are_checked_without_a_forward():
+    """On the meta device, as under ZeRO-3, listed model families share prefixes, and others do not."""
     with torch.device("meta"):
         model = t.AutoModelForCausalLM.from_config(CONFIGS["smollm3"]())
     assert not prepare_model(model, NAME, None).shares
@@ -304,7 +270,7 @@ def test_weights_out_of_reach_are_checked_without_a_forward():
         ),
     ],
 )
-def test_rows_that_fit_no_format(train, dataset, options, match):
+def test_rows_without_a_format(train, dataset, options, match):
     with _refused(match):
         train(dataset=dataset, **options)
 
@@ -312,7 +278,7 @@ def test_rows_that_fit_no_format(train, dataset, options, match):
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
 def test_without_metadata_the_base_implementation_runs(base, name):
-    """Logits of padded and packed batches and generation: bit for bit those of the model as it was loaded."""
+    """Logits of padded and packed batches, and generation, equal those of the loaded model bit for bit."""
     overrides = {"sliding_window": 6} if name == "mistral" else {}
     model = tiny_model(name, **overrides).eval()
     model.set_attn_implementation(base)
@@ -336,14 +302,14 @@ def test_without_metadata_the_base_implementation_runs(base, name):
 
 
 def test_no_mask_is_made_for_miso_batches(train, monkeypatch):
-    """With metadata the base implementation's T x T mask is never built."""
-    made = []
-    monkeypatch.setattr(transformers_attention._LazyMask, "get", lambda self: made.append(self))
+    """For batches with metadata the base implementation's T x T mask is never built."""
+    masks = []
+    monkeypatch.setattr(transformers_attention.LazyMask, "get", lambda self: masks.append(self))
     train().train()
-    assert not made
+    assert not masks
 
 
-def test_registered_names_avoid_transformers_own():
+def test_registered_names_avoid_those_of_transformers():
     for base in ("sdpa", "eager", "flash_attention_2"):
         for kernel in ("auto", "flash_attn", "torch_flash", "cpu", "reference"):
             name = register_miso_attention(base, kernel)
@@ -369,8 +335,8 @@ def test_formatted_datasets_are_read_as_stored(train, para_dataset, kind, mode):
     assert got.with_format(None)["input_ids"][:] == expected
 
 
-def test_prepared_rows_are_taken_as_they_are(train):
-    """What a trainer prepared, saved and loaded, trains again without its text columns."""
+def test_prepared_rows_are_not_prepared_again(train):
+    """Rows that a trainer prepared train again, without their text columns."""
     prepared = train().train_dataset
     again = train(dataset=prepared)
     assert again.train_dataset["miso_layout"][:] == prepared["miso_layout"][:]
@@ -379,7 +345,7 @@ def test_prepared_rows_are_taken_as_they_are(train):
 
 
 def test_queries_scaled_by_position_are_not_relative(train):
-    """Ministral 3 scales queries beyond its original length: neither rotation nor right-alignment is right there."""
+    """Ministral 3 scales queries beyond its original length, where neither rotation nor right-alignment is exact."""
     with _refused("ministral3.*scaled by their position beyond 64 tokens.*after_longest"):
         train(tiny_model("ministral3"))
     assert train(tiny_model("ministral3"), output_positions="after_longest").data_collator.share_prefixes
@@ -391,7 +357,7 @@ def test_vanilla_weighting_needs_windows_that_do_not_bind(train):
         train(tiny_model("mistral", sliding_window=300), context_weighting="vanilla")
 
 
-def test_rows_packed_by_trl_keep_their_borders(train):
+def test_rows_packed_by_trl_keep_their_boundaries(train):
     rows = {"input_ids": [list(range(5, 29))] * 4, "labels": [list(range(5, 29))] * 4, "seq_lengths": [[10, 14]] * 4}
     trainer = train(dataset=Dataset.from_dict(rows))
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -449,8 +415,8 @@ def test_bins_are_measured_without_sharing_where_dropout_forbids_it(train):
         assert max(trainer.data_collator([row])["input_ids"].shape[1] for row in trainer.train_dataset) <= 3000
 
 
-def test_probe_is_handed_on_by_fsdp_as_it_is():
-    """FSDP rebuilds dataclasses and dicts among the inputs; layers would note their metadata in a copy."""
+def test_fsdp_does_not_copy_the_probe():
+    """FSDP rebuilds dataclasses and dicts among the inputs; layers would record into a copy."""
     from torch.distributed.utils import _apply_to_tensors
 
     probe = transformers_attention.Probe()
@@ -478,8 +444,8 @@ def test_arguments_of_another_class(train, make_config):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_tokens_that_meet_outside_of_attention(layer):
-    """A token shift in one layer's MLP, as recurrent and convolutional layers have, joins packed contexts."""
+def test_tokens_that_interact_outside_of_attention(layer):
+    """A token shift in one layer's MLP, as in recurrent and convolutional layers, mixes packed contexts."""
     model = tiny_model("llama")
     mlp = model.model.layers[layer].mlp
     forward = mlp.forward

@@ -1,4 +1,4 @@
-"""Pushing to the Hub, to one on loopback (hub_server.py), with the real client: what arrives, and what when it does not."""
+"""Pushes by the real client to a Hub on loopback (hub_server.py): what arrives, and what happens when a push fails."""
 
 import hashlib
 import json
@@ -22,32 +22,32 @@ from trl_miso.verification.checks import Check
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "hf_secretOfAna"
 
-# Downloads, loads and uses what was pushed by the code of its card, as someone does who has no trl_miso.
+# Download the pushed models and load them with the code of their cards, without trl_miso.
 LOAD = """
 import hashlib, json, re, sys
 sys.modules["trl_miso"] = None  # importing it raises
 import torch
 from huggingface_hub import snapshot_download
 from pathlib import Path
-found = {}
+results = {}
 for name in ("whole", "last_checkpoint"):
     repo = f"ana/{name}"
     folder = Path(snapshot_download(repo))
     files = [path for path in folder.rglob("*") if path.is_file()]
     code = re.search(r"```python\\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
-    made = {}
-    exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), made)
+    variables = {}
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), variables)
     expected = torch.load(f"{sys.argv[1]}/{name}.pt")
     with torch.no_grad():
-        got = made["model"].eval()(torch.arange(5, 25)[None]).logits
-    found[name] = {
+        got = variables["model"].eval()(torch.arange(5, 25)[None]).logits
+    results[name] = {
         "hashes": {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "difference": (got - expected).abs().max().item(),
         "scale": expected.abs().max().item(),
         "repo": repo in code,
-        "class": type(made["model"]).__name__,
+        "class": type(variables["model"]).__name__,
     }
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
@@ -80,7 +80,7 @@ def folder(tmp_path_factory, para_dataset, tokenizer):
 
 @pytest.fixture(scope="module")
 def pushed(folder):
-    """(the Hub after all pushes, what the pushing process wrote down)"""
+    """(the Hub after all pushes, the results that the pushing process wrote)"""
     with HubServer({TOKEN: "ana"}) as hub:
         _python(hub, folder, "-m", "tests.support.hub_pushes")
         hub.faults = []
@@ -103,23 +103,24 @@ def _header(card):
     return yaml.safe_load(card.split("---")[1])
 
 
-def test_what_is_pushed_loads_without_trl_miso(pushed, folder):
-    """The files as they are on disk, the same logits, by the code of the card; a private repository, an adapter."""
+def test_pushed_models_load_without_trl_miso(pushed, folder):
+    """From a private repository and as an adapter: the files on disk, and the same logits by the code of the card."""
     hub, _ = pushed
-    found = json.loads(_python(hub, folder, "-c", LOAD, HF_TOKEN=TOKEN).splitlines()[-1])
+    results = json.loads(_python(hub, folder, "-c", LOAD, HF_TOKEN=TOKEN).splitlines()[-1])
     classes = {"whole": "LlamaForCausalLM", "last_checkpoint": "PeftModelForCausalLM"}
-    for name, got in found.items():
+    for name, got in results.items():
         on_hub = {path: _sha256(data) for path, data in hub.files(f"ana/{name}").items()}
         assert got["hashes"] == on_hub
         local = {path: _sha256(data) for path, data in _local(folder / name).items()}
         assert {path: sha for path, sha in on_hub.items() if not path.startswith("last-checkpoint/")} == local
         assert got["difference"] <= 1e-5 * got["scale"]
         assert got["repo"] and got["class"] == classes[name]
-    wanted = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert wanted | {"chat_template.jinja", "training_args.bin"} <= set(found["whole"]["hashes"])
-    assert "model.safetensors" not in found["last_checkpoint"]["hashes"]
+    required = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert required | {"chat_template.jinja", "training_args.bin"} <= set(results["whole"]["hashes"])
+    assert "model.safetensors" not in results["last_checkpoint"]["hashes"]
     assert "miso" not in hub.files("ana/whole")["config.json"].decode()
-    assert "| packed is separate | passed |" in hub.files("ana/whole")["README.md"].decode()  # by this very training
+    # verified by this training
+    assert "| packing changes nothing | passed |" in hub.files("ana/whole")["README.md"].decode()
 
 
 def test_repository_revision_and_token_pass_through(pushed):
@@ -131,7 +132,7 @@ def test_repository_revision_and_token_pass_through(pushed):
     assert len(branches["main"]) == 1
     written = [request for request in hub.requests if "/commit/" in request.path or "/create" in request.path]
     assert len(written) > 10 and all(request.token == TOKEN for request in written)
-    assert results["whole"]["kept"] == [TOKEN, TOKEN]  # the trainer has it still, and copies of its arguments
+    assert results["whole"]["kept"] == [TOKEN, TOKEN]  # the trainer and copies of its arguments still have it
 
 
 def test_token_is_in_no_uploaded_file(pushed):
@@ -160,11 +161,12 @@ def test_pushes_during_training(pushed):
     assert not any(
         "checkpoint-" in path for repo in hub.repositories for path in hub.files(repo) if path not in checkpoint
     )
-    assert results["last_checkpoint"]["warnings"] == []  # PEFT's own card, with the base model's path, would be refused
+    # PEFT's own card has the base model's path, which the Hub would refuse
+    assert results["last_checkpoint"]["warnings"] == []
 
 
 @pytest.mark.parametrize("name", ["dropped", "refused", "unreachable", "xet"])
-def test_a_failed_push_says_what_is_safe_and_a_second_completes_it(pushed, folder, name):
+def test_a_failed_push_loses_nothing_and_a_second_push_completes_it(pushed, folder, name):
     hub, results = pushed
     reason = {"dropped": "model.safetensors", "refused": "403", "unreachable": "disconnected", "xet": "404"}[name]
     error = results[name]["error"]
@@ -178,36 +180,36 @@ def test_a_failed_push_says_what_is_safe_and_a_second_completes_it(pushed, folde
     assert hub.files(f"ana/{name}") == _local(folder / name)
 
 
-def test_a_model_that_cannot_be_saved_is_no_matter_of_the_hub(pushed):
+def test_a_failure_to_save_is_not_reported_as_a_failed_push(pushed):
     _, results = pushed
     assert results["whole"]["unsaved"] == "OSError: [Errno 28] No space left on device"
 
 
-def test_what_has_arrived_is_not_sent_again(pushed):
+def test_files_that_have_arrived_are_not_sent_again(pushed):
     hub, _ = pushed
     oid = _sha256(hub.files("ana/refused")["model.safetensors"])
     sent = [request.path for request in hub.requests if request.method == "PUT" and oid in request.path]
     assert len(sent) > 1 and len(sent) == len(set(sent))
 
 
-def test_a_failed_upload_in_the_background_is_told_and_training_goes_on(pushed, folder):
+def test_a_failed_background_upload_is_logged_and_training_goes_on(pushed, folder):
     hub, results = pushed
     result = results["background"]
     assert result["step"] == 2 and result["future"] == "HfHubHTTPError"
-    for told in (result["told"], result["told_of_future"]):
-        (warning,) = told
+    for warnings in (result["warnings"], result["warnings_of_future"]):
+        (warning,) = warnings
         assert "500" in warning and "ana/background" in warning and str(folder / "background") in warning
     titles = [commit.title for commit in hub.repositories["ana/background"].branches["main"]]
     assert titles[1:] == ["Training in progress, step 2", "Last push"]
     assert hub.files("ana/background") == _local(folder / "background")
 
 
-# ---- The card, which needs no Hub ----
+# ---- The model card, without a Hub ----
 
 
 @pytest.fixture
 def card_of(make_config, tokenizer, para_dataset, tmp_path):
-    """The card of a trainer that has not trained, and the trainer."""
+    """Returns the card of a trainer that has not trained."""
 
     def make(dataset=para_dataset, arguments=(), model="llama", processing_class=tokenizer, change=None, **options):
         model = tiny_model(model) if isinstance(model, str) else model
@@ -223,13 +225,13 @@ def card_of(make_config, tokenizer, para_dataset, tmp_path):
 
 
 def _settings(card):
-    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.split("### Verified")[0], re.M))
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.split("### Verification")[0], re.M))
 
 
 def test_card_states_the_settings_of_its_mode(card_of, para_dataset):
     para = _settings(card_of(full_context_weight=0.4, include_bare=False, para_prob=0.5))
     assert para["mode"] == "`para`" and para["weights of the contexts"].startswith("uniform")
-    assert para["share of the full context"] == "0.4" and para["rows presented as several contexts"] == "50%"
+    assert para["weight of the full context"] == "0.4" and para["rows presented as several contexts"] == "50%"
     assert para["the full instruction is a context"] == "yes" and para["the bare request is a context"] == "no"
     assert "probabilities of 1, 2, ... chunks" not in para
     succ = _settings(card_of(context_mode="succ", chunk_probs=[0.25, 0.75]))
@@ -238,25 +240,26 @@ def test_card_states_the_settings_of_its_mode(card_of, para_dataset):
     assert fid["weights of the contexts"].startswith("fid")
     for mode in ("single", "augment"):
         card = card_of(context_mode=mode)
-        assert "without a mix of contexts" in card and "weights of the contexts" not in card
-    assert "several contexts, each by itself" not in card
+        assert "without a mixture of contexts" in card and "weights of the contexts" not in card
+    assert "several contexts, separately from each other" not in card
 
 
 def test_card_counts_contexts(card_of, para_dataset, make_config, tokenizer, monkeypatch):
     rows = [{"contexts": ["a ->", "b ->", "c ->"][: 1 + i % 3], "completion": " x"} for i in range(6)]
     counted = _settings(card_of(Dataset.from_list(rows), response_template=" ->"))["contexts per example"]
-    assert counted == "2.0 on average (1 to 3), several in 67%; counted in 6 examples, 6 of 6 rows"
+    average = "2.0 on average (1 to 3), several in 67% of the examples"
+    assert counted == f"{average}; counted in 6 examples from 6 of 6 rows"
     packed = _settings(card_of(Dataset.from_list(rows), response_template=" ->", packing=True))["contexts per example"]
-    assert packed.startswith("2.0 on average (1 to 3), several in 67%; counted in 6 examples, 1 of 1 rows")
+    assert packed.startswith(f"{average}; counted in 6 examples from 1 of 1 rows")
     streamed = _settings(card_of(para_dataset.to_iterable_dataset()))["contexts per example"]
     assert streamed == "not counted (streamed data)"
     trainer = MISOSFTTrainer(tiny_model("llama"), make_config(), train_dataset=para_dataset, processing_class=tokenizer)
     many = trainer.train_dataset.select([i % 64 for i in range(5000)])
-    assert count_contexts(many).endswith("counted in 1,000 examples, 1,000 of 5,000 rows")
+    assert count_contexts(many).endswith("counted in 1,000 examples from 1,000 of 5,000 rows")
 
 
 def test_card_header_and_links(card_of, tmp_path):
-    """Names on the Hub are links and metadata; local ones are neither, and their paths are nowhere."""
+    """Ids on the Hub become links and metadata. Local names become neither, and local paths are not in the card."""
     model = tiny_model("llama")
     model.config._name_or_path = "ana/base"
     given = {"dataset_name": "ana/rows", "model_name": "sea", "tags": "sailing", "license": "mit", "language": "en"}
@@ -268,7 +271,7 @@ def test_card_header_and_links(card_of, tmp_path):
     assert "[ana/base](https://huggingface.co/ana/base)" in card
     assert "[ana/rows](https://huggingface.co/datasets/ana/rows)" in card and 'from_pretrained("sea"' in card
 
-    model.config._name_or_path = str(tmp_path / "models" / "llama-base")  # gone, or on another machine
+    model.config._name_or_path = str(tmp_path / "models" / "llama-base")  # deleted, or on another machine
     (tmp_path / "rows.jsonl").touch()
     card = card_of(model=model, arguments={"dataset_name": str(tmp_path / "rows.jsonl")})
     assert not {"base_model", "datasets"} & set(_header(card))
@@ -276,15 +279,18 @@ def test_card_header_and_links(card_of, tmp_path):
     assert "2505.11922" in card and "lu2025enhancing" in card and "vonwerra2020trl" in card
 
 
-def test_card_shows_what_was_verified(card_of):
+def test_card_shows_the_checks(card_of):
     assert "Not verified." in card_of()
     checks = [
-        Check("packed is separate", "passed", 1.234e-6, 5e-5, "nats", "no\nwindow | binds"),
-        Check("shared is unshared", "skipped", note="share_prefixes is off"),
+        Check("packing changes nothing", "passed", 1.234e-6, 5e-5, "nats", "no\nwindow | binds"),
+        Check("prefix sharing changes nothing", "skipped", note="share_prefixes is off"),
     ]
     card = card_of(change=lambda trainer: setattr(trainer, "verification", checks))
-    assert "| packed is separate | passed | 1.2e-06 nats | 5e-05 nats | no window \\| binds |" in card
-    assert "| shared is unshared | skipped |  |  | share_prefixes is off |" in card and "Not verified" not in card
+    assert "| packing changes nothing | passed | 1.2e-06 nats | 5e-05 nats | no window \\| binds |" in card
+    assert (
+        "| prefix sharing changes nothing | skipped |  |  | share_prefixes is off |" in card
+        and "Not verified" not in card
+    )
 
 
 def test_card_of_a_quantized_model(card_of):
@@ -301,6 +307,6 @@ def test_usage_of_a_model_without_a_chat_template_runs(card_of, folder, tmp_path
     card = card_of(rows, processing_class=plain, response_template="\nAnswer:")
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     assert "messages" not in code and r'adjectives.\nAnswer:"' in code and 'from_pretrained("out"' in code
-    made = {}
-    exec(code.replace('"out"', repr(str(folder / "base"))).replace("max_new_tokens=256", "max_new_tokens=2"), made)
-    assert made["output"].shape[1] == made["inputs"]["input_ids"].shape[1] + 2
+    variables = {}
+    exec(code.replace('"out"', repr(str(folder / "base"))).replace("max_new_tokens=256", "max_new_tokens=2"), variables)
+    assert variables["output"].shape[1] == variables["inputs"]["input_ids"].shape[1] + 2

@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number, SIGTERM, ranks that differ: training ends in order, on every rank, or goes on."""
+"""NaN losses and gradients, SIGTERM, and ranks that differ: every rank stops in the same step, or goes on."""
 
 import ast
 import multiprocessing
@@ -15,9 +15,9 @@ from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer
 from trl_miso.training.interruption import NonFiniteError
 
-PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
+PROCESSES = multiprocessing.get_context("forkserver")  # whose processes share one import
 PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
-POISON = 500  # a token id of no text
+POISON = 500  # a token id that occurs in no text
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def rows(para_dataset, tokenizer):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_loss_that_is_no_number(rows, tokenizer, make_config, packing, tmp_path):
-    """Row 7's output has a token whose embedding is NaN: the rows of its batch are named, and the weights are those of before."""
+def test_nan_loss(rows, tokenizer, make_config, packing, tmp_path):
+    """A token of row 7 has a NaN embedding: the error names the rows of its batch, and training stops before that step."""
     config = make_config(
         per_device_train_batch_size=1 if packing else 2,
         packing=packing,
@@ -49,16 +49,18 @@ def test_a_loss_that_is_no_number(rows, tokenizer, make_config, packing, tmp_pat
         trainer.model.get_input_embeddings().weight[POISON] = torch.nan
     trainer.model.lm_head.weight = torch.nn.Parameter(trainer.model.lm_head.weight.detach().nan_to_num())
     batches = list(trainer.get_train_dataloader())
-    (bad,) = [i for i, batch in enumerate(batches) if 7 in batch["miso_rows"].tolist()]
+    (nan_batch,) = [i for i, batch in enumerate(batches) if 7 in batch["miso_rows"].tolist()]
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
-    assert f"from rows {sorted(set(batches[bad]['miso_rows'].tolist()))} of the training data" in str(caught.value)
-    assert trainer.state.global_step == bad // 2
+    assert f"from rows {sorted(set(batches[nan_batch]['miso_rows'].tolist()))} of the training data" in str(
+        caught.value
+    )
+    assert trainer.state.global_step == nan_batch // 2
     assert len(caught.value.__notes__) == 1
 
 
-def test_a_gradient_that_is_no_number(rows, tokenizer, make_config, tmp_path):
-    """The step's rows are named; the weights are those after the step before it, which are saved and can be resumed from."""
+def test_nan_gradient(rows, tokenizer, make_config, tmp_path):
+    """The error names the step's rows. The weights of the step before are saved, and training resumes from them."""
     config = make_config(max_steps=3, save_strategy="steps", save_steps=100, output_dir=str(tmp_path / "out"))
     trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
     at_step = []
@@ -71,19 +73,19 @@ def test_a_gradient_that_is_no_number(rows, tokenizer, make_config, tmp_path):
     hook = weight.register_hook(spoil)
     with pytest.raises(NonFiniteError, match=r"gradients of norm nan from rows \[\d+, \d+, \d+, \d+\]") as caught:
         trainer.train()
-    assert caught.value.__notes__ == ["Saved checkpoint-1, the weights as they were before."]
+    assert caught.value.__notes__ == ["Saved checkpoint-1, the weights before the error."]
     assert at_step == [0, 1] and all(p.isfinite().all() for p in trainer.model.parameters())
     hook.remove()
     again = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
     again.train(resume_from_checkpoint=True)
-    whole = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
-    whole.train()
-    for p, q in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+    uninterrupted = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=rows, processing_class=tokenizer)
+    uninterrupted.train()
+    for p, q in zip(again.model.parameters(), uninterrupted.model.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-def test_numbers_are_those_of_the_given_rows(rows, tokenizer, make_config):
-    """Dropped rows and packing in between do not shift them."""
+def test_row_numbers_are_those_of_the_raw_rows(rows, tokenizer, make_config):
+    """Dropped rows and packing do not shift them."""
     empty = rows[0] | {"completion": [{"role": "assistant", "content": ""}]}
     dataset = Dataset.from_list([empty, *rows, empty])
     for packing in (False, True):
@@ -94,7 +96,7 @@ def test_numbers_are_those_of_the_given_rows(rows, tokenizer, make_config):
 
 
 def two_ranks(scenario, folder):
-    """What each of two ranks saw."""
+    """Run a scenario of rank_runs.py on two ranks; return the result of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,39 +109,39 @@ def two_ranks(scenario, folder):
     return [ast.literal_eval((folder / str(rank)).read_text()) for rank in (0, 1)]
 
 
-def test_one_rank_has_a_loss_that_is_no_number(tmp_path):
-    """Both stop in the same step, name that rank's rows and save what they had."""
+def test_nan_loss_on_one_rank(tmp_path):
+    """Both ranks stop in the same step, name that rank's rows and save the weights of the step before."""
     ranks = two_ranks("nan", tmp_path)
-    assert "Got a loss from rows [6, 7] of the training data" in ranks[0][0]
+    assert "Got a non-finite loss from rows [6, 7] of the training data" in ranks[0][0]
     assert "Got a loss of nan from rows [6, 7] of the training data" in ranks[1][0]
     for _, notes, step, saved in ranks:
-        assert (notes, step, saved) == (["Saved checkpoint-1, the weights as they were before."], 1, ["checkpoint-1"])
+        assert (notes, step, saved) == (["Saved checkpoint-1, the weights before the error."], 1, ["checkpoint-1"])
 
 
-def test_one_rank_is_told_to_end(tmp_path):
+def test_sigterm_on_one_rank(tmp_path):
     assert two_ranks("sigterm", tmp_path) == [(143, 2, ["checkpoint-2"])] * 2
 
 
-def test_streams_give_ranks_as_many_batches(tmp_path):
-    (batches, steps), (others, other_steps) = two_ranks("stream", tmp_path)
-    assert len(batches) == len(others) == 6 and steps == other_steps == 9
-    rows = [row for batch in (*batches, *others) for row in batch]
+def test_streams_give_all_ranks_the_same_number_of_batches(tmp_path):
+    (batches, steps), (other_batches, other_steps) = two_ranks("stream", tmp_path)
+    assert len(batches) == len(other_batches) == 6 and steps == other_steps == 9
+    rows = [row for batch in (*batches, *other_batches) for row in batch]
     assert set(rows) == set(range(23)) and len(rows) == 24  # one is repeated, to fill the last batch
 
 
-def test_checks_under_ddp(tmp_path):
+def test_verification_under_ddp(tmp_path):
     first, second = two_ranks("verify", tmp_path)
     assert first == second and {status for _, status, _ in first} == {"passed"}
 
 
-def test_checks_on_a_sharded_model(tmp_path):
+def test_verification_of_a_sharded_model(tmp_path):
     first, second = two_ranks("sharded", tmp_path)
     assert first == second and first[1].startswith("FSDP")
     assert {status for _, status in first[0]} == {"passed"}
 
 
 def test_rows_without_labels_or_numbers(tokenizer, make_config):
-    """Tokenized by the user: the rows without labels are not what the model is checked on; nothing has a number."""
+    """Rows that the user tokenized train without row numbers, and the checks use rows that have labels."""
     rows = [{"input_ids": list(range(5, 15)), "labels": [-100] * 10}] * 2 + [{"input_ids": list(range(5, 15))}] * 4
     dataset = Dataset.from_list([{"labels": row["input_ids"]} | row for row in rows])
     config = make_config(
@@ -150,7 +152,7 @@ def test_rows_without_labels_or_numbers(tokenizer, make_config):
     assert {check.status for check in trainer.verification} == {"passed", "skipped"}
 
 
-def test_a_handler_of_the_script_stays(rows, tokenizer, make_config):
+def test_the_script_s_own_sigterm_handler_stays(rows, tokenizer, make_config):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
     try:

@@ -1,4 +1,4 @@
-"""Adapters: trained as the method defines, kept frozen elsewhere, saved, reloaded, merged, and used without this package."""
+"""Adapters train as the method defines, with a frozen base, and are saved, reloaded, merged and used without this package."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def _losses(trainer):
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_one_step_equals_one_row_per_context(tokenizer, make_config, method, reentrant):
-    """The loss, and the gradient of every adapter weight, from adapters that already do something."""
+    """The loss and the gradient of every adapter weight, for adapters that are not zero at the start."""
     contexts = [[[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [5, 6, 20, 21, 22]], [[30, 31, 32], [30, 40, 41, 42, 43, 44]]]
     outputs, weights = [[2, 60, 61, 62], [2, 63, 64, 65, 66]], [[0.5, 0.3, 0.2], [0.5, 0.5]]
     rows = []
@@ -95,7 +95,7 @@ torch.save(logits, f"{folder}/logits.pt")
 
 
 def test_adapters_are_used_without_this_package(para_dataset, tokenizer, make_config, tmp_path):
-    """Trained, the base frozen; the saved adapter on the base, and the merged model, give the logits of the model trained."""
+    """The base stays frozen. The saved adapter on its base, and the merged model, give the logits of the trained model."""
     tiny_model("llama").save_pretrained(tmp_path / "base")
     expected = {}
     for method in METHODS:
@@ -125,11 +125,11 @@ def test_adapters_are_used_without_this_package(para_dataset, tokenizer, make_co
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_qlora(para_dataset, tokenizer, make_config, tmp_path, monkeypatch, reentrant):
-    """Adapters over NF4 weights, through the trainer's `quantization_config`: as over the same weights written out."""
+    """Adapters on NF4 weights, by the trainer's `quantization_config`, train as on the same weights dequantized."""
     bnb = pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    # On CPUs with AVX512-BF16 bitsandbytes packs the weights in the first evaluation, after which they have no gradient.
+    # On CPUs with AVX512-BF16 bitsandbytes packs the weights in the first evaluation; packed weights have no gradient.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     tiny_model("llama").save_pretrained(tmp_path / "base")
@@ -154,5 +154,5 @@ def test_qlora(para_dataset, tokenizer, make_config, tmp_path, monkeypatch, reen
     reloaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**loaded), str(tmp_path / "adapter"))
     with torch.no_grad():
         logits = trainer.model.eval()(IDS).logits
-        # The trainer computes such adapters in bfloat16, as the QLoRA paper does.
+        # The trainer computes adapters on quantized weights in bfloat16, as the QLoRA paper does.
         torch.testing.assert_close(reloaded.eval()(IDS).logits, logits, rtol=0, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, training ends where it would have ended: the same losses and weights, bit for bit."""
+"""Training that is killed at any moment and resumed has the losses and weights of an uninterrupted run, bit for bit."""
 
 import json
 import multiprocessing
@@ -9,13 +9,13 @@ import pytest
 
 from tests.support import resume_runs
 
-PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
+PROCESSES = multiprocessing.get_context("forkserver")  # whose processes share one import
 PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
 CHUNKS = {"context_mode": "succ", "chunk_probs": [0.2, 0.4, 0.4], "packing": True, "max_length": 400}
 
 
 def run(folder, resume=None, **options):
-    """Exit status of a process that trains in `folder`."""
+    """Train in a process of its own in `folder`; return its exit status."""
     folder.mkdir(exist_ok=True)
     process = PROCESSES.Process(target=resume_runs.train, args=(folder, resume), kwargs=options)
     process.start()
@@ -25,44 +25,44 @@ def run(folder, resume=None, **options):
 
 
 def course(folder):
-    """Loss and gradient norm of each step, as it was made last, and the final weights."""
+    """Loss and gradient norm of the last run of each step, and a digest of the final weights."""
     lines = [json.loads(line) for line in (folder / "course.jsonl").read_text().splitlines()]
     return {step: values for step, *values in lines}, (folder / "final").read_text()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The course of a run that nothing happens to, by its options."""
-    made = {}
+    """Returns the course of an uninterrupted run with given options, which is computed once."""
+    courses = {}
 
     def make(**options):
         key = json.dumps(options, sort_keys=True)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("whole")
+        if key not in courses:
+            folder = tmp_path_factory.mktemp("uninterrupted")
             assert run(folder, **options) == 0
-            made[key] = course(folder)
-            assert set(made[key][0]) == set(range(1, resume_runs.STEPS + 1))
-        return made[key]
+            courses[key] = course(folder)
+            assert set(courses[key][0]) == set(range(1, resume_runs.STEPS + 1))
+        return courses[key]
 
     return make
 
 
-def whole(folder):
+def checkpoints(folder):
     return sorted(path.name for path in (folder / "out").glob("checkpoint-*"))
 
 
 def test_killed_in_every_write_of_a_checkpoint(tmp_path, uninterrupted):
-    """One run, killed in each thing that saving does in turn, always resumed: nothing half-written is ever taken."""
+    """One run is killed in each write of a save in turn and resumed each time. It never resumes from a half-written checkpoint."""
     options = {"para_prob": 0.5}
     statuses = []
     for number in range(1, 40):
-        resume = bool(whole(tmp_path)) or None
-        # the first checkpoint's writes one by one; then further apart, since each later save does the same
+        resume = bool(checkpoints(tmp_path)) or None
+        # Writes are counted from the start of a run: those of the first checkpoint fail one by one, then those of later saves.
         statuses.append(run(tmp_path, resume, in_write=number, **options))
         if statuses[-1] == 0:
             break
         assert statuses[-1] == -signal.SIGKILL
-        assert len(whole(tmp_path)) <= 2  # the older one is removed after the newer has its name
+        assert len(checkpoints(tmp_path)) <= 2  # the older one is removed once the newer has its name
     assert len(statuses) > 8 and statuses[-1] == 0
     assert course(tmp_path) == uninterrupted(**options)
 
@@ -80,66 +80,71 @@ def test_killed_in_every_write_of_a_checkpoint(tmp_path, uninterrupted):
 )
 def test_killed_in_a_step(tmp_path, uninterrupted, step, options):
     assert run(tmp_path, at=step, **options) == -signal.SIGKILL
-    assert bool(whole(tmp_path)) == (step > 1)
-    assert run(tmp_path, resume=bool(whole(tmp_path)) or None, **options) == 0
+    assert bool(checkpoints(tmp_path)) == (step > 1)
+    assert run(tmp_path, resume=bool(checkpoints(tmp_path)) or None, **options) == 0
     assert course(tmp_path) == uninterrupted(**options)
 
 
 def test_sigterm_saves_and_ends(tmp_path, uninterrupted):
-    """The step under way is finished and saved, though no checkpoint was due; the script ends with SIGTERM's status."""
+    """The current step is finished and saved, though no checkpoint was due. The script exits with SIGTERM's status."""
     assert run(tmp_path, at=4, act=resume_runs.terminate) == 128 + signal.SIGTERM
-    assert whole(tmp_path) == ["checkpoint-5"]
+    assert checkpoints(tmp_path) == ["checkpoint-5"]
     assert run(tmp_path, resume=True) == 0
     assert course(tmp_path) == uninterrupted()
 
 
 def test_sigterm_keeps_its_checkpoint(tmp_path):
-    """Not the best one, and save_total_limit=1: it stays; no evaluation comes before it."""
+    """It stays with save_total_limit=1 though it is not the best one, and no evaluation delays it."""
     options = {"load_best_model_at_end": True, "metric_for_best_model": "rising", "save_total_limit": 1}
     assert run(tmp_path, at=4, act=resume_runs.terminate, evaluate="rising", **options) == 128 + signal.SIGTERM
-    assert whole(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-5"]
     assert run(tmp_path, resume=True, evaluate="rising", **options) == 0
 
 
-def test_moved_output_dir_keeps_its_best(tmp_path):
+def test_moved_output_dir_keeps_its_best_checkpoint(tmp_path):
     options = {"load_best_model_at_end": True, "metric_for_best_model": "rising", "save_total_limit": 1}
     assert run(tmp_path / "here", at=5, evaluate="rising", **options) == -signal.SIGKILL
     (tmp_path / "here").rename(tmp_path / "there")
     assert run(tmp_path / "there", resume=True, evaluate="rising", **options) == 0
-    assert whole(tmp_path / "there") == ["checkpoint-2"]  # transformers removes the last one at the end
+    assert checkpoints(tmp_path / "there") == ["checkpoint-2"]  # transformers removes the last one at the end
 
 
 def test_disk_full(tmp_path, uninterrupted):
-    """The write fails with what is missing and how to go on; the last checkpoint stays, and training resumes from it."""
+    """The error says what is missing and how to go on. The last checkpoint stays, and training resumes from it."""
     assert run(tmp_path, at=3, act=resume_runs.fill_disk) == 1
     error = (tmp_path / "error").read_text()
-    assert "while checkpoint-4 was written" in error and "checkpoint-2. Expected room" in error
-    assert whole(tmp_path) == ["checkpoint-2"] and not (tmp_path / "out" / "_incomplete").exists()
+    assert "while checkpoint-4 was written" in error and "checkpoint-2. Expected space" in error
+    assert checkpoints(tmp_path) == ["checkpoint-2"] and not (tmp_path / "out" / "_incomplete").exists()
     assert run(tmp_path, resume=True) == 0
     assert course(tmp_path) == uninterrupted()
 
 
-def test_half_copied_checkpoints_are_not_resumed_from(tmp_path, uninterrupted):
-    """`True` passes over them; asked for by name they are refused."""
+def test_incomplete_copies_are_not_resumed_from(tmp_path, uninterrupted):
+    """`True` skips them; by name they are refused."""
     assert run(tmp_path, at=5, save_total_limit=None) == -signal.SIGKILL
     out = tmp_path / "out"
-    assert whole(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     weights = out / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-6", ignore=lambda *_: ["trainer_state.json"])
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-7")
     (out / "checkpoint-7" / "miso_files.json").write_text('{"optim')
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-9000-old")  # a user's copy
-    for name, why in ((4, "model.safetensors"), (6, "no trainer_state.json"), (7, "cannot be read"), (9, "no folder")):
+    for name, why in (
+        (4, "model.safetensors"),
+        (6, "no trainer_state.json"),
+        (7, "cannot be read"),
+        (9, "not a folder"),
+    ):
         assert run(tmp_path, resume=str(out / f"checkpoint-{name}")) == 1
         assert "ValueError" in (error := (tmp_path / "error").read_text()) and why in error
-    assert run(tmp_path, resume="True") == 0  # as a command line has it
+    assert run(tmp_path, resume="True") == 0  # as a command line passes it
     assert course(tmp_path) == uninterrupted()
 
 
 def test_nothing_to_resume_from(tmp_path):
     assert run(tmp_path, resume=True) == 1
-    assert "no whole checkpoint" in (tmp_path / "error").read_text()
+    assert "no complete checkpoint" in (tmp_path / "error").read_text()
     assert run(tmp_path, save_only_model=True, max_steps=2) == 0
     assert run(tmp_path, resume=True) == 1
     assert "save_only_model" in (tmp_path / "error").read_text()

@@ -1,4 +1,4 @@
-"""MISOSFTTrainer: equal to SFTTrainer where it should be, MISO where it should be."""
+"""MISOSFTTrainer: equal to SFTTrainer in single mode and in its settings, and MISO in the other modes."""
 
 import inspect
 import os
@@ -25,7 +25,7 @@ def _losses(trainer):
 
 
 def _plain(rows, kind):
-    """The synthetic rows in a format that SFTTrainer takes."""
+    """The synthetic rows in a format of SFTTrainer."""
     if kind == "messages":
         return Dataset.from_list([{"messages": row["messages"]} for row in rows])
     if kind == "text":
@@ -49,7 +49,7 @@ def _plain(rows, kind):
     ],
 )
 def test_single_mode_equals_sft_trainer(crab_rows, tokenizer, make_config, kind, options):
-    """The same tokens and labels, and the same loss in each of 20 steps."""
+    """The same tokens and labels, and the same loss in every one of 20 steps."""
     dataset = _plain(crab_rows, kind)
     options = {"max_steps": 20, "per_device_train_batch_size": 2} | options
     trainers = []
@@ -64,7 +64,7 @@ def test_single_mode_equals_sft_trainer(crab_rows, tokenizer, make_config, kind,
         assert ours.train_dataset["labels"] == theirs.train_dataset["labels"]
     expected = _losses(theirs)
     assert len(expected) == 20 and expected[-1] < expected[0]
-    if options.get("packing"):  # bins come in another order
+    if options.get("packing"):  # the order of bins differs
         assert sorted(len(ids) for ids in ours.train_dataset["input_ids"]) == sorted(
             len(ids) for ids in theirs.train_dataset["input_ids"]
         )
@@ -90,7 +90,7 @@ def test_every_mode_trains_every_parameter(para_dataset, tokenizer, make_config,
 
 
 def test_packing_holds_whole_examples(para_dataset, tokenizer, make_config):
-    """The same examples, binned: one step over the whole set gives the same loss."""
+    """One step over the whole dataset has the same loss with bins as without."""
     losses = []
     for packing in (False, True):
         config = make_config(max_steps=1, per_device_train_batch_size=64, packing=packing, max_length=600)
@@ -112,7 +112,7 @@ def test_sharing_and_kernels_do_not_change_training(para_dataset, tokenizer, mak
 
 
 def test_evaluation_is_standard_inference_by_default(para_dataset, tokenizer, make_config):
-    """eval_loss equals that of the plain model, with its own attention, on the full prompt alone."""
+    """eval_loss equals that of the plain model with its own attention, on the full prompt alone."""
     results = {}
     for eval_contexts in ("standard", "miso"):
         config = make_config(eval_contexts=eval_contexts, per_device_eval_batch_size=64, max_length=512)
@@ -140,7 +140,7 @@ def test_evaluation_is_standard_inference_by_default(para_dataset, tokenizer, ma
 
 @pytest.mark.parametrize("kind", ["prompt-completion", "messages", "text"])
 def test_standard_evaluation_needs_no_constraints(crab_rows, para_dataset, tokenizer, make_config, kind):
-    """Training on para rows by request, evaluating on rows of any format; the loss is on the output."""
+    """Train on para rows and evaluate on rows of another format, with the loss on the output."""
     dataset = _plain(crab_rows, kind)
     config = make_config(context_mode="para", eval_strategy="steps", eval_steps=1)
     trainer = MISOSFTTrainer(
@@ -188,7 +188,7 @@ def test_other_arguments_are_converted(para_dataset, tokenizer, make_config, con
 
 
 def test_streaming(para_dataset, tokenizer, make_config):
-    """An IterableDataset trains as the Dataset does, packed or not."""
+    """An IterableDataset trains as a Dataset does, packed or not."""
     for packing in (False, True):
         losses = []
         for dataset in (para_dataset, para_dataset.to_iterable_dataset()):
@@ -221,7 +221,7 @@ def test_settings_of_sft_trainer_work(para_dataset, tokenizer, make_config, opti
     losses = _losses(
         MISOSFTTrainer(tiny_model("llama"), config, train_dataset=para_dataset, processing_class=tokenizer)
     )
-    if "loss_type" in options:  # dft: -p log p, which rises while p is small
+    if "loss_type" in options:  # dft is -p log p, which rises while p is small
         assert 0 < losses[0] < losses[-1]
     else:
         assert losses[-1] < losses[0]
@@ -260,7 +260,7 @@ def test_saved_model_needs_no_trl_miso(para_dataset, tokenizer, make_config, tmp
     assert "miso" not in (tmp_path / "model" / "config.json").read_text()
     prompt = [{"role": "user", "content": "Write about the river."}]
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    # In this process generation goes through the registered attention, without metadata.
+    # In this process generation uses the registered attention, without metadata.
     expected = trainer.model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
     code = """
 import sys
@@ -275,7 +275,7 @@ print(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist())
 
 
 def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_path):
-    """TRL's own SFT script, changed in the import and the class name only, trains; so does its flag for succ."""
+    """TRL's own SFT script trains when only the import and the class name are changed."""
     script = Path(trl.__file__).parent.joinpath("scripts", "sft.py").read_text()
     swapped = script.replace(
         "from trl import SFTTrainer, ", "from trl_miso import MISOSFTTrainer\n    from trl import "
@@ -310,7 +310,7 @@ def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_
 
 
 def test_fewer_batches_than_accumulation_steps(para_dataset, tokenizer, make_config):
-    """A stream that never fills a step would be read forever."""
+    """transformers would read a stream that never fills a step forever."""
     config = make_config(gradient_accumulation_steps=8, per_device_train_batch_size=1, max_steps=1)
     stream = para_dataset.select(range(3)).to_iterable_dataset()
     trainer = MISOSFTTrainer(tiny_model("llama"), config, train_dataset=stream, processing_class=tokenizer)

@@ -1,4 +1,4 @@
-"""The checks before training: passed by what is exact, failed by each thing that can be wrong, and without a trace."""
+"""Verification: exact models pass, each fault fails its check, and training stays the same bit for bit."""
 
 import sys
 
@@ -8,18 +8,18 @@ from peft import LoraConfig
 
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer
-from trl_miso.attention import kernels, transformers_attention
+from trl_miso.attention import kernels, rotation, transformers_attention
 from trl_miso.cli.main import main
 from trl_miso.data import collator
 from trl_miso.verification import checks
 
 NAMES = [
-    "the loss is the model's own",
-    "one context is plain attention",
-    "packed is separate",
-    "shared is unshared",
-    "the kernel is the definition",
-    "contexts in any order",
+    "loss matches the model's logits",
+    "one context matches plain attention",
+    "packing changes nothing",
+    "prefix sharing changes nothing",
+    "kernel matches the definition",
+    "context order changes nothing",
     "examples do not see each other",
     "no loss across boundaries",
     "every token carries gradient",
@@ -71,17 +71,19 @@ def test_exact_models_pass(make_trainer, model, options):
 
 
 @pytest.mark.parametrize("mode", ["single", "augment"])
-def test_what_does_not_apply_is_skipped(make_trainer, mode):
+def test_checks_that_do_not_apply_are_skipped(make_trainer, mode):
     trainer = make_trainer(context_mode=mode)
     trainer.verify()
-    skipped = {"shared is unshared", "contexts in any order"}
+    skipped = {"prefix sharing changes nothing", "context order changes nothing"}
     assert statuses(trainer) == {name: "skipped" if name in skipped else "passed" for name in NAMES}
     trainer = make_trainer(share_prefixes=False)
     trainer.verify()
-    assert statuses(trainer) == {name: "skipped" if name == "shared is unshared" else "passed" for name in NAMES}
+    assert statuses(trainer) == {
+        name: "skipped" if name == "prefix sharing changes nothing" else "passed" for name in NAMES
+    }
 
 
-def test_adapters(make_trainer):
+def test_adapters_pass(make_trainer):
     trainer = make_trainer(peft_config=LoraConfig(r=2, target_modules="all-linear"))
     trainer.verify()
     assert set(statuses(trainer).values()) == {"passed"}
@@ -97,11 +99,11 @@ def _scaled_scores(monkeypatch):
 
 
 def _no_rotation(monkeypatch):
-    monkeypatch.setattr(transformers_attention.ModelRotation, "__call__", lambda self, x, *args, **kwargs: x)
+    monkeypatch.setattr(rotation.ModelRotation, "__call__", lambda self, x, *args, **kwargs: x)
 
 
 def _one_sequence(monkeypatch):
-    """Causal runs that see what was packed before them."""
+    """Let causal runs see the rows packed before them."""
     real = transformers_attention.miso_attention
 
     def attention(q, k, v, packed, *args):
@@ -144,78 +146,78 @@ def _no_gradient_of_keys(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "options", "failed"),
+    ("break_it", "options", "failed"),
     [
-        (_scaled_scores, {}, "the kernel is the definition"),
-        (_scaled_scores, {"context_mode": "single"}, "one context is plain attention"),
-        (_no_rotation, {}, "shared is unshared"),
-        (_one_sequence, {"context_mode": "single"}, "packed is separate"),
+        (_scaled_scores, {}, "kernel matches the definition"),
+        (_scaled_scores, {"context_mode": "single"}, "one context matches plain attention"),
+        (_no_rotation, {}, "prefix sharing changes nothing"),
+        (_one_sequence, {"context_mode": "single"}, "packing changes nothing"),
         (_one_sequence, {"context_mode": "single"}, "examples do not see each other"),
-        (_first_weigh_more, {}, "contexts in any order"),
+        (_first_weigh_more, {}, "context order changes nothing"),
         (_labels_everywhere, {}, "no loss across boundaries"),
         (_no_gradient_of_keys, {}, "every token carries gradient"),
-        (_scaled_scores, BF16, "the kernel is the definition"),
-        (_no_rotation, BF16, "shared is unshared"),
-        (_first_weigh_more, BF16, "contexts in any order"),
+        (_scaled_scores, BF16, "kernel matches the definition"),
+        (_no_rotation, BF16, "prefix sharing changes nothing"),
+        (_first_weigh_more, BF16, "context order changes nothing"),
     ],
 )
-def test_what_is_wrong_fails(make_trainer, monkeypatch, spoil, options, failed):
+def test_a_fault_fails_its_check(make_trainer, monkeypatch, break_it, options, failed):
     trainer = make_trainer(**options)
-    spoil(monkeypatch)
+    break_it(monkeypatch)
     with pytest.raises(ValueError, match="Nothing was trained"):
         trainer.verify()
     assert statuses(trainer)[failed] == "failed"
 
 
-def test_a_head_that_is_not_the_model_s(make_trainer):
-    """SFTTrainer computes its loss from hidden states and the output embeddings alone; this model's head has more."""
+def test_a_head_with_more_than_a_projection_fails(make_trainer):
+    """SFTTrainer computes its loss from hidden states and the output embeddings alone. This model's head has more layers."""
     trainer = make_trainer("modernbert-decoder")
     with pytest.raises(ValueError, match="Nothing was trained"):
         trainer.verify(2)
     assert {name for name, status in statuses(trainer).items() if status == "failed"} == {NAMES[0]}
 
 
-def test_training_is_refused(make_trainer, monkeypatch):
+def test_a_failed_check_refuses_training(make_trainer, monkeypatch):
     trainer = make_trainer(verify=True)
     before = [p.clone() for p in trainer.model.parameters()]
     _no_rotation(monkeypatch)
-    with pytest.raises(ValueError, match=r"shared is unshared +failed"):
+    with pytest.raises(ValueError, match=r"prefix sharing changes nothing +failed"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
     trainer.args.verify = False
     trainer.train()
 
 
-def test_leaves_no_trace(make_trainer):
-    """Training with the checks before it is the same, bit for bit, with random numbers in every step."""
-    courses = []
+def test_verification_does_not_change_training(make_trainer):
+    """The weights after training are the same bit for bit, with random numbers in every step."""
+    weights = []
     for verify in (False, True):
         torch.manual_seed(1)
         trainer = make_trainer(verify=verify, neftune_noise_alpha=5.0, max_steps=3)
         trainer.train()
         assert bool(trainer.verification) == verify
-        courses.append([p.detach() for p in trainer.model.parameters()])
+        weights.append([p.detach() for p in trainer.model.parameters()])
         name = trainer.model.config._attn_implementation
         assert name == "miso_torch_auto"
-    assert all(torch.equal(p, q) for p, q in zip(*courses, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
 
 
-def test_long_rows_are_not_written_out(make_trainer, monkeypatch):
-    """Neither scored densely nor unshared, which would take far more memory than training."""
+def test_long_rows_skip_checks_that_need_much_memory(make_trainer, monkeypatch):
+    """Dense scores and unshared prefixes would take far more memory than training."""
     monkeypatch.setattr(checks, "LONGEST", 20)
     trainer = make_trainer()
     trainer.verify(2)
-    skipped = {"the kernel is the definition", "shared is unshared", "contexts in any order"}
+    skipped = {"kernel matches the definition", "prefix sharing changes nothing", "context order changes nothing"}
     assert statuses(trainer) == {name: "skipped" if name in skipped else "passed" for name in NAMES}
 
 
 def test_command(monkeypatch, capsys, tmp_path):
-    """A table of the checks on a recipe's own model and rows; nothing is left behind."""
+    """Prints a table of the checks on a recipe's own model and rows, and leaves no file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["trl-miso", "verify", "-n", "3", "--context_mode", "para"])
     main()
-    said = capsys.readouterr().out
-    assert all(name in said for name in NAMES) and "failed" not in said
+    output = capsys.readouterr().out
+    assert all(name in output for name in NAMES) and "failed" not in output
     assert list(tmp_path.iterdir()) == []
     _scaled_scores(monkeypatch)
     with pytest.raises(SystemExit, match="ValueError: Got a model on which MISO is not exact"):

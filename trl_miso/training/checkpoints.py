@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, renamed when complete, and checked before training resumes.
+"""Atomic checkpoints: written to a temporary folder, renamed once complete, and checked before training resumes.
 
 A process can be killed, or a disk run full, at any moment of a save. transformers writes into `checkpoint-N` itself, and
-resumes from the highest N whatever is in it; without `trainer_state.json` it begins again at step 0 without a word.
+resumes from the highest N whatever that folder has in it. Without `trainer_state.json` it silently starts again at step 0.
 """
 
 import json
@@ -21,49 +21,53 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-_ASIDE = "_incomplete"  # the Hub's upload leaves out what begins with an underscore
-_UNWRITTEN = (OSError, SafetensorError, RuntimeError)  # the last is torch.save's
-_FILES = "miso_files.json"  # sizes of a checkpoint's files, by name
+_TEMPORARY_FOLDER = "_incomplete"  # uploads to the Hub leave out names that begin with an underscore
+_MANIFEST = "miso_files.json"  # sizes of a checkpoint's files, by name
+_WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # torch.save raises RuntimeError
+# Where an optimizer state can be: the trainer's file, FSDP's file or folder, DeepSpeed's tag.
+_OPTIMIZER_STATES = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0", "latest")
 
 logger = get_logger(__name__)
 
 
 class AtomicCheckpoints(_Trainer):
-    """For a Trainer: a checkpoint's folder gets its name when all of it is written."""
+    """Trainer mixin: a checkpoint's folder gets its name once all of its files are written."""
 
-    _aside: str | None = None  # where a checkpoint is being written
-    _saved_step = 0
+    _temporary_dir: str | None = None  # set while a checkpoint is being written
+    last_saved_step = 0
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._aside or super()._get_output_dir(trial)
+        return self._temporary_dir or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step, run_dir = self.state.global_step, self._get_output_dir(trial)
-        aside = os.path.join(run_dir, _ASIDE)
-        written, checkpoint = (os.path.join(at, f"{PREFIX_CHECKPOINT_DIR}-{step}") for at in (aside, run_dir))
+        temporary_dir = os.path.join(run_dir, _TEMPORARY_FOLDER)
+        written = os.path.join(temporary_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        checkpoint = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(temporary_dir, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
-        self._aside = aside
+        self._temporary_dir = temporary_dir
         try:
             super()._save_checkpoint(model, trial)
+            # transformers has looked for the best checkpoint in the temporary folder: set its path again.
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == checkpoint or os.path.isdir(best):  # transformers has looked for it aside
+            if best == checkpoint or os.path.isdir(best):
                 self.state.best_model_checkpoint = best
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()  # all ranks have written their files
             if self.args.should_save:
-                _complete(Path(written), Path(checkpoint))
+                _publish(Path(written), Path(checkpoint))
         except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, _UNWRITTEN):
-                raise RuntimeError(_unwritten(error, step, run_dir)) from error
+            shutil.rmtree(temporary_dir, ignore_errors=True)
+            if isinstance(error, _WRITE_ERRORS):
+                raise RuntimeError(_write_error(error, step, run_dir)) from error
             raise
         finally:
-            self._aside = None
-        self.accelerator.wait_for_everyone()
-        self._saved_step = step
+            self._temporary_dir = None
+        self.accelerator.wait_for_everyone()  # no rank goes on before the checkpoint has its name
+        self.last_saved_step = step
         if self.args.push_to_hub:
             self._push_from_checkpoint(checkpoint)
         if self.args.should_save:
@@ -71,105 +75,112 @@ class AtomicCheckpoints(_Trainer):
             rotate_checkpoints(run_dir, *limits, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:  # else it is not whole yet
+        if self._temporary_dir is None:  # transformers calls this before the checkpoint is complete
             super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _complete(written: Path, checkpoint: Path) -> None:
-    """Give a checkpoint that was written aside its name, in one step: every file is on disk before the name is."""
+def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_dir: str) -> str | None:
+    """The folder to resume from, or None to start from the beginning.
+
+    Args:
+        resume_from_checkpoint: A folder, or True (also as text, from a command line) for the newest complete checkpoint in
+            `output_dir`.
+        output_dir: The folder of the run's checkpoints.
+
+    Raises:
+        ValueError: If training cannot resume from the folder, or `output_dir` has no complete checkpoint.
+    """
+    if not resume_from_checkpoint:
+        if earlier := _checkpoints(output_dir):
+            logger.warning(
+                f"Training starts from the beginning although {output_dir} has checkpoints, up to {Path(earlier[-1]).name}. A later "
+                "resume_from_checkpoint=True takes the checkpoint of the highest step, whichever run wrote it."
+            )
+        return None
+    if str(resume_from_checkpoint).lower() == "true":
+        return str(_newest_complete(Path(output_dir)))
+    reason = _why_not_resume(Path(str(resume_from_checkpoint)))
+    if reason is not None:
+        raise ValueError(
+            f"Got resume_from_checkpoint={str(resume_from_checkpoint)!r}, but {reason}. Expected a complete checkpoint. Fix: give "
+            "another folder, or resume_from_checkpoint=True for the newest complete checkpoint in output_dir."
+        )
+    return str(resume_from_checkpoint)
+
+
+def _publish(written: Path, checkpoint: Path) -> None:
+    """Move a complete checkpoint from the temporary folder to its name, atomically."""
     sizes = {str(file.relative_to(written)): file.stat().st_size for file in _files(written)}
-    (written / _FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    (written / _MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    # Every file has to be on disk before the name is: a crash must not leave a named checkpoint with empty files.
     for path in [*_files(written), written]:
         _flush(path)
-    if checkpoint.exists():  # of an earlier run, or of the same step
+    if checkpoint.exists():  # of an earlier run, or saved before at the same step
         os.replace(checkpoint, written.with_name("replaced"))
     os.replace(written, checkpoint)
     _flush(checkpoint.parent)
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
-def _obstacle(checkpoint: Path) -> str | None:
-    """Why training cannot resume from a folder; None if it can. Reads names and sizes, not contents."""
+def _why_not_resume(checkpoint: Path) -> str | None:
+    """Why training cannot resume from a folder; None if it can. Reads names and sizes of files, not their contents."""
     if not checkpoint.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        return f"it has no {TRAINER_STATE_NAME}: it was not written to its end, or is no checkpoint of a trainer"
-    if (checkpoint / _FILES).is_file():
+        return f"it has no {TRAINER_STATE_NAME}: it is an incomplete checkpoint, or not a checkpoint of a trainer"
+    if (checkpoint / _MANIFEST).is_file():
         try:
-            sizes = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+            sizes = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         except ValueError:
-            return f"its {_FILES} cannot be read: it was not copied to its end"
+            return f"its {_MANIFEST} cannot be read: it is an incomplete copy"
         for name, size in sizes.items():
             file = checkpoint / name
-            if not file.is_file() or file.stat().st_size != size:
-                got = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
-                return f"it has {got} of {name}, which was written with {size} bytes: it was not copied to its end"
-    # A file, FSDP's folder, or DeepSpeed's tag; without it transformers goes on with an optimizer that knows nothing.
-    if not any((checkpoint / name).exists() for name in (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0", "latest")):
-        return "it has no optimizer state: it was saved with save_only_model=True, or was not written to its end"
+            if not file.is_file():
+                return f"it lacks {name}, which was written with {size} bytes: it is an incomplete copy"
+            if file.stat().st_size != size:
+                got = f"{file.stat().st_size} bytes"
+                return f"it has {got} of {name}, which was written with {size} bytes: it is an incomplete copy"
+    # Without an optimizer state transformers would silently go on with a fresh optimizer.
+    if not any((checkpoint / name).exists() for name in _OPTIMIZER_STATES):
+        return "it has no optimizer state: it was saved with save_only_model=True, or is incomplete"
     return None
 
 
-def _newest(output_dir: Path) -> Path:
-    """The newest checkpoint that training can resume from; newer ones that it cannot are named in a warning.
+def _newest_complete(output_dir: Path) -> Path:
+    """The newest checkpoint that training can resume from. Warns of newer ones that it cannot resume from.
 
     Raises:
         ValueError: If there is none.
     """
     reasons: list[str] = []
-    for checkpoint in map(Path, _checkpoints(str(output_dir))[::-1]):
-        reason = _obstacle(checkpoint)
+    for checkpoint in map(Path, reversed(_checkpoints(str(output_dir)))):
+        reason = _why_not_resume(checkpoint)
         if reason is None:
-            for passed_over in reasons:
-                logger.warning(f"{passed_over}. Training resumes from {checkpoint}.")
+            for skipped in reasons:
+                logger.warning(f"{skipped}. Training resumes from {checkpoint}.")
             return checkpoint
-        reasons.append(f"{checkpoint} is passed over: {reason}")
-    if (output_dir / _ASIDE).is_dir():
-        reasons.append(f"{output_dir / _ASIDE} was being written when the run ended")
+        reasons.append(f"{checkpoint} is skipped: {reason}")
+    if (output_dir / _TEMPORARY_FOLDER).is_dir():
+        reasons.append(f"{output_dir / _TEMPORARY_FOLDER} was being written when the run ended")
     raise ValueError(
-        f"Got resume_from_checkpoint=True, and no whole checkpoint in {output_dir}{''.join(f'; {r}' for r in reasons)}. Expected one. "
-        "Fix: leave resume_from_checkpoint out to begin anew, or set output_dir to the folder that has the checkpoints."
+        f"Got resume_from_checkpoint=True, but no complete checkpoint in {'; '.join([str(output_dir), *reasons])}. Expected one. Fix: "
+        "leave resume_from_checkpoint out to start from the beginning, or set output_dir to the folder that has the checkpoints."
     )
 
 
-def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_dir: str) -> str | None:
-    """The folder to resume from, `True` standing for the newest in `output_dir`; None to begin anew.
-
-    Raises:
-        ValueError: If training cannot resume from it.
-    """
-    if not resume_from_checkpoint:
-        if left := _checkpoints(output_dir):
-            logger.warning(
-                f"Training begins anew although {output_dir} has checkpoints, up to {Path(left[-1]).name}: a later "
-                "resume_from_checkpoint=True takes the one of the highest step, whichever run wrote it."
-            )
-        return None
-    if str(resume_from_checkpoint).lower() == "true":  # also as a command line has it
-        return str(_newest(Path(output_dir)))
-    reason = _obstacle(Path(str(resume_from_checkpoint)))
-    if reason is not None:
-        raise ValueError(
-            f"Got resume_from_checkpoint={str(resume_from_checkpoint)!r}, but {reason}. Expected a whole checkpoint. Fix: give another "
-            "folder, or resume_from_checkpoint=True for the newest whole one in output_dir."
-        )
-    return str(resume_from_checkpoint)
-
-
 def _checkpoints(output_dir: str) -> list[str]:
-    """Folders named as the trainer names them, by step; not copies that a user has put beside them."""
-    numbers = PREFIX_CHECKPOINT_DIR + "-"
-    return [path for path in sort_checkpoints(output_dir) if Path(path).name.removeprefix(numbers).isdecimal()]
+    """Folders named as the trainer names them, by step. Leaves out a user's copies, such as `checkpoint-9-old`."""
+    prefix = PREFIX_CHECKPOINT_DIR + "-"
+    return [path for path in sort_checkpoints(output_dir) if Path(path).name.removeprefix(prefix).isdecimal()]
 
 
-def _unwritten(error: Exception, step: int, output_dir: str) -> str:
-    """What to tell the user whose checkpoint could not be written."""
-    left = [folder for folder in _checkpoints(output_dir) if _obstacle(Path(folder)) is None]
-    last = f"the last whole checkpoint is {left[-1]}" if left else "there is no earlier checkpoint"
+def _write_error(error: Exception, step: int, output_dir: str) -> str:
+    """The message for a checkpoint that could not be written."""
+    complete = [folder for folder in _checkpoints(output_dir) if _why_not_resume(Path(folder)) is None]
+    last = f"The last complete checkpoint is {complete[-1]}" if complete else "There is no earlier checkpoint"
     return (
-        f"Got {type(error).__name__} ({error}) while {PREFIX_CHECKPOINT_DIR}-{step} was written; what was written of it is removed, "
-        f"{last}. Expected room and permission to write in {output_dir}. Fix: make room, and train again with "
-        "resume_from_checkpoint=True."
+        f"Got {type(error).__name__} ({error}) while {PREFIX_CHECKPOINT_DIR}-{step} was written; its files were removed. {last}. "
+        f"Expected space and permission to write in {output_dir}. Fix: make space, and train again with resume_from_checkpoint=True."
     )
 
 
@@ -178,6 +189,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a run of many days is watched for: a loss or gradient that is no number, and SIGTERM."""
+"""Stop before a NaN or infinite loss reaches the weights, and checkpoint on SIGTERM."""
 
 import os
 import signal
@@ -17,33 +17,36 @@ logger = get_logger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient was NaN or infinite; raised before the weights are changed by it."""
+    """A loss or gradient is NaN or infinite. Raised before it changes the weights."""
 
 
 class TrainingGuard(TrainerCallback):
-    """Agrees with all ranks, once a batch, on whether the loss is finite and whether one of them was told to end.
+    """Let all ranks agree, once per batch, on whether a loss is not finite and whether a rank received SIGTERM.
 
-    After SIGTERM the step under way is finished, a checkpoint is saved, and training stops; `terminated` says so.
+    After SIGTERM the current step is finished, a checkpoint is saved and training stops, with `terminated` set.
     """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._rows: list[torch.Tensor | None] = []  # raw rows of each batch of the step
-        self._signalled = False
-        self.terminated = False
+        self._rows: list[torch.Tensor | None] = []  # numbers of the raw rows in each batch of the current step
+        self._signalled = False  # this process received SIGTERM
+        self.terminated = False  # a rank received SIGTERM, and all ranks know
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Take note of SIGTERM instead of dying of it, unless the script has a handler; Python allows one in the main thread only."""
+        """Note SIGTERM within the block instead of ending the process.
+
+        Does nothing if the script has a handler of its own, or outside the main thread, where Python allows no handlers.
+        """
         self._signalled = self.terminated = False
-        taken = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        if taken or threading.current_thread() is not threading.main_thread():
+        has_handler = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        if has_handler or threading.current_thread() is not threading.main_thread():
             yield
             return
         process = os.getpid()
 
         def note(number: int, frame: Any) -> None:
-            if os.getpid() != process:  # a data worker, forked with this handler
+            if os.getpid() != process:  # a data worker inherits this handler when it is forked, and has to end
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self._signalled = True
@@ -53,37 +56,43 @@ class TrainingGuard(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._signalled and not self.terminated:  # after the last batch, when nothing asks any more
+        if self._signalled and not self.terminated:  # after the last batch, which was the last to check
             os.kill(process, signal.SIGTERM)
 
-    def see(self, loss: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """Take note of a batch, before its backward.
+    def check_loss(self, loss: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Check a batch before its backward pass. `rows` are the numbers of its raw rows, if known.
 
         Raises:
-            NonFiniteError: On every rank, if the loss of one is not finite.
+            NonFiniteError: On all ranks, if the loss of one rank is not finite.
         """
         self._rows.append(rows)
         flags = torch.stack([~loss.detach().isfinite().all(), torch.tensor(self._signalled, device=loss.device)])
         if self._accelerator.num_processes > 1:
             flags = self._accelerator.reduce(flags.float(), reduction="sum")
-        broken, signalled = flags.tolist()
+        non_finite, signalled = flags.tolist()
         self.terminated |= bool(signalled)
-        if broken:
-            own = bool(~loss.detach().isfinite().all())
-            raise NonFiniteError(self._message(f"a loss of {loss.item()}" if own else "a loss", own, self._rows[-1:]))
+        if non_finite:
+            is_own = bool(~loss.detach().isfinite().all())
+            got = f"a loss of {loss.item()}" if is_own else "a non-finite loss"
+            raise NonFiniteError(self._message(got, is_own, self._rows[-1:]))
 
     def check_gradients(self, norm: Any) -> None:
-        """Raise NonFiniteError if the norm over all ranks' gradients is not finite."""
+        """Raise NonFiniteError if the norm of all ranks' gradients is not finite."""
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)).all():
             raise NonFiniteError(self._message(f"gradients of norm {float(norm)}", True, self._rows))
 
-    def _message(self, got: str, own: bool, rows: list[torch.Tensor | None]) -> str:
-        mine = sorted({number for batch in rows if batch is not None for number in batch.tolist()}) if own else []
-        numbers = sorted(set(gather_object(mine))) if self._accelerator.num_processes > 1 else mine
-        which = f"from rows {numbers} of the training data" if numbers else "from rows without numbers"
+    def _message(self, got: str, is_own: bool, rows: list[torch.Tensor | None]) -> str:
+        """The message, with the row numbers of all ranks where `is_own`. All ranks have to call this together."""
+        numbers: set[int] = set()
+        if is_own:
+            for batch in rows:
+                numbers.update([] if batch is None else batch.tolist())
+        if self._accelerator.num_processes > 1:
+            numbers = set(gather_object(sorted(numbers)))
+        source = f"from rows {sorted(numbers)} of the training data" if numbers else "from rows without numbers"
         return (
-            f"Got {got} {which}, expected a finite one. The weights were not changed by it. Fix: look at these rows (trl-miso "
-            "preview), or lower learning_rate, raise warmup_steps or set max_grad_norm if the loss grew before."
+            f"Got {got} {source}, expected a finite one. It has not changed the weights. Fix: look at these rows (trl-miso preview), "
+            "or, if the loss grew before, lower learning_rate, raise warmup_steps or set max_grad_norm."
         )
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
@@ -91,10 +100,10 @@ class TrainingGuard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.terminated:
-            logger.warning(f"SIGTERM: saving checkpoint-{state.global_step}, then ending.")
+            logger.warning(f"Received SIGTERM: saving checkpoint-{state.global_step}, then ending.")
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may be no time
+            control.should_evaluate = False  # there may be no time for it
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if self.terminated:
+        if self.terminated:  # saved already, at the end of the step
             control.should_save = control.should_evaluate = False

@@ -1,9 +1,8 @@
-"""The card of a trained model: what it is, how its contexts were made and mixed, what was verified, how to use it."""
+"""Write the model card: how contexts were made and mixed, which checks passed, scores, and how to use the model."""
 
 import json
 import os
 import re
-from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import chain
 from math import ceil
@@ -17,36 +16,38 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_miso.evaluation.callback import Scores, callbacks_of
 from trl_miso.segments import decode
+from trl_miso.verification.checks import Check
 from trl_miso.version import __version__
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
-_COUNTED = 1000  # rows of which contexts are counted: a card is written with every checkpoint
+_ROWS_COUNTED = 1000  # rows whose contexts are counted: a card is written with every checkpoint
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SEPARATOR = re.compile(r"[/\\]")
 _METHOD = (
-    "MISO (Multi-Input Single-Output) fine-tuning reads an instruction as several contexts, each by itself, and lets the "
-    "output attend to a weighted mix of them."
+    "MISO (Multi-Input Single-Output) fine-tuning processes an instruction as several contexts, separately from each other, and "
+    "lets the output attend to a weighted mixture of them."
 )
 _METHODS = {
-    "para": f"{_METHOD} The contexts are the full instruction, its parts and the bare request, or contexts that the data has.",
+    "para": f"{_METHOD} The contexts are the full instruction, its parts and the bare request, or the contexts given in the data.",
     "succ": f"{_METHOD} The contexts are successive chunks of the input.",
-    "single": 'Its rows were kept whole (`context_mode="single"`): supervised fine-tuning, without a mix of contexts.',
-    "augment": 'Each context was an example of its own (`context_mode="augment"`), without a mix of contexts.',
+    "single": 'Rows were not split (`context_mode="single"`): ordinary supervised fine-tuning, without a mixture of contexts.',
+    "augment": 'Each context was an example of its own (`context_mode="augment"`), without a mixture of contexts.',
 }
 _WEIGHTINGS = {
-    "uniform": "uniform (each the same, or as the row's `context_weights` say)",
+    "uniform": "uniform (all equal, or the row's `context_weights`)",
     "fid": "fid (by attention mass)",
     "vanilla": "vanilla (one softmax over all contexts)",
 }
 
 
 def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | None, metadata: dict[str, Any]) -> None:
-    """Replace TRL's card in `output_dir` by MISO's, under TRL's metadata and what of it can be a link on the Hub.
+    """Replace TRL's card in `output_dir` by MISO's, with TRL's tags and with links to what is on the Hub.
 
     Args:
         trainer: A MISOSFTTrainer whose card TRL has just written.
-        dataset_name: A data set on the Hub, or a local file or folder, which is named without its path.
-        metadata: More of the card's header, such as `language` and `license`.
+        model_name: The model's name; by default that of its repository or of `output_dir`.
+        dataset_name: Id of a dataset on the Hub, or a local file or folder, which is named without its path.
+        metadata: More fields of the card's header, such as `language` and `license`.
     """
     path = Path(trainer.args.output_dir, "README.md")
     trl_card = ModelCard.load(path)
@@ -79,14 +80,14 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         badges=re.findall(r"\[<img [^\n]*?\]\([^\n]*?\)", trl_card.text),
         scores=[_scores(score) for score in scores],
         settings=_settings(trainer, is_adapter),
-        checks=[_check(check) for check in trainer.verification],
+        checks=[_check_cells(check) for check in trainer.verification],
         versions=_versions(is_adapter),
         paper=trainer._paper,
     ).save(path)
 
 
 def _named(identifier: str | None, kind: str) -> tuple[str | None, str]:
-    """The id on the Hub, None for what is local, and how the card shows it: a link, or a local one's name."""
+    """The id on the Hub (None for a local path), and the text for the card: a link, or the path's last part."""
     if not identifier:
         return None, ""
     if os.path.exists(identifier) or not _HUB_ID.fullmatch(identifier):
@@ -95,39 +96,38 @@ def _named(identifier: str | None, kind: str) -> tuple[str | None, str]:
 
 
 def _accuracies(scores: Scores) -> list[tuple[str, str, int, int]]:
-    """Level and reading, how many are followed, of how many; a scorer of the user's own has one reading."""
+    """(level, reading, number followed, total) for each accuracy. A user's own scorer has no strict and loose reading."""
     counts = scores.counts
     strict, loose = ("strict", "loose") if scores.benchmark == "ifeval" else ("", None)
-    found = [
+    accuracies = [
         ("prompt", strict, counts.strict_prompt, counts.prompts),
         ("instruction", strict, counts.strict_instruction, counts.instructions),
         ("prompt", loose, counts.loose_prompt, counts.prompts),
         ("instruction", loose, counts.loose_instruction, counts.instructions),
     ]
-    return [(level, reading, followed, total) for level, reading, followed, total in found if reading is not None]
+    return [(level, reading, followed, total) for level, reading, followed, total in accuracies if reading is not None]
 
 
 def _scores(scores: Scores) -> dict[str, Any]:
-    """What the template shows of held-out prompts."""
+    """Scores on held-out prompts, as the template shows them."""
+    rows: list[tuple[str, str, str]] = []
+    for level, reading, followed, total in _accuracies(scores):
+        name = f"{level}s, {reading}" if reading else f"{level}s"
+        rows.append((name, f"{followed / total:.1%}", f"{followed:,} of {total:,}"))
+    prompts = f"{scores.counts.prompts:,} held-out prompts"
+    if scores.dataset_name:
+        prompts += f" of {_named(scores.dataset_name, 'datasets/')[1]}"
     judge = "lm-eval's checkers of IFEval" if scores.benchmark == "ifeval" else "the trainer's own scorer"
     return {
-        "about": f"{scores.counts.prompts:,} held-out prompts{' of ' * bool(scores.dataset_name)}"
-        f"{_named(scores.dataset_name, 'datasets/')[1]}, after step {scores.step:,}, judged by {judge}",
-        "rows": [
-            (
-                f"{level}s, {reading}" if reading else f"{level}s",
-                f"{followed / total:.1%}",
-                f"{followed:,} of {total:,}",
-            )
-            for level, reading, followed, total in _accuracies(scores)
-        ],
+        "about": f"{prompts}, after step {scores.step:,}, judged by {judge}",
+        "rows": rows,
         "max_new_tokens": f"{scores.max_new_tokens:,}",
         "unscored": ", ".join(map(str, scores.unscored)),
     }
 
 
 def _eval_results(scores: Scores) -> list[EvalResult]:
-    """For the card's header; none where the prompts are from no data set on the Hub."""
+    """Results for the card's header; none unless the prompts are from a dataset on the Hub."""
     dataset_id, _ = _named(scores.dataset_name, "datasets/")
     if dataset_id is None:
         return []
@@ -152,7 +152,7 @@ def _settings(trainer: Any, is_adapter: bool) -> list[tuple[str, str]]:
     if mode in ("para", "succ"):
         settings["weights of the contexts"] = _WEIGHTINGS[args.context_weighting]
         if args.full_context_weight is not None:
-            settings["share of the full context"] = f"{args.full_context_weight:g}"
+            settings["weight of the full context"] = f"{args.full_context_weight:g}"
         settings["contexts per example"] = count_contexts(trainer.train_dataset)
     if mode == "succ":
         settings["probabilities of 1, 2, ... chunks"] = ", ".join(f"{p:g}" for p in args.chunk_probs)
@@ -170,21 +170,22 @@ def _settings(trainer: Any, is_adapter: bool) -> list[tuple[str, str]]:
 
 
 def count_contexts(dataset: Any) -> str:
-    """How many contexts the examples of a prepared data set have, by at most some thousand rows from all over it."""
+    """Describe how many contexts an example has, from about a thousand evenly spaced rows of a prepared dataset."""
     if not isinstance(dataset, Dataset):
         return "not counted (streamed data)"
     if "miso_layout" not in dataset.column_names:
         return "1"
-    rows = range(0, len(dataset), ceil(len(dataset) / _COUNTED) or 1)
+    rows = range(0, len(dataset), ceil(len(dataset) / _ROWS_COUNTED) or 1)
     counts: list[int] = []
-    for batch in dataset.select_columns("miso_layout").select(rows).iter(_COUNTED):
-        counts += (max(1, len(x.branches)) for x in chain.from_iterable(map(decode, batch["miso_layout"])))
+    for batch in dataset.select_columns("miso_layout").select(rows).iter(_ROWS_COUNTED):
+        for example in chain.from_iterable(map(decode, batch["miso_layout"])):
+            counts.append(max(1, len(example.branches)))
     if not counts:
         return "none"
-    several = sum(n > 1 for n in counts) / len(counts)
+    several = sum(count > 1 for count in counts) / len(counts)
     return (
-        f"{sum(counts) / len(counts):.1f} on average ({min(counts)} to {max(counts)}), several in {several:.0%}; counted in "
-        f"{len(counts):,} examples, {len(rows):,} of {len(dataset):,} rows"
+        f"{sum(counts) / len(counts):.1f} on average ({min(counts)} to {max(counts)}), several in {several:.0%} of the examples; "
+        f"counted in {len(counts):,} examples from {len(rows):,} of {len(dataset):,} rows"
     )
 
 
@@ -194,29 +195,42 @@ def _adapter(config: Any) -> str:
     if targets and not isinstance(targets, str):
         values["target_modules"] = ", ".join(sorted(targets))
     kind = getattr(config.peft_type, "value", config.peft_type)
-    return f"{kind} ({'; '.join(f'{name} {value}' for name, value in values.items() if value)})"
+    settings = "; ".join(f"{name} {value}" for name, value in values.items() if value)
+    return f"{kind} ({settings})"
 
 
 def _quantization(config: Any) -> str:
     values = config if isinstance(config, dict) else config.to_dict()
     method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
-    bits = next((n for n in (4, 8) if values.get(f"load_in_{n}bit")), values.get("bits"))
-    return f"{method}{f', {bits} bit' if bits else ''}"
+    bits = values.get("bits")
+    for size in (8, 4):
+        if values.get(f"load_in_{size}bit"):
+            bits = size
+    return f"{method}, {bits} bit" if bits else str(method)
 
 
-def _check(check: Any) -> Sequence[str]:
+def _check_cells(check: Check) -> list[str]:
+    """A check as a row of the card's table: no line breaks, and bars escaped."""
     numbers = ("" if x is None else f"{x:.2g} {check.unit}" for x in (check.measured, check.budget))
-    return [re.sub(r"\s+", " ", text).replace("|", "\\|") for text in (check.name, check.status, *numbers, check.note)]
+    cells = (check.name, check.status, *numbers, check.note)
+    return [re.sub(r"\s+", " ", text).replace("|", "\\|") for text in cells]
 
 
 def _versions(is_adapter: bool) -> dict[str, str]:
-    names = {"TRL": "trl", "Transformers": "transformers", "PyTorch": "torch"}
-    names |= {"Datasets": "datasets", "Tokenizers": "tokenizers"} | ({"PEFT": "peft"} if is_adapter else {})
-    return {"trl-miso": __version__} | {name: version(package) for name, package in names.items()}
+    packages = {
+        "TRL": "trl",
+        "Transformers": "transformers",
+        "PyTorch": "torch",
+        "Datasets": "datasets",
+        "Tokenizers": "tokenizers",
+    }
+    if is_adapter:
+        packages["PEFT"] = "peft"
+    return {"trl-miso": __version__} | {name: version(package) for name, package in packages.items()}
 
 
 def _usage(trainer: Any, model_id: str, is_adapter: bool) -> str:
-    """Python that loads the model and answers a prompt, with transformers (and PEFT for an adapter) alone."""
+    """Python code that loads the model and answers a prompt, with transformers only (and PEFT for an adapter)."""
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     imports = (
         ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]

@@ -37,7 +37,7 @@ class ReliableTrainer(AtomicCheckpoints):
     row_numbers_key = "row_numbers"
     _guard: TrainingGuard
 
-    def _watch_training(self) -> None:
+    def guard_training(self) -> None:
         """Start to guard the steps of training; to be called once the Trainer is constructed."""
         self._guard = TrainingGuard(self.accelerator)
         self.add_callback(self._guard)

@@ -1,4 +1,4 @@
-"""MISOSFTTrainer."""
+"""MISOSFTTrainer: the method, that is rows, collator, attention and loss. Reliability, the Hub and scores are mixins."""
 
 from collections.abc import Callable
 from copy import copy
@@ -49,27 +49,29 @@ _BIBTEX = """\
 }"""
 
 
+# The order of the mixins is part of their contract (tests/training/test_reliability.py): ReliableTrainer completes a
+# checkpoint before HubPushes uploads it, and after SIGTERM ends training before ScoredEvaluations would score it.
 class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SFTTrainer):
     """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
 
     The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
-    collator), and attention mixes the contexts (a registered attention implementation). Loss, metrics, checkpoints, PEFT
-    and the Hub are SFTTrainer's. The saved model is an ordinary one, loaded and used without this package.
+    collator), and attention mixes the contexts (a registered attention implementation). Loss, metrics, the format of
+    checkpoints, PEFT and the Hub are SFTTrainer's. The saved model is an ordinary one, used without this package.
 
     Args:
-        model: As for SFTTrainer. `flash_attention_2` restricts MISO to FlashAttention-2 kernels.
+        model: As for SFTTrainer. `attn_implementation="flash_attention_2"` restricts MISO to FlashAttention-2 kernels.
         args ([`MISOSFTConfig`], [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`], *optional*): The latter two are
             converted, with MISO's defaults.
-        train_dataset: In any row format of `trl_miso.data.contexts`.
+        train_dataset: Rows in any format of `trl_miso.data.schema`.
         data_collator: Must be None: the batch layout is part of the method.
 
         The other arguments are SFTTrainer's.
 
     Attributes:
-        training_mode: What the training rows are prepared as: `"para"`, `"succ"`, `"single"` or `"augment"`.
-        verification: The checks that `train` made before its first step, or `verify`.
-        dropped_rows: For each prepared data set the reasons for which rows were dropped, with the rows' numbers (of a
-            stream, among the rows that were counted).
+        training_mode: The mode of the training rows: `"para"`, `"succ"`, `"single"` or `"augment"`.
+        verification: The results of the last checks, by `train` before its first step or by `verify`.
+        dropped_rows: For each prepared dataset the numbers of its dropped rows, by reason (of a stream, among the rows that
+            were counted).
 
     Raises:
         ValueError: Before training, for models, settings or rows that would be trained wrongly.
@@ -142,7 +144,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
             formatting_func=formatting_func,
         )
         self._install(args)
-        self._watch_training()
+        self.guard_training()
         self.add_callback(VerifyFirst(self))
 
     def _install(self, args: MISOSFTConfig) -> None:
@@ -237,7 +239,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
 
 
 def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
-    """The user's arguments as a MISOSFTConfig, as TRL converts TrainingArguments."""
+    """Convert the user's arguments to a MISOSFTConfig, as TRL converts TrainingArguments to an SFTConfig."""
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return MISOSFTConfig(f"{name.split('/')[-1]}-MISO")
@@ -250,5 +252,7 @@ def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
             f"Got args of type {type(args).__name__} with {unknown}, expected fields of MISOSFTConfig. Fix: derive "
             f"{type(args).__name__} from MISOSFTConfig."
         )
-    hidden = [name for name in values if name.endswith("_token")]  # to_dict replaces hub_token, eos_token, ...
-    return MISOSFTConfig(**values | {name: getattr(args, name) for name in hidden})
+    for name in values:
+        if name.endswith("_token"):  # `to_dict` masks hub_token, eos_token, ...
+            values[name] = getattr(args, name)
+    return MISOSFTConfig(**values)

@@ -1,20 +1,15 @@
-"""The checks as a trainer makes them: on request, and before its first step."""
+"""Verification in a trainer: on request, and before its first step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.logging import get_logger
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from trl_miso.attention.support import base_of
-from trl_miso.attention.transformers_attention import register_definition
-from trl_miso.verification.checks import Check, Verifier, choose
-from trl_miso.verification.table import as_text, table
+from trl_miso.verification.checks import Check
+from trl_miso.verification.run import require_exact, verify_model
+from trl_miso.verification.table import make_table
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -25,63 +20,55 @@ logger = get_logger(__name__)
 
 
 class Verified(_Trainer):
-    """For MISOSFTTrainer: `verify()`, and the attribute `verification`, the checks that were made last."""
+    """Trainer mixin: `verify()`, and the attribute `verification` with the results of the last run of the checks."""
 
     verification: list[Check] = []
 
     def verify(self, rows: int = 8) -> list[Check]:
-        """Check on the model, the tokenizer and the first rows that MISO is exact; print the checks as a table.
+        """Check on the model, the tokenizer and the first rows that MISO is exact, and print the results as a table.
 
-        One context is the model's own attention; packed, shared and reordered contexts change nothing; the kernel gives
-        what the definition (eq. 3) gives; no loss crosses a boundary; every token carries gradient. Each is measured in
-        nats of the labelled tokens' log-probabilities, and may differ by what rounding explains (`verification/checks.py`).
+        Two ways of computing the labelled tokens' log-probabilities must agree: one context by MISO and by the model's own
+        attention; rows packed and one by one; prefixes shared and unshared; contexts in either order; attention by the kernel
+        and by definition (eq. 3). Differences are measured in nats and may be as large as rounding explains, see
+        `verification/checks.py`. No label may lie across a boundary, and every token must have gradient.
 
         Args:
-            rows: Examples to check on, those of several contexts first.
+            rows: Number of examples to check on, those with several contexts first.
+
+        Returns:
+            The results, also kept as `verification`.
 
         Raises:
-            ValueError: If a check fails, or the model is sharded and not yet made ready by `train`.
+            ValueError: If a check fails, or under FSDP and DeepSpeed, whose models run once `train` has prepared them.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "Got verify() under FSDP or DeepSpeed, whose models run once training has begun only. Expected verify=True, with which "
-                "train() verifies first. Fix: call train(), or verify() in one process."
+                "Got verify() under FSDP or DeepSpeed, where a model runs only after train() has prepared it. Expected verify=True, "
+                "with which train() verifies before its first step. Fix: call train(), or verify() in a single process."
             )
         self.run_checks(rows, gradients=True)
         if self.is_world_process_zero():
-            Console().print(table(self.verification))
+            Console().print(make_table(self.verification))
         return self.verification
 
     def run_checks(self, count: int, gradients: bool) -> None:
-        rows = choose(islice(self.train_dataset, 20 * count), count)
+        """Check on `count` examples and keep the results as `verification`. Raises ValueError if a check fails."""
         self.verification = []
-        if not rows:
-            logger.warning(f"Nothing was verified: none of the first {20 * count} rows has a label.")
-            return
-        base_model = base_of(self.model)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base_model.dtype
-        verifier = Verifier(
-            model=self.model,
-            embeddings=base_model.get_input_embeddings(),
-            collator=self.data_collator,
-            rows=rows,
-            dtype=dtype,
-            definition=partial(_attending_by_definition, base_model),
-            device=self.accelerator.device,
-            gradients=gradients,
-        )
         with self.accelerator.autocast():
-            self.verification = list(verifier())
-        if any(check.status == "failed" for check in self.verification):
-            raise ValueError(
-                "Got a model on which MISO is not exact, expected every check to pass. Nothing was trained. Fix: use another model, "
-                "attention_kernel or attn_implementation, and report this table; verify=False trains in spite of it.\n\n"
-                f"{as_text(self.verification)}"
+            self.verification = verify_model(
+                self.model,
+                self.data_collator,
+                self.train_dataset,
+                count,
+                self.args.compute_dtype(base_of(self.model).dtype),
+                self.accelerator.device,
+                gradients,
             )
+        require_exact(self.verification)
 
 
 class VerifyFirst(TrainerCallback):
-    """Runs the checks on two rows when the model is ready for its first step, unless `verify=False`."""
+    """Run the checks on two examples once the model is ready for its first step, unless `verify=False`."""
 
     def __init__(self, trainer: Verified):
         self._trainer = trainer
@@ -91,19 +78,4 @@ class VerifyFirst(TrainerCallback):
             return
         self._trainer.run_checks(2, gradients=False)
         passed = sum(check.status == "passed" for check in self._trainer.verification)
-        logger.info(f"Verified on this model and the first rows: {passed} checks passed (trainer.verification).")
-
-
-@contextmanager
-def _attending_by_definition(model: PreTrainedModel) -> Iterator[None]:
-    """Set on the configs that attention reads: a model that FSDP has wrapped takes no other implementation."""
-    name, definition = model.config.get_text_config()._attn_implementation, register_definition()
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    attending = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == name]
-    for config in attending:
-        config._attn_implementation = definition
-    try:
-        yield
-    finally:
-        for config in attending:
-            config._attn_implementation = name
+        logger.info(f"Verified on this model and the first rows: {passed} checks passed (see trainer.verification).")

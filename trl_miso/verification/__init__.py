@@ -1,1 +1,1 @@
-"""Is MISO exact on this model, this tokenizer and these rows? Asked before training, with the model's own forward."""
+"""Is MISO exact on this model, tokenizer and rows? Checked before training, with the model's own forward."""

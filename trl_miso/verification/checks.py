@@ -1,8 +1,9 @@
-"""Identities that hold for the mixture whatever the model: each is two ways to compute the same log-probabilities.
+"""What two ways of computing the same log-probabilities must agree on, whatever the model.
 
-Two ways differ by rounding. How much rounding moves *this* model's log-probabilities is measured, not assumed: the
-embeddings are multiplied by 1 +- r, with r the relative rounding of the compute dtype, and the change s is noted. Exact ways
-were seen to differ by up to 1.0 s (six architectures of 3 and 16 layers, float32 and bf16); the budget is 4 s.
+Both ways are exact, so they may differ by rounding only. The budget for that difference is measured on the model at hand:
+multiply the embeddings by 1 +- r, where r is the relative rounding of the compute dtype, and take the root mean square change
+s of the log-probabilities. The budget is 4 s, plus a floor for the head, which computes in float32. Exact ways were seen to
+differ by at most 1.0 s (six architectures of 3 and 16 layers, float32 and bf16).
 """
 
 import math
@@ -13,22 +14,24 @@ from itertools import accumulate, chain
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from trl_miso.data.collator import MISODataCollator
 from trl_miso.segments import Branch, Example, decode, encode, single, unshare
 
-PreparedRow = dict[str, list[int]]  # prepared, of one example
-LONGEST = 4096  # tokens of a row whose scores fit in memory, all at once
+PreparedRow = dict[str, list[int]]  # `input_ids`, `labels` and `miso_layout` of a single example
+LONGEST = 4096  # tokens of a row for which all attention scores at once, or all contexts unshared, fit in memory
 _NATS = "nats"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One identity; it failed if `measured` exceeds `budget`.
+    """Result of one check: failed if `measured` exceeds `budget`.
 
-    `status` is `"passed"`, `"failed"` or `"skipped"` (`note` says why). `unit` is `"nats"`, the root mean square over the labelled
-    tokens' log-probabilities; `"labels"` on a wrong token; or `"tokens"` without gradient.
+    `status` is `"passed"`, `"failed"` or `"skipped"` (`note` gives the reason). `unit` is `"nats"` for the root mean square
+    difference of the labelled tokens' log-probabilities, `"labels"` for a number of misplaced labels, or `"tokens"` for a
+    number of tokens without gradient.
     """
 
     name: str
@@ -41,17 +44,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Verifier:
-    """Checks MISO on a model, as it is wrapped for training.
+    """Checks that MISO is exact on a model that is wrapped for training.
 
     Args:
         model: Takes a batch and `fused_lm_head=True`, and returns `log_probs` and `label_mask` (TRL's fused head).
         embeddings: The model's input embeddings.
-        collator: As in training.
-        rows: Prepared rows of one example each, of which at least one has several contexts where any has; see `choose`.
-        dtype: What the model computes in.
-        definition: Switches the model to attention by its definition (`adapter.register_definition`), while it is entered.
-        device: Where batches go.
-        gradients: Whether gradients can be asked for outside a training step (not of sharded parameters).
+        collator: The collator of training.
+        rows: Prepared rows of one example each, with several contexts in at least one where the data allows it; see `choose`.
+        dtype: The compute dtype, which sets the size of rounding.
+        definition: Returns a context manager within which the model attends by definition, see
+            `transformers_attention.register_definition`.
+        device: Device of the batches.
+        gradients: Also check gradients. Not possible for sharded parameters outside a training step.
     """
 
     model: nn.Module
@@ -64,8 +68,9 @@ class Verifier:
     gradients: bool = False
 
     def __call__(self) -> Iterator[Check]:
-        """Run all checks. The model is in eval mode while they run; neither weights nor random states change."""
-        training, devices = self.model.training, [self.device] if self.device.type == "cuda" else []
+        """Run all checks, with the model in eval mode. Weights and random states stay as they are."""
+        training = self.model.training
+        devices = [self.device] if self.device.type == "cuda" else []
         self.model.eval()
         try:
             with torch.random.fork_rng(devices):
@@ -76,58 +81,71 @@ class Verifier:
     def _checks(self) -> Iterator[Check]:
         packed = self.log_probs(self.rows)
         budget = self._budget(packed)
-        mixed = [row for row in self.rows if _example(row).branches]
-        alone = [_alone(row) for row in self.rows]
+        causal_rows = [_first_context_row(row) for row in self.rows]
 
-        def equal(name: str, other: torch.Tensor, to: torch.Tensor = packed) -> Check:
-            return _check(name, _distance(other, to), budget, _NATS)
+        def compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Check:
+            return _check(name, _distance(a, b), budget, _NATS)
 
-        yield _check("the loss is the model's own", self._of_fused_head(min(alone, key=_length)), budget, _NATS)
-        yield equal(
-            "one context is plain attention",
-            torch.cat([self.log_probs([row]) for row in alone]),
-            torch.cat([self.log_probs([row], metadata=False) for row in alone]),
+        yield _check(
+            "loss matches the model's logits", self._fused_head_error(min(causal_rows, key=_length)), budget, _NATS
         )
-        yield equal("packed is separate", torch.cat([self.log_probs([row]) for row in self.rows]))
-        written_out = max(_example(row).num_unshared_tokens for row in self.rows)
-        why = "" if mixed else "no row has several contexts"
-        if written_out > LONGEST:
-            why = why or f"a row of {written_out:,} tokens without sharing"
-        unsharing = why or ("" if self.collator.share_prefixes else "share_prefixes is off")
-        if unsharing:
-            yield Check("shared is unshared", "skipped", note=unsharing)
+        yield compare(
+            "one context matches plain attention",
+            torch.cat([self.log_probs([row]) for row in causal_rows]),
+            torch.cat([self.log_probs([row], metadata=False) for row in causal_rows]),
+        )
+        yield compare("packing changes nothing", torch.cat([self.log_probs([row]) for row in self.rows]), packed)
+        skip = self._why_not_unshare()
+        if skip or not self.collator.share_prefixes:
+            yield Check("prefix sharing changes nothing", "skipped", note=skip or "share_prefixes is off")
         else:
-            yield equal("shared is unshared", self.log_probs(self.rows, replace(self.collator, share_prefixes=False)))
-        yield self._is_definition(budget)
-        if why:
-            yield Check("contexts in any order", "skipped", note=why)
+            unshared = self.log_probs(self.rows, replace(self.collator, share_prefixes=False))
+            yield compare("prefix sharing changes nothing", unshared, packed)
+        yield self._kernel_matches_definition(budget)
+        if skip:
+            yield Check("context order changes nothing", "skipped", note=skip)
         else:
-            yield equal("contexts in any order", self.log_probs([_reordered(row) for row in self.rows]))
-        yield self._isolated(packed, budget)
-        yield self._labels_within_outputs()
+            reversed_rows = [_reverse_contexts(row) for row in self.rows]
+            yield compare("context order changes nothing", self.log_probs(reversed_rows), packed)
+        yield self._examples_are_isolated(packed, budget)
+        yield self._labels_are_in_outputs()
         if self.gradients:
-            yield self._every_token_counts()
+            yield self._every_token_has_gradient()
+
+    def _why_not_unshare(self) -> str:
+        """Why not to give each context its own copy of its tokens; empty if that is possible and changes a row."""
+        examples = [_example_of(row) for row in self.rows]
+        if not any(example.branches for example in examples):
+            return "no row has several contexts"
+        tokens = max(example.num_unshared_tokens for example in examples)
+        return f"a row has {tokens:,} tokens without prefix sharing" if tokens > LONGEST else ""
 
     def log_probs(
         self, rows: Sequence[PreparedRow], collator: MISODataCollator | None = None, metadata: bool = True
     ) -> torch.Tensor:
-        """(labels,) float64 log-probabilities of the labelled tokens, in order; without metadata by ordinary attention."""
+        """Log-probabilities of the labelled tokens, in order: float64 of shape (labels,).
+
+        `metadata=False` leaves MISO's fields out of the batch, so that the model's own attention runs.
+        """
         with torch.no_grad():
             return self._forward(self._batch(rows, collator, metadata)).cpu().double()
 
-    def _is_definition(self, budget: float) -> Check:
-        name = "the kernel is the definition"
-        rows = [row for row in self.rows if _example(row).num_unshared_tokens <= LONGEST]
+    def _kernel_matches_definition(self, budget: float) -> Check:
+        name = "kernel matches the definition"
+        rows = [row for row in self.rows if _example_of(row).num_unshared_tokens <= LONGEST]
         if not rows:
-            return Check(name, "skipped", note=f"no row of at most {LONGEST} tokens: the definition is dense")
+            note = f"no row has at most {LONGEST} tokens, and the definition computes all scores at once"
+            return Check(name, "skipped", note=note)
         with self.definition():
-            defined = torch.cat([self._defined(row) for row in rows])
-        return _check(name, _distance(defined, self.log_probs(rows)), budget, _NATS)
+            by_definition = torch.cat([self._log_probs_by_definition(row) for row in rows])
+        return _check(name, _distance(by_definition, self.log_probs(rows)), budget, _NATS)
 
-    def _defined(self, row: PreparedRow) -> torch.Tensor:
-        """As `log_probs`, of a model that attends by the definition."""
+    def _log_probs_by_definition(self, row: PreparedRow) -> torch.Tensor:
+        """`log_probs` of one row, for a model that attends by definition."""
         batch = self._batch([row], replace(self.collator, pad_to_multiple_of=None))
-        example = _example(row) if self.collator.share_prefixes else unshare(_example(row), [])[0]
+        example = _example_of(row)
+        if not self.collator.share_prefixes:
+            example, _ = unshare(example, [])
         with torch.no_grad():
             return self._forward(batch | {"miso_definition": tuple(encode(example))}).cpu().double()
 
@@ -135,55 +153,56 @@ class Verifier:
         self, rows: Sequence[PreparedRow], collator: MISODataCollator | None = None, metadata: bool = True
     ) -> dict[str, Any]:
         batch = (collator or self.collator)(rows)
-        return {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-            if metadata or not name.startswith("miso_")
-        }
+        if not metadata:
+            batch = {name: value for name, value in batch.items() if not name.startswith("miso_")}
+        return send_to_device(batch, self.device)
 
     def _forward(self, batch: dict[str, Any]) -> torch.Tensor:
         outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
         return outputs.log_probs[outputs.label_mask.bool()]
 
-    def _of_fused_head(self, row: PreparedRow) -> float:
-        """How far the log-probabilities that TRL computes from hidden states are from those of the model's logits."""
+    def _fused_head_error(self, row: PreparedRow) -> float:
+        """Distance of the log-probabilities that TRL computes from hidden states to those of the model's logits."""
         batch = self._batch([row])
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad():
             logits = self.model(**batch, use_cache=False).logits[0, :-1][labels != -100]
-        own = logits.float().log_softmax(-1).gather(-1, labels[labels != -100, None])[:, 0]
-        return _distance(own.cpu().double(), self.log_probs([row]))
+        log_probs = logits.float().log_softmax(-1).gather(-1, labels[labels != -100, None])[:, 0]
+        return _distance(log_probs.cpu().double(), self.log_probs([row]))
 
     def _budget(self, packed: torch.Tensor) -> float:
-        """See the module's docstring. Angles of long positions are rounded more coarsely than anything in float32."""
-        longest = max(_example(row).end(len(_example(row).segments) - 1) for row in self.rows)
-        rounding = max(torch.finfo(self.dtype).eps, longest * torch.finfo(torch.float32).eps / 2)
+        """Largest difference that rounding explains, in nats; see the module's docstring."""
+        float32_eps = torch.finfo(torch.float32).eps
+        examples = [_example_of(row) for row in self.rows]
+        end = max(example.end(len(example.segments) - 1) for example in examples)
+        # Rotary angles are computed in float32, and their absolute rounding grows with the position.
+        rounding = max(torch.finfo(self.dtype).eps, end * float32_eps / 2)
         with _hooked(self.embeddings, _Noise(rounding)):
-            moved = _distance(self.log_probs(self.rows), packed)
-        floor = torch.finfo(torch.float32).eps * float(packed.abs().max())  # of the head, which is in float32
-        return 4 * (moved + floor)
+            change = _distance(self.log_probs(self.rows), packed)
+        floor = float32_eps * float(packed.abs().max())  # the head computes in float32
+        return 4 * (change + floor)
 
-    def _isolated(self, packed: torch.Tensor, budget: float) -> Check:
-        """Other tokens in the first example leave the log-probabilities of those after it as they are."""
+    def _examples_are_isolated(self, packed: torch.Tensor, budget: float) -> Check:
+        """Change the tokens of the first example: the log-probabilities of the others must stay the same."""
         name = "examples do not see each other"
         if len(self.rows) < 2:
-            return Check(name, "skipped", note="one row")
+            return Check(name, "skipped", note="there is only one row")
         first, *others = self.rows
         changed = first | {"input_ids": first["input_ids"][::-1]}
         start = len(self.log_probs([first]))
-        moved = _distance(self.log_probs([changed, *others])[start:], packed[start:])
-        return _check(name, moved, budget, _NATS)
+        change = _distance(self.log_probs([changed, *others])[start:], packed[start:])
+        return _check(name, change, budget, _NATS)
 
-    def _labels_within_outputs(self) -> Check:
-        """No label is predicted from another segment's token, and none is on a context."""
+    def _labels_are_in_outputs(self) -> Check:
+        """Count labels on contexts, and labels that would be predicted from another segment's last token."""
         batch = self._batch(self.rows)
         labelled = batch["labels"][0] != -100
         crossing = labelled[batch["miso_cu_seqlens_q"][:-1].long()].sum()
         in_contexts = labelled[: batch.get("miso_output_start", 0)].sum()
         return _check("no loss across boundaries", float(crossing + in_contexts), 0.0, "labels")
 
-    def _every_token_counts(self) -> Check:
-        """Every token that something is predicted from carries gradient: all but those after the last label."""
+    def _every_token_has_gradient(self) -> Check:
+        """Count tokens whose embedding has no gradient, of those that a labelled token depends on."""
         batch = self._batch(self.rows)
         leaf = _Leaf()
         with _hooked(self.embeddings, leaf):
@@ -193,7 +212,7 @@ class Verifier:
 
     @staticmethod
     def _predicts(batch: dict[str, Any]) -> torch.Tensor:
-        """(T,) whether a label comes after a token in its segment, or the token is a context's."""
+        """(T,) bool: whether a token is a context's, or comes before a label of its own segment."""
         labelled, bounds = batch["labels"][0] != -100, batch["miso_cu_seqlens_q"].tolist()
         predicts = torch.zeros_like(labelled)
         for start, end in zip(bounds, bounds[1:], strict=False):
@@ -204,28 +223,33 @@ class Verifier:
 
 
 def choose(rows: Iterable[dict[str, Any]], count: int) -> list[PreparedRow]:
-    """Up to `count` examples, with labels, of prepared rows or bins: of several contexts first, of over `LONGEST` tokens last."""
-    examples = [
-        row for row in chain.from_iterable(map(_split, rows)) if any(label != -100 for label in row["labels"][1:])
-    ]
-    examples.sort(key=lambda row: (_example(row).num_unshared_tokens > LONGEST, not _example(row).branches))
-    return sorted(examples[:count], key=lambda row: not _example(row).branches)  # as they are laid out in a batch
+    """Choose up to `count` examples with labels from prepared rows or bins, one row per example.
+
+    Prefers examples of at most `LONGEST` tokens, then examples with several contexts. Those with several contexts come first in
+    the result, which is their order in a batch.
+    """
+    examples: list[PreparedRow] = []
+    for row in chain.from_iterable(map(_split_examples, rows)):
+        if any(label != -100 for label in row["labels"][1:]):
+            examples.append(row)
+    examples.sort(key=lambda row: (_example_of(row).num_unshared_tokens > LONGEST, not _example_of(row).branches))
+    return sorted(examples[:count], key=lambda row: not _example_of(row).branches)
 
 
-def _split(row: dict[str, Any]) -> Iterator[PreparedRow]:
-    """The examples of a prepared row, each a row."""
+def _split_examples(row: dict[str, Any]) -> Iterator[PreparedRow]:
+    """One row per example of a prepared row."""
     examples = list(decode(row["miso_layout"])) if "miso_layout" in row else [single(len(row["input_ids"]))]
     ends = list(accumulate(example.num_tokens for example in examples))
     for example, end in zip(examples, ends, strict=True):
         span = slice(end - example.num_tokens, end)
-        yield _row(row["input_ids"][span], row.get("labels", row["input_ids"])[span], example)
+        yield _make_row(row["input_ids"][span], row.get("labels", row["input_ids"])[span], example)
 
 
-def _row(ids: Sequence[int], labels: Sequence[int], example: Example) -> PreparedRow:
+def _make_row(ids: Sequence[int], labels: Sequence[int], example: Example) -> PreparedRow:
     return {"input_ids": list(ids), "labels": list(labels), "miso_layout": encode(example)}
 
 
-def _example(row: PreparedRow) -> Example:
+def _example_of(row: PreparedRow) -> Example:
     return next(decode(row["miso_layout"]))
 
 
@@ -233,30 +257,36 @@ def _length(row: PreparedRow) -> int:
     return len(row["input_ids"])
 
 
-def _alone(row: PreparedRow) -> PreparedRow:
-    """The first context and the output as one causal run: plain SFT."""
-    example, (ids, labels) = unshare(_example(row), [row["input_ids"], row["labels"]])
-    first, rest = example.segments[0].length, sum(segment.length for segment in example.segments[:-1])
+def _first_context_row(row: PreparedRow) -> PreparedRow:
+    """The first context and the output as one causal run, as in plain SFT."""
+    example, (ids, labels) = unshare(_example_of(row), [row["input_ids"], row["labels"]])
     if not example.branches:
         return row
-    return _row(ids[:first] + ids[rest:], labels[:first] + labels[rest:], single(len(ids) - rest + first))
+    context_end = example.segments[0].length
+    output_start = sum(segment.length for segment in example.segments[:-1])
+    ids, labels = (column[:context_end] + column[output_start:] for column in (ids, labels))
+    return _make_row(ids, labels, single(len(ids)))
 
 
-def _reordered(row: PreparedRow) -> PreparedRow:
-    """The same contexts, last first, each with its own copy of its tokens."""
-    example, columns = unshare(_example(row), [row["input_ids"], row["labels"]])
+def _reverse_contexts(row: PreparedRow) -> PreparedRow:
+    """The same contexts in reverse order, each with its own copy of its tokens."""
+    example, (ids, labels) = unshare(_example_of(row), [row["input_ids"], row["labels"]])
     if not example.branches:
         return row
     *contexts, output = example.segments
     ends = list(accumulate(segment.length for segment in contexts))
-    spans = [slice(end - segment.length, end) for segment, end in zip(contexts, ends, strict=True)]
-    ids, labels = ([t for span in reversed(spans) for t in column[span]] + column[ends[-1] :] for column in columns)
+    reversed_ids: list[int] = []
+    reversed_labels: list[int] = []
+    for segment, end in zip(reversed(contexts), reversed(ends), strict=True):
+        reversed_ids += ids[end - segment.length : end]
+        reversed_labels += labels[end - segment.length : end]
     branches = tuple(Branch(i, 0, branch.weight) for i, branch in enumerate(reversed(example.branches)))
-    return _row(ids, labels, Example((*reversed(contexts), output), branches))
+    reversed_example = Example((*reversed(contexts), output), branches)
+    return _make_row(reversed_ids + ids[ends[-1] :], reversed_labels + labels[ends[-1] :], reversed_example)
 
 
 class _Noise:
-    """Forward hook: multiplies what comes out by 1 +- size."""
+    """Forward hook: multiply the output by 1 +- `size`, with signs drawn from a fixed seed."""
 
     def __init__(self, size: float):
         self.size = size
@@ -268,7 +298,7 @@ class _Noise:
 
 
 class _Leaf:
-    """Forward hook: keeps what comes out, so that gradients with respect to it can be asked for."""
+    """Forward hook: make the output a leaf of the graph, and keep it to differentiate by."""
 
     out: torch.Tensor
 
@@ -287,7 +317,7 @@ def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square of the differences; infinite where the two are not of one size, or not numbers."""
+    """Root mean square of the differences; infinite for unequal shapes and for NaN."""
     if a.shape != b.shape:
         return math.inf
     distance = float((a - b).square().mean().sqrt())

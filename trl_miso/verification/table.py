@@ -1,4 +1,4 @@
-"""The checks as a table."""
+"""The checks as a table for the terminal and for error messages."""
 
 import io
 from collections.abc import Sequence
@@ -12,25 +12,26 @@ from trl_miso.verification.checks import Check
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 
 
-def table(checks: Sequence[Check]) -> Table:
-    """One line a check: what was measured, what rounding explains."""
-    made = Table(
+def make_table(checks: Sequence[Check]) -> Table:
+    """One line per check: its result, the measured difference and the budget."""
+    table = Table(
         title="MISO on this model, tokenizer and rows",
         box=SIMPLE,
-        caption="at most: four times what rounding does to them",
+        caption="at most: four times the effect of rounding, measured on this model",
     )
-    made.add_column("check", no_wrap=True)
-    made.add_column("", no_wrap=True)
-    made.add_column("off by", justify="right", no_wrap=True)
-    made.add_column("at most", justify="right", no_wrap=True)
-    made.add_column("")
+    table.add_column("check", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("off by", justify="right", no_wrap=True)
+    table.add_column("at most", justify="right", no_wrap=True)
+    table.add_column("")
     for check in checks:
         off_by, at_most = ("" if x is None else f"{x:.2g} {check.unit}" for x in (check.measured, check.budget))
-        made.add_row(check.name, check.status, off_by, at_most, check.note, style=_STYLES[check.status])
-    return made
+        table.add_row(check.name, check.status, off_by, at_most, check.note, style=_STYLES[check.status])
+    return table
 
 
 def as_text(checks: Sequence[Check]) -> str:
-    written = io.StringIO()
-    Console(file=written, width=120, no_color=True).print(table(checks))
-    return written.getvalue()
+    """The table without colours, 120 columns wide."""
+    text = io.StringIO()
+    Console(file=text, width=120, no_color=True).print(make_table(checks))
+    return text.getvalue()
