@@ -1,4 +1,4 @@
-"""The operator: forward and all gradients of every form equal the float64 definition."""
+"""The operator: forward and all gradients of every form equal the definition in float64."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests.support.models import rotation
 from trl_miso.attention import mixture
-from trl_miso.attention.kernels import KERNELS
-from trl_miso.attention.mixture import KernelOptions, miso_attention
-from trl_miso.attention.reference import reference_attention
+from trl_miso.attention.kernels import KERNELS, KernelOptions
+from trl_miso.attention.mixture import miso_attention
+from trl_miso.attention.reference import mixture_of_contexts, reference_attention
 from trl_miso.segments import parallel, single, successive, unshare
 from trl_miso.segments.packed import WEIGHTINGS, pack
 
@@ -19,24 +19,24 @@ TURN = rotation(D)
 
 @st.composite
 def examples(draw, contiguous=False):
-    """One to four examples: ragged, prefixes shared or not, single runs among them.
+    """One to four examples: ragged, with or without shared prefixes, some of them single runs.
 
-    `contiguous`: only layouts in which contexts end where their output begins, as windows need.
+    `contiguous`: only layouts in which contexts end where their output begins, as sliding windows need.
     """
 
     def tokens(low, high):
         return draw(st.lists(st.integers(0, 2), min_size=low, max_size=high))
 
-    made = []
+    batch = []
     for _ in range(draw(st.integers(1, 4))):
         output = draw(st.integers(1, 5))
         kind = draw(
             st.sampled_from(["single", "para", "para", "unshared"] + ([] if contiguous else ["succ", "after_longest"]))
         )
         if kind == "single":
-            made.append(single(draw(st.integers(1, 8))))
+            batch.append(single(draw(st.integers(1, 8))))
         elif kind == "succ":
-            made.append(successive(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)), output))
+            batch.append(successive(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)), output))
         else:
             prefix = tokens(1, 4)
             contexts = [prefix + tokens(0, 5) for _ in range(draw(st.integers(2, 5)))]
@@ -44,12 +44,12 @@ def examples(draw, contiguous=False):
             weights = [w / sum(weights) for w in weights]
             positions = "after_longest" if kind == "after_longest" else "successive"
             ids, example = parallel(contexts, output, weights, positions)
-            made.append(unshare(example, [ids + [0] * output])[0] if kind == "unshared" else example)
-    return made
+            batch.append(unshare(example, [ids + [0] * output])[0] if kind == "unshared" else example)
+    return batch
 
 
 def _inputs(batch, dtype=torch.float64, seed=0):
-    """q, k, v as leaves, and an output gradient; tokens in the examples' own order."""
+    """q, k, v as leaves, and a gradient of the output; tokens in the order of the examples."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(example.num_tokens for example in batch)
     leaves = [torch.randn(total, heads, D, generator=generator, dtype=torch.float64) for heads in (H, G, G)]
@@ -58,7 +58,7 @@ def _inputs(batch, dtype=torch.float64, seed=0):
 
 
 def _dense(batch, leaves, grad, weighting, window=0):
-    """Output and gradients by definition."""
+    """Output and gradients by the definition."""
     outputs, at = [], 0
     for example in batch:
         rows = slice(at, at := at + example.num_tokens)
@@ -68,7 +68,7 @@ def _dense(batch, leaves, grad, weighting, window=0):
 
 
 def _packed(batch, leaves, grad, weighting, kernel="cpu", window=0, form=None):
-    """Output and gradients by packed attention, back in the examples' own order."""
+    """Output and gradients by packed attention, back in the order of the examples."""
     order, _, packed = pack(batch, weighting, window=1)
     order = torch.from_numpy(order)
     options = KernelOptions(SCALE, window=window)
@@ -81,6 +81,20 @@ def _packed(batch, leaves, grad, weighting, kernel="cpu", window=0, form=None):
 def _assert_close(got, expected, tolerance):
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_definition_is_equation_3():
+    """The oracle of these tests, for contexts of one length, which need no rotation."""
+    contexts, output, weights = [[1, 2, 3], [1, 4, 5], [6, 7, 8]], 4, [0.5, 0.3, 0.2]
+    tokens, shared = parallel(contexts, output, weights, "successive")
+    example, (order,) = unshare(shared, [list(range(len(tokens) + output))])
+    q, k, v = (x.detach() for x in _inputs([shared])[0])
+    expected = reference_attention(q[order], k[order], v[order], example, "uniform", SCALE)[-output:]
+
+    k, v = (x[order].repeat_interleave(H // G, dim=1).transpose(0, 1) for x in (k, v))
+    runs = [(k[:, i : i + 3], v[:, i : i + 3]) for i in (0, 3, 6)]
+    got = mixture_of_contexts(q[order][-output:].transpose(0, 1), runs, (k[:, 9:], v[:, 9:]), weights, SCALE)
+    torch.testing.assert_close(got.transpose(0, 1), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
@@ -100,7 +114,7 @@ def test_pairs_form_equals_the_definition(kernel, weighting, batch, seed, window
     leaves, grad = _inputs(batch, seed=seed)
     expected = _dense(batch, leaves, grad, weighting, window)
     if any(example.branches for example in batch):
-        _assert_close(_packed(batch, leaves, grad, weighting, kernel, window, mixture._Pairs), expected, 1e-12)
+        _assert_close(_packed(batch, leaves, grad, weighting, kernel, window, mixture.PairsForm), expected, 1e-12)
     _assert_close(_packed(batch, leaves, grad, weighting, kernel, window), expected, 1e-12)
 
 
@@ -114,8 +128,8 @@ def test_shared_equals_unshared(weighting, batch, seed):
     at = 0
     for example in batch:
         rows = list(range(at, at := at + example.num_tokens))
-        apart, (copies,) = unshare(example, [rows])
-        # Right-aligned contexts stand `-offset` positions later, the output where it was.
+        separate, (copies,) = unshare(example, [rows])
+        # Right-aligned contexts stand `-offset` positions later, the output at the same position.
         q, k, v = (x.detach()[copies] for x in leaves)
         if example.branches:
             shift = [
@@ -123,7 +137,7 @@ def test_shared_equals_unshared(weighting, batch, seed):
             ]
             moved = torch.tensor([s for s, n in shift for _ in range(n)] + [0] * example.segments[-1].length)
             q, k = (TURN(x, moved, int(moved.max()) + 1) for x in (q, k))
-        order, _, packed = pack([apart], weighting)
+        order, _, packed = pack([separate], weighting)
         order = torch.from_numpy(order)
         out = miso_attention(q[order], k[order], v[order], packed, KERNELS["cpu"], KernelOptions(SCALE))
         size = example.segments[-1].length if example.branches else example.num_tokens
@@ -133,10 +147,10 @@ def test_shared_equals_unshared(weighting, batch, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("form", "weighting"),
-    [*((mixture._Split, w) for w in WEIGHTINGS), (mixture._Pairs, "uniform"), (mixture._Pairs, "fid")],
+    [*((mixture.SplitForm, w) for w in WEIGHTINGS), (mixture.PairsForm, "uniform"), (mixture.PairsForm, "fid")],
 )
 def test_low_precision_within_twice_the_error_of_dense(dtype, form, weighting):
-    """Root mean square error against float64 at most twice that of the same-dtype dense computation."""
+    """The root mean square error against float64 is at most twice that of the dense computation in the same dtype."""
     prefix = list(range(40))
     contexts = [prefix + [100 + i] * n for i, n in enumerate((30, 5, 12, 9, 20))]
     batch = [parallel(contexts, 50, [0.2] * 5, "successive")[1], single(33)]
@@ -155,7 +169,7 @@ def test_low_precision_within_twice_the_error_of_dense(dtype, form, weighting):
 
 
 def test_equal_contexts_equal_one_context():
-    """n copies of one context mix to ordinary attention, whatever the weights (fid too; vanilla dilutes the output)."""
+    """n copies of one context mix to ordinary attention, with any fixed weights and with fid; vanilla dilutes the output."""
     context, output = [1, 2, 3, 4], 3
     copies = parallel([context, context, context], output, [0.5, 0.3, 0.2], "successive")[1]
     leaves, grad = _inputs([copies])

@@ -1,4 +1,4 @@
-"""The kernels: their arguments, shapes and dtypes without a GPU; their numbers against the CPU's on one."""
+"""Kernels: arguments, shapes and dtypes without a GPU; results against those of the CPU on a GPU."""
 
 import sys
 import types
@@ -9,9 +9,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from trl_miso.attention import kernels
-from trl_miso.attention.kernels import KERNELS, resolve_kernel
-from trl_miso.attention.mixture import KernelOptions, miso_attention
-from trl_miso.attention.transformers_attention import ModelRotation
+from trl_miso.attention.kernels import KERNELS, KernelOptions, resolve_kernel
+from trl_miso.attention.mixture import miso_attention
+from trl_miso.attention.rotation import ModelRotation
 from trl_miso.segments import parallel, single
 from trl_miso.segments.packed import Varlen, pack
 
@@ -69,7 +69,7 @@ def test_log_sum_exp_is_float32_at_least(dtype):
     "options", [KernelOptions(0.3), KernelOptions(0.3, causal=False), KernelOptions(0.3, window=4)]
 )
 def test_torch_flash_shapes_on_meta(head_dim, options):
-    """torch checks the real operator's arguments on meta tensors; 20 is not a multiple of 8 and must be padded."""
+    """torch checks the arguments of the real operator on meta tensors. 20 is not a multiple of 8 and must be padded."""
     q, k, v, dout = _tensors("meta", torch.bfloat16, head_dim)
     call = Varlen(CALL.cu_seqlens_q.to("meta"), CALL.cu_seqlens_k.to("meta"), 3, 6)
     out, lse = KERNELS["torch_flash"].forward(q, k, v, call, options)
@@ -80,7 +80,7 @@ def test_torch_flash_shapes_on_meta(head_dim, options):
 
 
 def _trained(device, dtype, kernel, weighting, window):
-    """Forward and backward of a batch with shared prefixes, offsets and a single run, by Llama's own rotation."""
+    """Forward and backward of a batch with shared prefixes, offsets and a single run, with the rotation of Llama."""
     config = LlamaConfig(head_dim=64, num_attention_heads=8)
     rotation = ModelRotation(LlamaRotaryEmbedding(config).to(device), None, apply_rotary_pos_emb)
     contexts = [list(range(100)) + [1000 + i] * (10 * i + 1) for i in range(6)]
@@ -100,7 +100,7 @@ def _trained(device, dtype, kernel, weighting, window):
 
 @pytest.mark.parametrize(("weighting", "window"), WEIGHTINGS_AND_WINDOWS)
 def test_a_layer_waits_for_no_value(weighting, window):
-    """On the meta device whatever asks a tensor for its values fails: no wait for the GPU in a layer."""
+    """On the meta device, any read of a tensor's value fails. So no layer waits for the GPU."""
     gradients = _trained("meta", torch.bfloat16, KERNELS["torch_flash"], weighting, window)()
     assert [g.shape[1] for g in gradients] == [8, 2, 2]
 
@@ -120,7 +120,7 @@ def test_a_layer_does_not_synchronize(weighting, window):
 
 @pytest.fixture
 def stub_flash_attn(monkeypatch):
-    """A flash_attn whose raw functions have the 2.8 signatures and compute with the reference kernel."""
+    """A stub of flash_attn whose raw functions have the signatures of 2.8 and compute with the reference kernel."""
     calls = []
 
     def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -141,8 +141,8 @@ def stub_flash_attn(monkeypatch):
         )
         options = KernelOptions(softmax_scale, causal, window_size_left + 1, softcap)
         call = Varlen(cu_seqlens_q, cu_seqlens_k, 0, 0)
-        made = KERNELS["reference"].backward(dout, q, k, v, out, softmax_lse, call, options)
-        for target, gradient in zip((dq, dk, dv), made, strict=True):
+        gradients = KERNELS["reference"].backward(dout, q, k, v, out, softmax_lse, call, options)
+        for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             target.copy_(gradient)
 
     package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
@@ -157,8 +157,8 @@ def stub_flash_attn(monkeypatch):
 
 
 def _clear_caches():
-    kernels._flash_attn.cache_clear()
-    kernels._flash_attn_missing.cache_clear()
+    kernels.flash_attn_functions.cache_clear()
+    kernels.why_no_flash_attn.cache_clear()
 
 
 @pytest.mark.parametrize("head_dim", [16, 20])
@@ -228,7 +228,7 @@ def test_unknown_flash_attn_version_is_refused(stub_flash_attn):
 @pytest.mark.parametrize("weighting", ["uniform", "fid", "vanilla"])
 @pytest.mark.parametrize("head_dim", [64, 128, 20])
 def test_cuda_kernels_equal_cpu(name, weighting, head_dim):
-    """bf16 on the GPU against float32 on the CPU: forward and gradients within bf16's error, split and pairs form."""
+    """bf16 on the GPU against float32 on the CPU: forward and gradients agree within the error of bf16, in both forms."""
     kernel = KERNELS[name]
     options = KernelOptions(head_dim**-0.5)
     reason = kernel.refuses(torch.device("cuda"), torch.bfloat16, head_dim, options)
@@ -259,8 +259,8 @@ def test_cuda_kernels_equal_cpu(name, weighting, head_dim):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [5], [1, 7, 3]])
-def test_a_query_a_sequence(lengths, groups, causal):
-    """As while an output is generated; there may be more keys than are read."""
+def test_one_query_per_sequence(lengths, groups, causal):
+    """As in generation. There may be more keys than the sequences read."""
     q, k, v = (
         torch.randn(n, heads, 8, dtype=torch.float64) for n, heads in ((len(lengths), 4), (20, groups), (20, groups))
     )

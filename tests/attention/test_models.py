@@ -58,7 +58,7 @@ def _row(contexts, output, weights, output_positions="successive"):
 
 
 def _loss(model, rows, kernel="cpu", weighting="uniform", share=True, window=0):
-    """Summed loss of a packed batch under MISO attention, and the model's support."""
+    """Summed loss of a packed batch under MISO attention."""
     support = prepare_model(model, register_miso_attention("sdpa", kernel), None)
     collator = MISODataCollator(0, weighting, share and support.shares, window or support.window)
     batch = collator(rows)
@@ -74,7 +74,7 @@ def _gradients(model, loss):
 
 
 def _assert_same(model, got, expected, tolerance=1e-5):
-    """Loss and each gradient agree to `tolerance`, relative to the largest gradient entry of the parameter."""
+    """Loss and gradients agree to `tolerance`; a gradient relative to its largest entry."""
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     expected_gradients = _gradients(model, expected)
     got_gradients = _gradients(model, got)
@@ -105,7 +105,7 @@ def _rows(**kwargs):
 def test_equals_one_row_per_context(name):
     model = tiny_model(name)
     kernel = "reference" if name == "gemma2" else "cpu"  # softcap
-    tolerance = 1e-5 if name in REQUIRED else 5e-5  # float32 summed in another order, in deeper or scaled models
+    tolerance = 1e-5 if name in REQUIRED else 5e-5  # sums in another order, in deeper or scaled models
     _assert_same(model, _loss(model, _rows(), kernel), _oracle(model), tolerance)
 
 
@@ -142,7 +142,7 @@ def test_binding_window_equals_one_row_per_context(weighting, share):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_output_after_longest_context(share):
-    """PCW's layout: every context from position 0, the output after the longest one."""
+    """The layout of PCW: every context starts at position 0, and the output follows the longest."""
     model = tiny_model("llama")
     expected = torch.zeros(())
     for contexts, output, weights in zip(CONTEXTS, OUTPUTS, WEIGHTS, strict=True):
@@ -168,7 +168,7 @@ def test_successive_chunks_keep_their_positions():
 
 
 def test_successive_positions_follow_every_context():
-    """Were the output placed after the longest context for all, the loss would differ: the rotation is not a no-op."""
+    """The loss differs from that of an output placed after the longest context for all contexts, so the rotation has an effect."""
     model = tiny_model("llama")
     difference = _loss(model, _rows()) - _loss(model, _rows(output_positions="after_longest"))
     assert difference.abs() > 1e-2
@@ -206,7 +206,7 @@ def test_permuting_contexts_changes_nothing():
 
 
 def test_one_context_is_ordinary_attention():
-    """A batch without mixing equals the base implementation row by row, bit for bit in the labels it predicts."""
+    """A batch without mixing equals the base implementation, one row at a time."""
     model = tiny_model("llama")
     rows = [_row([[5, 6, 7]], [2, 60, 61], [1.0]), _row([[9, 8]], [2, 62], [1.0])]
     got = _loss(model, rows)
@@ -223,7 +223,7 @@ def test_one_context_is_ordinary_attention():
 
 @pytest.mark.parametrize("name", REQUIRED + OTHERS)
 def test_every_listed_model_shares_prefixes(name):
-    """The models of these tests take the shared path, not the fallback of a copy for every context."""
+    """The models of these tests share prefixes, and do not fall back to a copy per context."""
     support = prepare_model(tiny_model(name), register_miso_attention("sdpa", "auto"), 512)
     assert support.shares and support.relative and not support.reason
 

@@ -1,12 +1,12 @@
-"""Shares of attention: those of the definition, in every weighting and form, and logged in training."""
+"""Shares of attention equal those of the definition, in every weighting and form, and are logged in training."""
 
 import pytest
 import torch
 
 from tests.support.models import rotation, tiny_model
 from trl_miso import MISOSFTTrainer
-from trl_miso.attention.kernels import KERNELS
-from trl_miso.attention.mixture import KernelOptions, miso_attention
+from trl_miso.attention.kernels import KERNELS, KernelOptions
+from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.reference import reference_attention
 from trl_miso.attention.shares import Shares
 from trl_miso.segments import parallel, single
@@ -18,7 +18,7 @@ NAMES = ["output_share", "context_share", "min_context_share"]
 
 
 def example(contexts, output, first=0):
-    """No two contexts begin alike, so that each token is in one."""
+    """An example whose contexts share no token, so that each token belongs to one context."""
     ids = [[first + 10 * i + j for j in range(length)] for i, length in enumerate(contexts)]
     weights = torch.arange(1, len(ids) + 1, dtype=torch.float64)
     return parallel(ids, output, (weights / weights.sum()).tolist(), "successive")[1]
@@ -28,7 +28,7 @@ BATCH = [example([5, 2, 7], 4), single(6), example([3, 9], 2), example([4], 5)]
 
 
 def layer(seed, dtype=torch.float64):
-    """q, k and, as v, to which segment of its example a token belongs: attention's output is then its mass on each segment."""
+    """q and k at random; v is the one-hot segment of each token, so that the output of attention is its mass on each segment."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(one.num_tokens for one in BATCH)
     q, k = (torch.randn(total, heads, D, generator=generator, dtype=torch.float64) for heads in (H, G))
@@ -38,8 +38,8 @@ def layer(seed, dtype=torch.float64):
 
 
 def by_definition(weighting, window, layers):
-    """What is logged, by the dense oracle."""
-    contexts, own, start = [], [], 0
+    """The logged means, by the dense oracle."""
+    contexts, outputs, start = [], [], 0
     for one in BATCH:
         rows = slice(start, start := start + one.num_tokens)
         if not one.branches:
@@ -53,8 +53,8 @@ def by_definition(weighting, window, layers):
         token = torch.stack(mass).mean((0, 2))
         n = len(one.branches)
         contexts += token[:, :n].mean(0).tolist()
-        own.append(token[:, n].mean().item())
-    return [sum(own) / len(own), sum(contexts) / len(contexts), min(contexts)]
+        outputs.append(token[:, n].mean().item())
+    return [sum(outputs) / len(outputs), sum(contexts) / len(contexts), min(contexts)]
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
@@ -69,9 +69,9 @@ def test_shares_are_those_of_the_definition(weighting, window, kernel):
     for leaves in layers:
         q, k, v = (x[torch.from_numpy(order)] for x in leaves)
         miso_attention(q, k, v, packed, KERNELS[kernel], KernelOptions(SCALE, window=window), TURN, shares)
-    found = shares.means(packed)
-    assert list(found) == NAMES
-    assert list(found.values()) == pytest.approx(by_definition(weighting, window, layers), abs=1e-6)
+    means = shares.means(packed)
+    assert list(means) == NAMES
+    assert list(means.values()) == pytest.approx(by_definition(weighting, window, layers), abs=1e-6)
 
 
 def test_a_batch_that_mixes_nothing_has_no_shares():
@@ -80,7 +80,7 @@ def test_a_batch_that_mixes_nothing_has_no_shares():
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"share_prefixes": False}])
 def test_training_logs_shares(para_dataset, tokenizer, make_config, options):
-    """Of rows with as many contexts, what is not the contexts' is the output's; however the step is computed, they are the same."""
+    """Shares of rows with five contexts each sum to 1, and are the same however the step is computed."""
     rows = para_dataset.filter(lambda row: len(row["constraints"]) == 3)
     logged = []
     for extra in ({}, options):

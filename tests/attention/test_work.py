@@ -1,7 +1,7 @@
-"""What a step computes, counted: unique tokens, kernel calls a layer and score pairs. A guard against slowness without a clock.
+"""Work of a step, counted: unique tokens, kernel calls per layer and score pairs. A guard against slowness without a clock.
 
 The example has the paper's shape: a base instruction of 60 tokens, 7 constraints of 20, an answer of 300; contexts are the
-full instruction, each constraint alone and the bare request. Plain SFT reads 500 tokens of it, one row per context 3,520,
+full instruction, each constraint alone and the bare request. Plain SFT processes 500 tokens of it, one row per context 3,520,
 separate contexts 1,120, shared prefixes 620.
 """
 
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.models import tiny_model
 from trl_miso.attention import register_miso_attention
-from trl_miso.attention.kernels import KERNELS, Cpu
-from trl_miso.attention.mixture import KernelOptions, miso_attention
+from trl_miso.attention.kernels import KERNELS, Cpu, KernelOptions
+from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.support import prepare_model
 from trl_miso.data.collator import MISODataCollator
 from trl_miso.segments import encode, parallel, successive
@@ -45,11 +45,11 @@ def succ(length, chunks):
 
 
 def causal(queries, before=0):
-    """Pairs of a run of queries that see each other causally and all keys before them."""
+    """Score pairs of a run of queries that see each other causally, and all keys before them."""
     return queries * before + queries * (queries + 1) // 2
 
 
-# Of one example: the tree's segments (base, first constraint, the rest of the full context, 6 other constraints), the output.
+# Score pairs of one example: segments of the tree (base, first constraint, rest of the full context, 6 other constraints), output.
 FIRST, REST = causal(CONSTRAINT, BASE), causal(6 * CONSTRAINT, BASE + CONSTRAINT)
 PARA = causal(BASE) + FIRST + REST + 6 * FIRST + causal(ANSWER) + ANSWER * sum(map(len, CONTEXTS))
 SEPARATE = sum(causal(len(context)) for context in CONTEXTS) + causal(ANSWER) + ANSWER * sum(map(len, CONTEXTS))
@@ -64,23 +64,23 @@ CASES = {
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Calls of the kernel and the score pairs in them, forward and backward."""
-    found = Counter()
+    """Counts of kernel calls and their score pairs, forward and backward."""
+    counts = Counter()
 
     def count(name):
         original = getattr(Cpu, name)
 
         def counting(self, *args):
             *_, call, options = args
-            found[name] += 1
-            found[f"{name} pairs"] += call.score_pairs(options.causal)
+            counts[name] += 1
+            counts[f"{name} pairs"] += call.score_pairs(options.causal)
             return original(self, *args)
 
         monkeypatch.setattr(Cpu, name, counting)
 
     count("forward")
     count("backward")
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,7 +108,7 @@ def test_tokens_calls_and_score_pairs(case, recomputed, counted):
 
 
 def test_n_contexts_cost_little_more_than_one():
-    """The design's own figures: tokens, and the compute of attention by score pairs."""
+    """Figures of the design: tokens, and the compute of attention in score pairs."""
     example = parallel(CONTEXTS, ANSWER, [1 / N] * N, "successive")[1]
     assert (example.num_tokens, example.num_unshared_tokens) == (620, 1120)
     assert sum(len(context) + ANSWER for context in CONTEXTS) == 3520
@@ -122,7 +122,7 @@ def test_gathers_only_where_prefixes_are_shared():
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements of a tensor that any operator returns."""
+    """Number of elements of the largest tensor that any operator returns."""
 
     elements = 0
 
@@ -135,7 +135,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("weighting", ["uniform", "fid", "vanilla"])
 def test_no_mask_no_scores_no_copies_of_the_output(weighting):
-    """The largest tensors of the operator, forward and backward, are the output's rows once a branch."""
+    """The largest tensors of the operator, forward and backward, are the output's rows once per branch."""
     heads, groups, dim = 4, 2, 16
     batch = MISODataCollator(0, weighting, share_prefixes=True)([para()] * 3)
     packed = PackedSegments.from_batch(batch)

@@ -1,4 +1,4 @@
-"""Generation from several contexts: with the cache as without it, and as one row per context; with one, as the plain model."""
+"""Generation from several contexts equals a forward without a cache, and one row per context; with one context, the plain model."""
 
 import random
 import runpy
@@ -26,8 +26,7 @@ from trl_miso.attention import register_miso_attention
 from trl_miso.attention.kernels import KERNELS
 from trl_miso.attention.support import prepare_model
 from trl_miso.data.collator import MISODataCollator
-from trl_miso.generation import context_parts as parts
-from trl_miso.generation import decoding, miso_generate
+from trl_miso.generation import cpu_paths, decoding, miso_generate
 from trl_miso.segments import encode, parallel, unshare
 from trl_miso.segments.packed import WEIGHTINGS
 
@@ -38,7 +37,7 @@ ARCHITECTURES = ["llama", "qwen3", "gemma3", "phi", "cohere2", "gemma4", "smollm
 
 @pytest.fixture(scope="module")
 def words():
-    """A tokenizer of the words w0, w1, ...; no chat template."""
+    """A tokenizer of the words w0, w1, ..., without a chat template."""
     vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 512)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -51,7 +50,7 @@ def llama():
 
 
 def tiny(name, **overrides):
-    """Has no eos token: generation ends where it is told to. In float64, which experts do not take."""
+    """A model without an eos token, so that generation ends at its limit. In float64, except for experts, which do not take it."""
     model = tiny_model(name, torch.float32 if name in ("mixtral", "gpt_oss") else torch.float64, **overrides).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -68,7 +67,7 @@ def generate(model, words, contexts=CONTEXTS, head=HEAD, **kwargs):
 
 
 def packed_logits(model, contexts, output, weighting="uniform", weights=None, where="successive"):
-    """Logits (output tokens, vocabulary) of the forward that trains, without a cache."""
+    """Logits (output tokens, vocabulary) of the forward of training, without a cache."""
     before = model.config._attn_implementation
     support = prepare_model(model, register_miso_attention(), None)
     tokens, example = parallel(contexts, len(output), weights or [1 / len(contexts)] * len(contexts), where)
@@ -85,13 +84,13 @@ def packed_logits(model, contexts, output, weighting="uniform", weights=None, wh
 
 
 def rows_logits(model, contexts, output, weighting="uniform", weights=None, where="successive"):
-    """The same by one-row-per-context execution."""
-    before, lengths = model.config._attn_implementation, list(map(len, contexts))
+    """The same logits, by one-row-per-context execution."""
+    before, lengths = model.config._attn_implementation, [len(context) for context in contexts]
     width = max(lengths) + len(output)
     ids, at = torch.zeros(2, len(contexts), width, dtype=torch.long)
-    for i, own in enumerate(positions_of(contexts, output, where)):
-        ids[i, : len(own)] = torch.tensor(contexts[i] + output)
-        at[i, : len(own)] = torch.tensor(own)
+    for i, positions in enumerate(positions_of(contexts, output, where)):
+        ids[i, : len(positions)] = torch.tensor(contexts[i] + output)
+        at[i, : len(positions)] = torch.tensor(positions)
     oracle = {"oracle_lengths": lengths, "oracle_output": len(output), "oracle_weighting": weighting}
     oracle["oracle_weights"] = weights or [1 / len(contexts)] * len(contexts)
     model.set_attn_implementation(NAME)
@@ -102,7 +101,7 @@ def rows_logits(model, contexts, output, weighting="uniform", weights=None, wher
 
 
 def assert_greedy(out, head, recompute, atol=1e-4):
-    """Every token is the likeliest after those before it, by the logits that `recompute` gives the whole output."""
+    """Every token is the likeliest after the tokens before it, by the logits that `recompute` gives for the complete output."""
     ids, got = out.sequences[0].tolist(), torch.cat(out.logits).double()
     expected = recompute(head + ids)[len(head) - 1 : -1].double()
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
@@ -113,8 +112,8 @@ def random_case(rng):
     prefix = [rng.randrange(10, 500) for _ in range(rng.choice([0, 0, 4, 9]))]
     contexts = []
     for _ in range(rng.randint(1, 8)):
-        own = [rng.randrange(10, 500) for _ in range(rng.randint(1, 7))]
-        contexts.append(prefix[: rng.choice([len(prefix), rng.randint(0, len(prefix))])] + own)
+        suffix = [rng.randrange(10, 500) for _ in range(rng.randint(1, 7))]
+        contexts.append(prefix[: rng.choice([len(prefix), rng.randint(0, len(prefix))])] + suffix)
     weighting = rng.choice(WEIGHTINGS)
     weights = [rng.uniform(0.1, 1) for _ in contexts] if weighting == "uniform" and rng.random() < 0.5 else None
     weights = weights and [w / sum(weights) for w in weights]
@@ -144,7 +143,7 @@ def test_architectures(name, words):
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "fid"])
-@pytest.mark.parametrize("window", [1, 2, 5, 9, 13])  # the last comes to bind on the way
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 13])  # the last window binds only after some tokens
 def test_windows_that_bind(window, weighting, words):
     model = tiny("gemma3", sliding_window=window)
     options = {"max_new_tokens": 10, "weighting": weighting}
@@ -152,18 +151,18 @@ def test_windows_that_bind(window, weighting, words):
     assert_greedy(out, HEAD, lambda output: rows_logits(model, CONTEXTS, output, weighting))
 
 
-def test_kernels_without_a_way_of_their_own_generate_alike(words, monkeypatch):
-    """Those of GPUs, and the CPU's where it has a softcap: outputs attend to the parts in one call of ragged sequences."""
+def test_kernels_generate_alike(words, monkeypatch):
+    """Other kernels, as on a GPU or with a softcap, attend to the parts in one call of ragged sequences."""
     model, rng = tiny("llama", num_hidden_layers=2), random.Random(5)
     cases = [(random_case(rng), rng.choice([{}, {"num_beams": 2}])) for _ in range(30)]
-    made = []
+    results = []
     for kernel in ("cpu", "reference"):
         monkeypatch.setattr(decoding, "resolve_kernel", lambda *args, kernel=kernel: KERNELS[kernel])
-        made.append([])
+        results.append([])
         for (contexts, head, weighting, weights, where), beams in cases:
             options = {"weighting": weighting, "weights": weights, "output_positions": where, "max_new_tokens": 5}
-            made[-1].append(generate(model, words, contexts, head, **options | beams).tolist())
-    assert made[0] == made[1]
+            results[-1].append(generate(model, words, contexts, head, **options | beams).tolist())
+    assert results[0] == results[1]
 
 
 def test_half_precision(words):
@@ -175,11 +174,11 @@ def test_half_precision(words):
     )
 
 
-def test_nothing_is_computed_that_nobody_reads(words, monkeypatch):
-    """Of the last layer the contexts' keys are wanted, not their attention."""
+def test_the_last_layer_does_not_attend_over_contexts(words, monkeypatch):
+    """Outputs read the keys of the last layer's contexts, and nothing reads the attention of these contexts."""
     model, calls = tiny("llama", num_hidden_layers=3), []
-    attend = parts.Reading.attend
-    monkeypatch.setattr(parts.Reading, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = cpu_paths.Reading.attend
+    monkeypatch.setattr(cpu_paths.Reading, "attend", lambda *args: calls.append(1) or attend(*args))
     generate(model, words, max_new_tokens=2)
     assert len(calls) == 2
 
@@ -263,9 +262,9 @@ def test_dropout_is_for_training(words):
 
 def test_messages_are_rendered_with_their_generation_prompt(tokenizer):
     model = tiny("llama")
-    said = ["the quiet boat", "the muddy bridge crosses", "the quiet heron"]
-    conversations = [[{"role": "system", "content": "be brief"}, {"role": "user", "content": s}] for s in said]
-    rendered = [f"<|system|>be brief<|user|>{s}<|assistant|>" for s in said]
+    questions = ["the quiet boat", "the muddy bridge crosses", "the quiet heron"]
+    conversations = [[{"role": "system", "content": "be brief"}, {"role": "user", "content": s}] for s in questions]
+    rendered = [f"<|system|>be brief<|user|>{s}<|assistant|>" for s in questions]
     options = {"max_new_tokens": 6, "do_sample": False}
     got = miso_generate(model, tokenizer, conversations, **options)
     assert got.tolist() == miso_generate(model, tokenizer, rendered, **options).tolist()
@@ -279,7 +278,7 @@ def test_messages_are_rendered_with_their_generation_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4"])
-def test_contexts_are_read_once_and_models_looked_at_once(name, words):
+def test_contexts_are_read_once_and_models_inspected_once(name, words):
     model, lengths = tiny(name), []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -293,13 +292,13 @@ def test_contexts_are_read_once_and_models_looked_at_once(name, words):
 
 
 class Shifted(torch.nn.Module):
-    """Tokens see the one before, as a convolution's do."""
+    """Each token sees the token before it, as in a convolution."""
 
     def forward(self, x):
         return x.roll(1, dims=1)
 
 
-def test_a_changed_model_is_looked_at_again(words):
+def test_a_changed_model_is_inspected_again(words):
     model = tiny("llama")
     generate(model, words, max_new_tokens=2)
     model.config.attention_dropout = 0.1
@@ -312,13 +311,13 @@ def test_a_changed_model_is_looked_at_again(words):
         generate(model, words, max_new_tokens=2)
 
 
-class Heard(BaseStreamer):
+class Recorder(BaseStreamer):
     def __init__(self, fails=False):
-        self.heard, self.ended, self.fails = [], False, fails
+        self.chunks, self.ended, self.fails = [], False, fails
 
     def put(self, value):
-        self.heard.append(value.flatten().tolist())
-        if self.fails and len(self.heard) == 3:
+        self.chunks.append(value.flatten().tolist())
+        if self.fails and len(self.chunks) == 3:
             raise RuntimeError("the listener left")
 
     def end(self):
@@ -334,13 +333,13 @@ class After(StoppingCriteria):
 
 
 def test_streamer_and_stopping(llama, words):
-    whole = generate(llama, words, max_new_tokens=8)[0].tolist()
-    assert len(set(whole)) > 3
-    streamer = Heard()
+    tokens = generate(llama, words, max_new_tokens=8)[0].tolist()
+    assert len(set(tokens)) > 3
+    streamer = Recorder()
     generate(llama, words, max_new_tokens=8, streamer=streamer)
-    assert sum(streamer.heard[1:], []) == whole and streamer.heard[0][-len(HEAD) :] == HEAD and streamer.ended
-    word = next(w for w in whole[1:] if w != whole[0])
-    until = whole[: whole.index(word) + 1]
+    assert sum(streamer.chunks[1:], []) == tokens and streamer.chunks[0][-len(HEAD) :] == HEAD and streamer.ended
+    word = next(w for w in tokens[1:] if w != tokens[0])
+    until = tokens[: tokens.index(word) + 1]
     assert generate(llama, words, max_new_tokens=8, stopping_criteria=[After(word)])[0].tolist() == until
     assert generate(llama, words, max_new_tokens=8, eos_token_id=word)[0].tolist() == until
 
@@ -354,7 +353,7 @@ def state_of(model):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "miso_torch_auto"])
 @pytest.mark.parametrize("case", ["done", "listener", "refused", "request"])
-def test_model_is_left_as_it_was(case, implementation, words):
+def test_the_model_is_restored(case, implementation, words):
     model = tiny("stablelm" if case == "refused" else "llama").train()
     register_miso_attention()
     model.set_attn_implementation(implementation)
@@ -363,7 +362,7 @@ def test_model_is_left_as_it_was(case, implementation, words):
     if case == "done":
         generate(model, words, max_new_tokens=3)
     else:
-        options = {"streamer": Heard(fails=True)} if case == "listener" else {}
+        options = {"streamer": Recorder(fails=True)} if case == "listener" else {}
         options |= {"no_such_option": 1} if case == "request" else {}
         with pytest.raises((ValueError, RuntimeError), match="listener|keyword arguments|no_such_option"):
             generate(model, words, max_new_tokens=8, **options)
@@ -374,7 +373,7 @@ def test_model_is_left_as_it_was(case, implementation, words):
 @pytest.mark.parametrize(
     "option", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"cache_implementation": "static"}]
 )
-def test_what_takes_tokens_back_is_refused(option, where, words):
+def test_options_that_take_tokens_back_are_refused(option, where, words):
     model, (name, value) = tiny("llama"), *option.items()
     given = option
     if where == "config":
@@ -452,7 +451,7 @@ def test_positions_that_are_learned_need_after_longest(words):
 
 
 def test_contexts_of_a_rotation_that_depends_on_the_length(words):
-    """Without `max_new_tokens` the row may get longer than the rotation is known for: every context has its own copy."""
+    """Without `max_new_tokens` a row may exceed the length up to which the rotation is constant, so contexts share nothing."""
     model = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     lengths = []
     model.model.register_forward_pre_hook(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_miso.data.bins import plan_bins
 from trl_miso.segments import (
     ROOT,
     Branch,
@@ -21,7 +22,7 @@ from trl_miso.segments import (
     successive,
     unshare,
 )
-from trl_miso.segments.packed import PREFIX, WEIGHTINGS, PackedSegments, Varlen, pack, plan_bins
+from trl_miso.segments.packed import PREFIX, WEIGHTINGS, PackedSegments, Varlen, pack
 
 bounded = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 
@@ -80,7 +81,7 @@ def test_bins_are_best_fit_decreasing(sizes, capacity):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_fewer_bins_than_first_fit(seed):
-    """On lengths as they come; not a theorem (4 3 3 4 3 3 in bins of 10 needs 3 bins in decreasing order, not 2)."""
+    """On random lengths; not a theorem (4 3 3 4 3 3 in bins of 10 needs 3 bins in decreasing order, not 2)."""
     lengths = random.Random(seed)
     sizes = [min(1 + int(lengths.lognormvariate(5.5, 0.8)), 2048) for _ in range(500)]
     bins = len(plan_bins(sizes, 2048))
@@ -108,7 +109,7 @@ MIXED_BATCHES = st.lists(examples(), max_size=3).flatmap(
 
 
 def concatenation(batch):
-    """The tokens that `pack` is given: (example, segment, position) of each, in order."""
+    """Tokens of the input of `pack`: (example, segment, position) of each, in order."""
     return [
         (e, s, segment.start + i)
         for e, example in enumerate(batch)
@@ -124,10 +125,10 @@ def tokens_of(batch, e, segments):
 
 
 def ancestors(example, s):
-    found = [s]
-    while example.segments[found[0]].parent != ROOT:
-        found.insert(0, example.segments[found[0]].parent)
-    return found
+    path = [s]
+    while example.segments[path[0]].parent != ROOT:
+        path.insert(0, example.segments[path[0]].parent)
+    return path
 
 
 def branches(batch):
@@ -145,7 +146,7 @@ def branches(batch):
 
 
 def sequences(call: Varlen):
-    """(query slots, key rows) of every sequence of a call; without a gather, slot j of the keys is row j."""
+    """(query slots, key rows) of every sequence of a call. Without a gather, key slot j is row j."""
     q, k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     rows = list(range(k[-1])) if call.kv_index is None else call.kv_index.tolist()
     assert q[0] == k[0] == 0 and len(q) == len(k) and len(rows) == k[-1]
@@ -157,7 +158,7 @@ def sequences(call: Varlen):
 
 
 def causal(queries, keys):
-    """What each query of a causal call sees, the last query aligned with the last key."""
+    """Keys that each query of a causal call sees, the last query aligned with the last key."""
     return [keys[: len(keys) - len(queries) + 1 + i] for i in range(len(queries))]
 
 
@@ -356,7 +357,7 @@ def test_no_metadata():
 
 
 def test_unshared_batches_gather_nothing():
-    """Separate contexts are the leading rows in branch order, whatever stands between them in the batch."""
+    """Separate contexts are the leading rows in branch order, whatever is between them in the batch."""
     _, shared = parallel([[1, 2, 3], [1, 4]], 2, [0.5, 0.5], "successive")
     separate, _ = unshare(shared, [])
     _, _, packed = pack([separate, single(3), successive([2, 1], 1), separate], "uniform")
@@ -373,7 +374,7 @@ def test_branches_out_of_order_gather_their_contexts():
 
 
 def test_worked_example_with_a_single_run():
-    """The example of `segments.py` after a single run of 2 tokens: the run moves behind the output."""
+    """The worked example of `segments/tree.py` after a single run of 2 tokens: the run moves behind the output."""
     _, example = parallel([[1, 2, 3, 4], [1, 2, 3], [1, 2, 5]], 2, [0.5, 0.25, 0.25], "successive")
     order, position_ids, packed = pack([single(2), example], "fid", window=1)
     assert order.tolist() == [2, 3, 4, 5, 6, 7, 8, 0, 1]

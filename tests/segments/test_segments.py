@@ -1,4 +1,4 @@
-"""Segments: the prefix tree, positions and offsets, the integer code, and the unshared form."""
+"""Segments: prefix tree, positions and offsets, integer code, and the unshared form."""
 
 from collections import Counter
 
@@ -24,7 +24,7 @@ from trl_miso.segments import (
 
 bounded = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 
-# Few distinct tokens, so that prefixes are shared, contexts are prefixes of one another and some are equal.
+# Few distinct tokens, so that contexts share prefixes, are prefixes of each other, or are equal.
 CONTEXTS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=7), min_size=2, max_size=6)
 POSITIONS = st.sampled_from(["successive", "after_longest"])
 OUTPUT = st.integers(1, 4)
@@ -52,17 +52,18 @@ def bounds(example):
 
 
 def walk(example, branch, column):
-    """(value, position) of each token on a branch's path, found by walking from its last segment to the root."""
-    found, at = [], branch.segment
+    """(value, position) of each token on the path of a branch, by walking from the last segment to the root."""
+    tokens, at = [], branch.segment
     while at != ROOT:
         segment, (first, end) = example.segments[at], bounds(example)[at]
-        found = list(zip(column[first:end], range(segment.start, segment.start + segment.length), strict=True)) + found
+        positions = range(segment.start, segment.start + segment.length)
+        tokens = list(zip(column[first:end], positions, strict=True)) + tokens
         at = segment.parent
-    return found
+    return tokens
 
 
 def distances(example, branch, column):
-    """(value, distance) of each token on the path from the output's first query, as rotary attention sees it."""
+    """(value, distance from the output's first query) of each token on the path, as rotary attention sees it."""
     query = example.segments[-1].start + branch.offset
     return [(value, query - position) for value, position in walk(example, branch, column)]
 

@@ -1,4 +1,4 @@
-"""MISO attention: kernels, the mixture and its backward, and their place in transformers."""
+"""MISO attention: the definition, kernels, the mixture with its exact backward, and the attention function for transformers."""
 
 from trl_miso.attention.transformers_attention import register_miso_attention
 

@@ -5,22 +5,73 @@
 
 `call` delimits sequences in q (T, H, D) and k, v (S, G, D); `options` has scale, causality (bottom-right aligned: the last
 query sees the last key), window and softcap. The log-sum-exp is float32 (float64 for float64 inputs). `backward`
-recomputes P = exp(scores - lse) and dS = P * (dout v^T - rowsum(dout * out)) from whatever (out, lse) it is *given*, which
+recomputes P = exp(scores - lse) and dS = P * (dout v^T - rowsum(dout * out)) from the (out, lse) that it is *given*. This
 is what makes the mixture's gradient exact (`mixture.py`). Every sequence has at least one query and one key.
+
+Shapes: T query rows, S key rows, H query heads, G key-value heads, D head dimension, Lq and Lk rows of one sequence.
 """
 
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
 
-from trl_miso.attention.mixture import Kernel, KernelOptions
+from trl_miso.attention.merge import merge_two
 from trl_miso.segments.packed import Varlen
 
-_FLASH_ATTN_RANGE = ((2, 8), (2, 9))  # the private functions used below, as they are from 2.8.0 to before 2.9
+_FLASH_ATTN_RANGE = ((2, 8), (2, 9))  # from 2.8.0 to before 2.9 the private functions used below have these signatures
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Options of one kernel call.
+
+    Args:
+        scale: Factor of the scores.
+        causal: The last query is aligned with the last key.
+        window: Number of keys that a query sees, itself included; 0 for all.
+        softcap: c > 0 makes the scores `c tanh(s / c)`; 0 for none.
+    """
+
+    scale: float
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+
+    def without_causality(self) -> "KernelOptions":
+        """Every query sees all keys."""
+        return KernelOptions(self.scale, causal=False, window=0, softcap=self.softcap)
+
+
+class Kernel(Protocol):
+    """Raw variable-length attention, see the module's docstring."""
+
+    name: str
+
+    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions) -> str | None:
+        """Why the kernel cannot run; None if it can."""
+        ...
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Varlen, options: KernelOptions
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        call: Varlen,
+        options: KernelOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
 class FlashAttn:
@@ -29,10 +80,10 @@ class FlashAttn:
     name = "flash_attn"
 
     def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions) -> str | None:
-        return _flash_attn_missing() or _not_flash(device, dtype, head_dim)
+        return why_no_flash_attn() or _not_flash(device, dtype, head_dim)
 
     def forward(self, q, k, v, call, options):
-        out, lse, _, _ = _flash_attn()._flash_attn_varlen_forward(
+        out, lse, _, _ = flash_attn_functions()._flash_attn_varlen_forward(
             *(_pad_heads(x) for x in (q, k, v)),
             call.cu_seqlens_q,
             call.cu_seqlens_k,
@@ -42,7 +93,7 @@ class FlashAttn:
             options.scale,
             options.causal,
             window_size_left=options.window - 1,
-            window_size_right=_right(options),
+            window_size_right=_window_right(options),
             softcap=options.softcap,
         )
         return out[..., : q.shape[-1]], lse
@@ -50,7 +101,7 @@ class FlashAttn:
     def backward(self, dout, q, k, v, out, lse, call, options):
         padded = [_pad_heads(x).contiguous() for x in (dout, q, k, v, out)]
         gradients = [torch.empty_like(x) for x in padded[1:4]]
-        _flash_attn()._flash_attn_varlen_backward(
+        flash_attn_functions()._flash_attn_varlen_backward(
             *padded,
             lse,
             *gradients,
@@ -62,7 +113,7 @@ class FlashAttn:
             options.scale,
             options.causal,
             options.window - 1,
-            _right(options),
+            _window_right(options),
             options.softcap,
             None,
             torch.are_deterministic_algorithms_enabled(),
@@ -71,7 +122,7 @@ class FlashAttn:
 
 
 class TorchFlash:
-    """torch's built-in FlashAttention-2: same kernel and layouts, no extra package, no softcap."""
+    """torch's built-in FlashAttention-2: the same kernel and layouts without an extra package, but no softcap."""
 
     name = "torch_flash"
 
@@ -114,16 +165,16 @@ class TorchFlash:
     def _keywords(options: KernelOptions) -> dict[str, Any]:
         window = {}
         if options.window:
-            window = {"window_size_left": options.window - 1, "window_size_right": _right(options)}
+            window = {"window_size_left": options.window - 1, "window_size_right": _window_right(options)}
         return {"scale": options.scale, **window}
 
 
 class Cpu:
-    """torch's CPU flash operator, one call a sequence (two where the keys are longer than the causal queries); forward, sequences
-    that are all of one length share theirs.
+    """torch's CPU flash operator, called once per sequence.
 
-    The operator's causality is top-left aligned and it needs equal lengths; queries that also see a prefix are merged
-    from a full call on the prefix and a causal one on themselves. A binding window uses the operator's mask.
+    The operator's causality is top-left aligned and needs as many keys as queries. Queries that also see a prefix take two
+    calls, a full one on the prefix and a causal one on themselves, which are merged. A binding window uses the operator's mask.
+    In the forward, sequences of equal lengths share one call.
     """
 
     name = "cpu"
@@ -139,31 +190,36 @@ class Cpu:
         sequences = _sequences(call)
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
-        count = len(sequences) if _alike(sequences) else 1  # of equal lengths: one call for all of them
-        q_, k_, v_, out_ = (
-            _batched(x, count) for x in (q, k[: sequences[-1][1].stop], v[: sequences[-1][1].stop], out)
-        )
-        lse_ = lse.unflatten(1, (count, -1)).transpose(0, 1)
-        for rows, keys in sequences[: len(sequences) // count]:
-            parts = [
-                attend_on_cpu(q_[:, :, rows], k_[:, :, part], v_[:, :, part], options.scale, causal, mask)
-                for part, causal, mask in _cpu_parts(rows, keys, options, q)
-            ]
-            out_[:, :, rows], lse_[:, :, rows] = parts[0] if len(parts) == 1 else merge_two(*parts)
+
+        # Sequences of equal lengths are the batch dimension of one call; else the loop below takes them one by one.
+        batch = len(sequences) if _equal_lengths(sequences) else 1
+        end = sequences[-1][1].stop  # there may be more keys than the sequences read
+        batched_q, batched_k, batched_v = _batched(q, batch), _batched(k[:end], batch), _batched(v[:end], batch)
+        batched_out = _batched(out, batch)
+        batched_lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
+
+        for rows, keys in sequences[: len(sequences) // batch]:
+            parts = []
+            for part, causal, mask in _cpu_parts(rows, keys, options, q):
+                part_k, part_v = batched_k[:, :, part], batched_v[:, :, part]
+                parts.append(attend_on_cpu(batched_q[:, :, rows], part_k, part_v, options.scale, causal, mask))
+            merged = parts[0] if len(parts) == 1 else merge_two(*parts)
+            batched_out[:, :, rows], batched_lse[:, :, rows] = merged
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, call, options):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        q_, k_, v_, out_, dout_ = (heads_first(x) for x in (q, k, v, out, dout))
-        dq_, dk_, dv_ = (heads_first(x) for x in (dq, dk, dv))
+        totals = [heads_first(x) for x in (dq, dk, dv)]  # views, which the loop below fills in
+        dout, q, k, v, out = (heads_first(x) for x in (dout, q, k, v, out))
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         for rows, keys in _sequences(call):
-            given = dout_[:, :, rows], q_[:, :, rows]
-            saved = out_[:, :, rows], lse[None, :, rows].contiguous()
+            queries = dout[:, :, rows], q[:, :, rows]
+            # The calls of a sequence take its joint (out, lse), so that each P is a part of the joint softmax.
+            joint = out[:, :, rows], lse[None, :, rows].contiguous()
             for part, causal, mask in _cpu_parts(rows, keys, options, q):
-                read = k_[:, :, part], v_[:, :, part]
-                gradients = differentiate(*given, *read, *saved, 0.0, causal, attn_mask=mask, scale=options.scale)
-                for total, where, gradient in zip((dq_, dk_, dv_), (rows, part, part), gradients, strict=True):
+                read = k[:, :, part], v[:, :, part]
+                gradients = differentiate(*queries, *read, *joint, 0.0, causal, attn_mask=mask, scale=options.scale)
+                for total, where, gradient in zip(totals, (rows, part, part), gradients, strict=True):
                     total[:, :, where] += gradient
         return dq, dk, dv
 
@@ -176,14 +232,16 @@ def attend_on_cpu(
     causal: bool = False,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's CPU flash operator: (batch, H, Lq, D) and its log-sum-exp (batch, H, Lq). The first query sees the first key, ...;
-    queries beyond the last key see all."""
+    """torch's CPU flash operator: out (batch, H, Lq, D) and its log-sum-exp (batch, H, Lq).
+
+    Causality is top-left aligned: the first query sees the first key. Queries beyond the last key see all keys.
+    """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 class Reference:
-    """Dense plain torch, sequence by sequence: any device and floating dtype, windows and softcap included. Slow."""
+    """Dense plain torch, sequence by sequence. Takes any device and floating dtype, windows and softcap. Slow."""
 
     name = "reference"
 
@@ -204,27 +262,31 @@ class Reference:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for rows, keys in _sequences(call):
             scores, slope = self._scores(q[rows], k[keys], options)
+            # P from the given log-sum-exp, then dS = P * (dout v^T - rowsum(dout * out)), through the softcap.
             probabilities = torch.exp(scores - lse[:, rows, None])
-            wide = [x[rows].to(scores.dtype) for x in (dout, out, q)]
-            delta = (wide[0] * wide[1]).sum(-1).T[..., None]
-            d_scores = torch.einsum("qhd,khd->hqk", wide[0], _repeat(v[keys], q)) - delta
+            wide_dout, wide_out, wide_q = (x[rows].to(scores.dtype) for x in (dout, out, q))
+            delta = (wide_dout * wide_out).sum(-1).T[..., None]
+            d_scores = torch.einsum("qhd,khd->hqk", wide_dout, _repeat(v[keys], q)) - delta
             d_scores = d_scores * probabilities * slope * options.scale
             dq[rows] = torch.einsum("hqk,khd->qhd", d_scores, _repeat(k[keys], q)).to(q.dtype)
-            groups = k.shape[1], q.shape[1] // k.shape[1], k.shape[2]
-            dk[keys] = torch.einsum("hqk,qhd->khd", d_scores, wide[2]).unflatten(1, groups[:2]).sum(2).to(k.dtype)
-            dv[keys] = torch.einsum("hqk,qhd->khd", probabilities, wide[0]).unflatten(1, groups[:2]).sum(2).to(v.dtype)
+            # Sum over the query heads of each key-value head.
+            groups = k.shape[1], q.shape[1] // k.shape[1]
+            dk[keys] = torch.einsum("hqk,qhd->khd", d_scores, wide_q).unflatten(1, groups).sum(2).to(k.dtype)
+            dv[keys] = torch.einsum("hqk,qhd->khd", probabilities, wide_dout).unflatten(1, groups).sum(2).to(v.dtype)
         return dq, dk, dv
 
     @staticmethod
     def _scores(q: torch.Tensor, k: torch.Tensor, options: KernelOptions) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Masked scores (H, Lq, Lk) in float32 at least, and d(scores)/d(scaled product)."""
+        """Masked scores (H, Lq, Lk), in float32 at least, and their derivative by the scaled product."""
         scores = torch.einsum("qhd,khd->hqk", q.to(_lse_dtype(q.dtype)), _repeat(k, q)) * options.scale
         slope: torch.Tensor | float = 1.0
         if options.softcap:
             squashed = torch.tanh(scores / options.softcap)
             scores, slope = options.softcap * squashed, 1 - squashed**2
         hidden = _hidden(q.shape[0], k.shape[0], options, q.device)
-        return (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)), slope
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        return scores, slope
 
 
 KERNELS = {kernel.name: kernel for kernel in (FlashAttn(), TorchFlash(), Cpu(), Reference())}
@@ -233,14 +295,14 @@ KERNELS = {kernel.name: kernel for kernel in (FlashAttn(), TorchFlash(), Cpu(), 
 def resolve_kernel(
     requested: str, flash_only: bool, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions
 ) -> Kernel:
-    """The kernel that runs: the requested one or an error; for `"auto"` the first that can.
+    """Choose the kernel: the requested one, or for `"auto"` the first of `KERNELS` that can run.
 
     Args:
         requested: `"auto"` or a name in `KERNELS`.
-        flash_only: The script asked for flash_attention_2, so that only FlashAttention-2 kernels will do.
+        flash_only: The model uses flash_attention_2, so only FlashAttention-2 kernels are acceptable.
 
     Raises:
-        ValueError: If the request cannot be honoured.
+        ValueError: If no acceptable kernel can run.
     """
     names = list(KERNELS) if requested == "auto" else [requested]
     if flash_only:
@@ -251,24 +313,28 @@ def resolve_kernel(
         if reason is None:
             return KERNELS[name]
         reasons[name] = reason
-    asked = f"attention_kernel={requested!r}" + (" with attn_implementation='flash_attention_2'" if flash_only else "")
+    request = f"attention_kernel={requested!r}"
+    if flash_only:
+        request += " with attn_implementation='flash_attention_2'"
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it is no FlashAttention-2 kernel"
     raise ValueError(
-        f"Got {asked} for {dtype} tensors on {device.type} with head_dim {head_dim}, which cannot run: {why}. Expected a "
-        "kernel that can. Fix: set attention_kernel='auto' and attn_implementation='sdpa' to let the first that can run "
-        "be chosen, or meet the condition named."
+        f"Got {request} for {dtype} tensors on {device.type} with head_dim {head_dim}, which cannot run: {why}. Expected a "
+        "kernel that can run. Fix: set attention_kernel='auto' and attn_implementation='sdpa' to use the first kernel that can "
+        "run, or meet the named condition."
     )
 
 
 @cache
-def _flash_attn() -> Any:
+def flash_attn_functions() -> Any:
+    """The flash-attn package's module of raw functions."""
     from flash_attn import flash_attn_interface
 
     return flash_attn_interface
 
 
 @cache
-def _flash_attn_missing() -> str | None:
+def why_no_flash_attn() -> str | None:
+    """Why the flash-attn package cannot be used; None if it can."""
     if importlib.util.find_spec("flash_attn") is None:
         return "the flash-attn package is not installed (pip install 'trl-miso[flash]', which needs CUDA)"
     import flash_attn
@@ -285,26 +351,31 @@ def _not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str |
         return f"FlashAttention-2 needs CUDA tensors, got {device.type}"
     if dtype not in _HALF:
         return f"FlashAttention-2 takes float16 and bfloat16, got {dtype}"
-    return f"FlashAttention-2 takes head_dim up to 256, got {head_dim}" if head_dim > 256 else None
+    if head_dim > 256:
+        return f"FlashAttention-2 takes head_dim up to 256, got {head_dim}"
+    return None
 
 
-def _right(options: KernelOptions) -> int:
-    """Window to the right: none when causal, all (-1) when not."""
+def _window_right(options: KernelOptions) -> int:
+    """Keys to the right of a query: none (0) if causal, else all (-1)."""
     return 0 if options.causal else -1
 
 
 def _pad_heads(x: torch.Tensor) -> torch.Tensor:
-    """The raw operators want a head dimension that is a multiple of 8; zeros change no score."""
+    """Pad the head dimension to a multiple of 8, as the raw operators require; zeros change no score."""
     return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
 def _sequences(call: Varlen) -> list[tuple[slice, slice]]:
+    """(query rows, key rows) of each sequence."""
     q, k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
-    return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False)]
+    rows = [slice(start, end) for start, end in pairwise(q)]
+    keys = [slice(start, end) for start, end in pairwise(k)]
+    return list(zip(rows, keys, strict=True))
 
 
-def _alike(sequences: list[tuple[slice, slice]]) -> bool:
-    """Whether all sequences have as many queries, and as many keys, as the first."""
+def _equal_lengths(sequences: list[tuple[slice, slice]]) -> bool:
+    """Whether all sequences have the same number of queries and the same number of keys."""
     return len({(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in sequences}) == 1
 
 
@@ -328,18 +399,20 @@ def _repeat(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _hidden(n_q: int, n_k: int, options: KernelOptions, device: torch.device) -> torch.Tensor | None:
-    """(n_q, n_k) bool, True where a query does not see a key; None where it sees all."""
+    """(n_q, n_k) bool, True where a query does not see a key; None if every query sees all keys."""
     if not options.causal and not options.window:
         return None
     distance = torch.arange(n_k - n_q, n_k, device=device)[:, None] - torch.arange(n_k, device=device)
     hidden = distance < 0 if options.causal else torch.zeros_like(distance, dtype=torch.bool)
-    return hidden | (distance >= options.window) if options.window else hidden
+    if options.window:
+        hidden = hidden | (distance >= options.window)
+    return hidden
 
 
 def _cpu_parts(
     rows: slice, keys: slice, options: KernelOptions, q: torch.Tensor
 ) -> list[tuple[slice, bool, torch.Tensor | None]]:
-    """Calls (keys, causal, mask) whose merge is one sequence."""
+    """Operator calls (keys, causal, mask) whose merge is the attention of one sequence."""
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
     if 0 < options.window < n_k:
         hidden = _hidden(n_q, n_k, options, q.device)
@@ -347,14 +420,8 @@ def _cpu_parts(
         return [(keys, False, q.new_zeros(n_q, n_k).masked_fill_(hidden, -torch.inf))]
     if not options.causal:
         return [(keys, False, None)]
-    own = (slice(keys.stop - n_q, keys.stop), True, None)
-    return [own] if n_k == n_q else [(slice(keys.start, keys.stop - n_q), False, None), own]
-
-
-def merge_two(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two sets of keys, from (out, lse) over each: (batch, H, Lq, D), (batch, H, Lq)."""
-    (o1, l1), (o2, l2) = first, second
-    share = torch.sigmoid(l2 - l1)[..., None]
-    return torch.lerp(o1.to(l1.dtype), o2.to(l1.dtype), share).to(o1.dtype), torch.logaddexp(l1, l2)
+    themselves = (slice(keys.stop - n_q, keys.stop), True, None)
+    if n_k == n_q:
+        return [themselves]
+    prefix = (slice(keys.start, keys.stop - n_q), False, None)
+    return [prefix, themselves]

@@ -1,13 +1,38 @@
-"""The oracle: MISO attention from its definition, densely, in any dtype, with autograd's own gradients.
+"""The definition of MISO attention, densely, in any dtype, with autograd's own gradients: what all other code is tested against.
 
 Shares nothing with `mixture.py`, `kernels.py` or the packing: no log-sum-exp merge, no varlen call, no index tensors.
+
+Shapes: T tokens, U output tokens, S_i tokens of context i, H query heads, G key-value heads, D head dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from trl_miso.segments import Example
+from trl_miso.segments.tree import Example
+
+
+def mixture_of_contexts(
+    q_HUD: torch.Tensor,
+    contexts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    output: tuple[torch.Tensor, torch.Tensor],
+    weights: Sequence[float],
+    scale: float,
+) -> torch.Tensor:
+    """Eq. 3 of the paper: `sum_i w_i softmax(Q [K_i, K_out]^T) [V_i, V_out]`, causal in the output, (H, U, D).
+
+    Args:
+        q_HUD: Queries of the output tokens.
+        contexts: Keys and values of each context, (H, S_i, D) both. output: those of the output, (H, U, D).
+        weights: Score_i of the paper, which sum to 1.
+    """
+    mixed = torch.zeros_like(q_HUD)
+    for (k, v), weight in zip(contexts, weights, strict=True):
+        k, v = torch.cat([k, output[0]], dim=1), torch.cat([v, output[1]], dim=1)
+        scores = scale * q_HUD @ k.mT
+        visible = torch.ones_like(scores, dtype=torch.bool).tril(k.shape[1] - q_HUD.shape[1])
+        mixed += weight * scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    return mixed
 
 
 def reference_attention(
@@ -21,21 +46,30 @@ def reference_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of one example whose T tokens are in its own segment order: `sum_i w_i softmax([S_i, S_out]) [V_i; V_out]`.
+    """Attention of one example whose T tokens are in its own segment order, with all that models add to eq. 3.
 
     Args:
         q_THD: (T, H, D). k_TGD, v_TGD: (T, G, D).
-        weighting: `"uniform"` (the branches' own weights), `"fid"` or `"vanilla"`.
-        rotation: See `mixture.Rotation`; applied to the output's queries.
-        window: Keys a query sees, itself included, counted along context then output; 0: all.
+        weighting: `"uniform"` (the branches' own weights, eq. 3), `"fid"` (eq. 7) or `"vanilla"` (eq. 4).
+        rotation: See `rotation.Rotation`; applied to the output's queries.
+        window: Number of keys that a query sees, itself included, counted along the context and then the output; 0 for all.
+        softcap: c > 0 makes the scores `c tanh(s / c)`; 0 for none.
+
+    Returns:
+        (T, H, D).
     """
     repeats = q_THD.shape[1] // k_TGD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TGD, v_TGD))
-    starts = [sum(s.length for s in example.segments[:i]) for i in range(len(example.segments))]
-    tokens = [range(start, start + s.length) for start, s in zip(starts, example.segments, strict=True)]
+    tokens, start = [], 0  # of each segment
+    for segment in example.segments:
+        tokens.append(list(range(start, start + segment.length)))
+        start += segment.length
+
+    def path_tokens(index: int) -> list[int]:
+        return [token for i in example.path(index) for token in tokens[i]]
 
     def scores(queries: list[int], keys: list[int], offset: int = 0) -> torch.Tensor:
-        """(H, queries, keys): causal along `keys`, which ends with the queries, or not causal if they are not in it."""
+        """(H, queries, keys), not masked yet; the queries turned by `offset` positions."""
         q = q_THD[queries]
         if offset:
             assert rotation is not None, "an example with query offsets needs a rotation"
@@ -43,37 +77,46 @@ def reference_attention(
         s = torch.einsum("qhd,khd->hqk", q, k_THD[keys]) * scale
         return softcap * torch.tanh(s / softcap) if softcap else s
 
-    def visible(n_queries: int, n_keys: int) -> torch.Tensor:
+    def masked(s: torch.Tensor) -> torch.Tensor:
+        """Causal and windowed, the last query at the last key."""
+        n_queries, n_keys = s.shape[1:]
         distance = torch.arange(n_keys - n_queries, n_keys)[:, None] - torch.arange(n_keys)
-        return (distance >= 0) & (distance < (window or n_keys + 1))
+        visible = (distance >= 0) & (distance < (window or n_keys + 1))
+        return s.masked_fill(~visible, -torch.inf)
 
+    def attend(s: torch.Tensor, keys: list[int]) -> torch.Tensor:
+        return torch.einsum("hqk,khd->qhd", s.softmax(-1), v_THD[keys])
+
+    # Contexts and single runs: every segment causally against its path.
     out = torch.empty_like(q_THD)
-    last = len(example.segments) - 1
-    for i in range(last if example.branches else last + 1):
-        path = [t for j in example.path(i) for t in tokens[j]]
-        s = scores(list(tokens[i]), path).masked_fill(~visible(len(tokens[i]), len(path)), -torch.inf)
-        out[list(tokens[i])] = torch.einsum("hqk,khd->qhd", s.softmax(-1), v_THD[path])
+    causal_segments = range(len(tokens) - 1 if example.branches else len(tokens))
+    for i in causal_segments:
+        path = path_tokens(i)
+        out[tokens[i]] = attend(masked(scores(tokens[i], path)), path)
     if not example.branches:
         return out
 
-    output = list(tokens[last])
-    own = scores(output, output).masked_fill(~visible(len(output), len(output)), -torch.inf)
-    contexts = [[t for j in example.path(b.segment) for t in tokens[j]] for b in example.branches]
-    to_context = [scores(output, c, b.offset) for c, b in zip(contexts, example.branches, strict=True)]
-    if weighting == "vanilla":
-        keys = [t for context in contexts for t in context] + output
-        out[output] = torch.einsum("hqk,khd->qhd", torch.cat([*to_context, own], -1).softmax(-1), v_THD[keys])
-        return out
-    branches = []
-    for context, s in zip(contexts, to_context, strict=True):
-        seen = visible(len(output), len(context) + len(output))
-        branches.append(torch.cat([s, own], -1).masked_fill(~seen, -torch.inf))
-    attended = [
-        torch.einsum("hqk,khd->qhd", s.softmax(-1), v_THD[c + output]) for s, c in zip(branches, contexts, strict=True)
+    output = tokens[-1]
+    to_output = scores(output, output)
+    contexts = [path_tokens(branch.segment) for branch in example.branches]
+    to_context = [
+        scores(output, context, branch.offset) for context, branch in zip(contexts, example.branches, strict=True)
     ]
+
+    # Vanilla: one softmax over all contexts and the output (eq. 4).
+    if weighting == "vanilla":
+        keys = [token for context in contexts for token in context] + output
+        out[output] = attend(torch.cat([*to_context, masked(to_output)], -1), keys)
+        return out
+
+    # Otherwise one softmax per context, over [K_i, K_out], and the weighted sum (eq. 3).
+    pairs = [masked(torch.cat([s, to_output], -1)) for s in to_context]
+    attended = [attend(s, context + output) for s, context in zip(pairs, contexts, strict=True)]
     if weighting == "fid":
-        weights = torch.stack([s.logsumexp(-1) for s in branches]).softmax(0).transpose(1, 2)[..., None]
+        # w_i in proportion to S_i + S_out, the exponentiated scores of branch i (eq. 7).
+        weights = torch.stack([s.logsumexp(-1) for s in pairs]).softmax(0).transpose(1, 2)[..., None]
     else:
-        weights = torch.tensor([b.weight for b in example.branches], dtype=q_THD.dtype)[:, None, None, None]
+        weights = torch.tensor([branch.weight for branch in example.branches], dtype=q_THD.dtype)
+        weights = weights[:, None, None, None]
     out[output] = (weights * torch.stack(attended)).sum(0)
     return out

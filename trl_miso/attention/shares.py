@@ -1,4 +1,4 @@
-"""How much of the outputs' attention goes to each context: a by-product of mixing, collected layer by layer."""
+"""Each context's share of the outputs' attention: a by-product of mixing, collected layer by layer."""
 
 import torch
 
@@ -8,9 +8,11 @@ from trl_miso.segments.packed import PackedSegments
 class Shares:
     """Passed as the model's keyword argument `miso_shares`: attention adds each layer's shares of one batch.
 
-    A context's share of an output token's attention is `w_i sigmoid(l_i - l_out)` for fixed weights (paper, eq. 3), its part of
-    the one softmax for fid and vanilla (eqs. 7 and 4); what the contexts leave is the output's own (eqs. 5 and 6). Recomputed layers
-    add theirs again, which changes no mean. Not a dataclass: FSDP hands copies of those to the layers.
+    A context's share of an output token's attention is `w_i sigmoid(l_i - l_out)` for fixed weights (paper, eq. 3), and its part of
+    the one softmax for fid and vanilla (eqs. 7 and 4). The rest is the output's own share (eqs. 5 and 6). Recomputed layers add
+    their shares twice, which changes no mean. Not a dataclass: FSDP hands copies of dataclasses to the layers.
+
+    Shapes: Q branch rows, H query heads.
     """
 
     def __init__(self) -> None:
@@ -18,24 +20,29 @@ class Shares:
         self._layers = 0
 
     def add(self, share_QH: torch.Tensor) -> None:
-        """A layer's shares, one for each branch row and head."""
+        """Add a layer's shares, one per branch row and head."""
         mean_Q = share_QH.detach().mean(1, dtype=torch.float32)
         self._sum_Q = mean_Q if self._sum_Q is None else self._sum_Q + mean_Q.to(self._sum_Q.device)
         self._layers += 1
 
     def means(self, packed: PackedSegments | None) -> dict[str, float]:
-        """Of means over layers, heads and an output's tokens, the mean over the batch's outputs and over its contexts; empty if
-        attention added nothing.
+        """Mean shares of the batch; empty if attention added nothing.
 
-        `output_share`: of the output itself. `context_share`: of a context. `min_context_share`: of the smallest context.
+        Each output's and context's share is first averaged over layers, heads and the tokens of its output.
+
+        Returns:
+            `output_share`: mean over outputs of the output's own share. `context_share`: mean over contexts.
+            `min_context_share`: smallest share of a context.
         """
         if self._sum_Q is None:
             return {}
-        share_Q = self._sum_Q / self._layers
         assert packed is not None and packed.branch_cu_seqlens_q is not None
+        share_Q = self._sum_Q / self._layers
+        # Mean over the tokens of each branch: the branch rows of one branch are consecutive.
         lengths = packed.branch_cu_seqlens_q.diff()
-        context = torch.repeat_interleave(lengths, output_size=len(share_Q))
-        contexts = share_Q.new_zeros(len(lengths)).index_add_(0, context, share_Q) / lengths
+        branch_Q = torch.repeat_interleave(lengths, output_size=len(share_Q))
+        contexts = share_Q.new_zeros(len(lengths)).index_add_(0, branch_Q, share_Q) / lengths
+        # An output's own share is 1 minus the sum over its contexts.
         output = 1 - contexts.sum() / packed.num_mixed
-        found = torch.stack([output, contexts.mean(), contexts.min()]).tolist()
-        return dict(zip(("output_share", "context_share", "min_context_share"), found, strict=True))
+        names = "output_share", "context_share", "min_context_share"
+        return dict(zip(names, torch.stack([output, contexts.mean(), contexts.min()]).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Can this model be trained with MISO, and how do its layers rotate queries and keys? Asked before training, never guessed."""
+"""Check that a model can be trained with MISO, and find how each layer rotates queries and keys, before training starts."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from trl_miso.attention.transformers_attention import Probe, candidate_rotations, set_implementation, set_rotation
+from trl_miso.attention.rotation import candidate_rotations, no_rotation, set_rotation
+from trl_miso.attention.transformers_attention import Probe, set_implementation
 
 _TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -20,7 +21,7 @@ _OTHER_DROPOUTS = (
     *("router_jitter_noise", "input_jitter_noise"),
 )
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-# Families in which every layer rotates its queries, known from their sources. Only asked where no forward can run.
+# Families in which every layer rotates its queries, by their source code. Used only where no forward can run.
 _ROTATES_EVERY_LAYER = [
     "llama",
     "mistral",
@@ -48,11 +49,13 @@ _ROTATES_EVERY_LAYER = [
 
 @dataclass(frozen=True)
 class ModelSupport:
-    """What a model allows.
+    """Properties of a model that decide how its batches are laid out.
 
-    `shares` (`reason` says why not): keys can be rotated, so contexts may share prefixes. `relative`: attention
-    depends on position differences only, so that contexts may be right-aligned. `window`: the smallest sliding window in
-    tokens, 0 for none. `layers`: attention layers that must receive the metadata.
+    Args:
+        shares: Keys can be turned by further positions, so contexts may share prefixes. If not, `reason` says why.
+        relative: Attention depends on position differences only, so contexts may be right-aligned.
+        window: Smallest sliding window that a row can exceed, in tokens; 0 for none.
+        layers: Number of attention layers, all of which must receive the metadata.
     """
 
     shares: bool
@@ -63,12 +66,12 @@ class ModelSupport:
 
 
 def base_of(model: Any) -> Any:
-    """The transformers model itself, which adapters in its weights are part of."""
+    """The transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_adapters(model: Any, peft_config: Any = None) -> None:
-    """Refuse adapters, of the model or to be added, that put tokens of their own before the contexts'. Raises ValueError."""
+    """Raise ValueError for adapters, of the model or of `peft_config`, that add virtual tokens before the contexts."""
     configs = [peft_config, *getattr(model, "peft_config", {}).values()]
     if any(getattr(config, "is_prompt_learning", False) for config in configs):
         raise ValueError(
@@ -78,7 +81,7 @@ def check_adapters(model: Any, peft_config: Any = None) -> None:
 
 
 def check_relative(model_type: str, support: ModelSupport) -> None:
-    """Refuse an output that is to follow contexts of different lengths where it cannot. Raises ValueError."""
+    """Raise ValueError for output_positions='successive' if the output cannot follow contexts of different lengths."""
     if not support.relative:
         raise ValueError(
             f"Got a {model_type} model with output_positions='successive', whose output cannot follow contexts of different "
@@ -88,7 +91,7 @@ def check_relative(model_type: str, support: ModelSupport) -> None:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse what a config alone shows to be unsupported. Raises ValueError."""
+    """Raise ValueError if the config alone shows that the model is not supported."""
     text = config.get_text_config()
     for name in _DROPOUTS:
         if getattr(text, name, 0):
@@ -107,19 +110,23 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def prepare_model(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSupport:
-    """Switch the model to the registered attention, check that every layer takes part, and give layers their rotation.
+    """Switch the model to a registered attention, check that every layer takes part, and set the rotation of each layer.
 
-    Where the weights are at hand a forward of a few tokens decides. Under ZeRO-3 or on the meta device only what needs
-    no weights is checked; the trainer's first step does the rest.
+    Forwards over a few tokens decide. Under ZeRO-3 or on the meta device, where weights are not available, only the checks
+    that need no weights run, and the trainer's first step does the rest.
+
+    Args:
+        name: From `register_miso_attention`.
+        max_length: Tokens of the longest row; None for any length.
 
     Raises:
-        ValueError: With the model's name and the reason, if it cannot be trained with MISO.
+        ValueError: With the model's name and the reason, if the model cannot be trained with MISO.
     """
     return limit_to_length(model, inspect_model(model, name, max_length), max_length)
 
 
 def inspect_model(model: PreTrainedModel, name: str, max_length: int | None) -> ModelSupport:
-    """`prepare_model` up to what a row's length decides: the window is left 0, see `limit_to_length`."""
+    """`prepare_model` without the limits that depend on row length (`limit_to_length`): the window stays 0."""
     check_config(model.config)
     set_implementation(model, name)
     config = model.config.get_text_config()
@@ -128,21 +135,21 @@ def inspect_model(model: PreTrainedModel, name: str, max_length: int | None) -> 
     if any(isinstance(m, nn.Conv1d | nn.RNNBase) or "Mamba" in type(m).__name__ for m in model.modules()):
         _refuse(config, "recurrent or convolutional layers", "a pure attention model", "use one")
     modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    known = config.model_type in _ROTATES_EVERY_LAYER and len(modules) == config.num_hidden_layers
-    for module in modules if known else ():
+    shares = config.model_type in _ROTATES_EVERY_LAYER and len(modules) == config.num_hidden_layers
+    for module in modules if shares else ():
         composing = (r for r in candidate_rotations(model, module) if r.composes(head_dim(config)))
         rotation = next(composing, None)
         set_rotation(module, rotation)
-        known = known and rotation is not None
-    reason = "" if known else f"how {config.model_type} rotates queries and keys cannot be checked without its weights"
-    return ModelSupport(known, True, 0, config.num_hidden_layers, reason)
+        shares = shares and rotation is not None
+    reason = "" if shares else f"how {config.model_type} rotates queries and keys cannot be checked without its weights"
+    return ModelSupport(shares, True, 0, config.num_hidden_layers, reason)
 
 
 def limit_to_length(model: PreTrainedModel, support: ModelSupport, max_length: int | None) -> ModelSupport:
-    """What `inspect_model` found, for rows of at most `max_length` tokens (None: any): windows, and what a short forward cannot show.
+    """Restrict the result of `inspect_model` to what rows of at most `max_length` tokens (None: any) allow.
 
-    Where the rotation depends on the length of the batch, an offset alone would be turned differently: no sharing. Where
-    queries are scaled by their position, attention is not relative.
+    Adds the window and what a short forward cannot show. Where the rotation depends on the length of the row, keys cannot be
+    turned by an offset afterwards, so nothing is shared. Where queries are scaled by their position, attention is not relative.
     """
     config = model.config.get_text_config()
     support = replace(support, window=_window(model, config, max_length))
@@ -160,7 +167,7 @@ def limit_to_length(model: PreTrainedModel, support: ModelSupport, max_length: i
 
 
 def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
-    """Raise ValueError unless every attention layer received the metadata and none computes what cannot be merged."""
+    """Raise ValueError unless every attention layer received the metadata and computes plain softmax attention."""
     model_type = type(model).__name__
     if len(probe.heads) != layers:
         raise ValueError(
@@ -180,46 +187,58 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
             )
 
 
-def why_not_share(model: nn.Module | None, config: PreTrainedConfig, neftune_noise_alpha: float | None) -> str:
-    """Why equal tokens would not have equal hidden states in training, or ''. Without a model its config decides."""
+def why_not_share(
+    model: nn.Module | None, config: PreTrainedConfig, neftune_noise_alpha: float | None, adapter_dropout: float = 0.0
+) -> str:
+    """Why equal tokens would not have equal hidden states in training; '' if they would. Without a model only the config is examined."""
     if neftune_noise_alpha:
         return f"NEFTune noise (neftune_noise_alpha={neftune_noise_alpha}) makes equal tokens unequal"
     text = config.get_text_config()
     rates = {rate for name in _OTHER_DROPOUTS if isinstance(rate := getattr(text, name, None), float)}
+    rates.add(adapter_dropout)
     if model is not None:
         rates |= {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     return f"dropout (p={max(rates)}) makes equal tokens unequal" if max(rates, default=0) > 0 else ""
 
 
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | None) -> ModelSupport:
-    """Compare each layer's queries and keys at two positions: turned by the model's rotation, the same, or neither."""
-    distance = _far_apart(config, max_length)
+    """Compare each layer's queries and keys at two positions: equal, turned by the model's rotation, or neither."""
+    distance = _probe_distance(config, max_length)
     with _uneven_norms(model):
-        (first, logits), (second, _) = _run(model, 0), _run(model, distance)
-        check_probe(first, config.num_hidden_layers, model)
-        _check_isolation(model, first, logits)
+        (near, logits), (far, _) = _run(model, 0), _run(model, distance)
+        check_probe(near, config.num_hidden_layers, model)
+        _check_isolation(model, near, logits)
     relative, shares = True, True
-    for module, heads in first.heads.items():
-        moved = second.heads[module]
-        assert heads is not None and moved is not None
-        tolerance = _tolerance(heads.dtype)
-        x, y = (q[0].transpose(0, 1) for q in (heads, moved))
-        offset = torch.full((x.shape[0],), distance, device=x.device)
-        if _far(x, y) < tolerance:
-            set_rotation(module, _identity)  # a layer without positions
+    for module, near_heads in near.heads.items():
+        far_heads = far.heads[module]
+        assert near_heads is not None and far_heads is not None
+        tolerance = _tolerance(near_heads.dtype)
+        x, y = near_heads[0].transpose(0, 1), far_heads[0].transpose(0, 1)
+        if _max_relative_distance(x, y) < tolerance:
+            set_rotation(module, no_rotation)  # a layer without positions
             continue
-        rotations = candidate_rotations(model, module)
-        fits = [r for r in rotations if r.composes(x.shape[-1]) and _far(r(x, offset, distance + 1), y) < tolerance]
-        set_rotation(module, fits[0] if fits else None)
-        shares = shares and bool(fits)
-        relative = relative and (bool(fits) or _same_scores(x, y, first.queries[module], tolerance))
-    reasons = "its attention depends on more than position differences", "its keys cannot be rotated after the fact"
-    reason = "" if shares else reasons[relative]
+        offset = torch.full((x.shape[0],), distance, device=x.device)
+        fitting = None
+        for rotation in candidate_rotations(model, module):
+            if not rotation.composes(x.shape[-1]):
+                continue
+            if _max_relative_distance(rotation(x, offset, distance + 1), y) < tolerance:
+                fitting = rotation
+                break
+        set_rotation(module, fitting)
+        if fitting is None:
+            shares = False
+            relative = relative and _same_scores(x, y, near.queries[module], tolerance)
+    reason = ""
+    if not relative:
+        reason = "its attention depends on more than position differences"
+    elif not shares:
+        reason = "its keys cannot be rotated after the fact"
     return ModelSupport(shares, relative, 0, config.num_hidden_layers, reason)
 
 
-def _far_apart(config: PreTrainedConfig, max_length: int | None) -> int:
-    """How far apart two positions are at which what changes with the position shows, and rotations are still the same."""
+def _probe_distance(config: PreTrainedConfig, max_length: int | None) -> int:
+    """Distance of two positions: far enough to show any dependence on the position, near enough for one and the same rotation."""
     lengths = [rope.get("original_max_position_embeddings") for rope in _rope_parameters(config)]
     lengths += [max_length, getattr(config, "max_position_embeddings", None), 2048]
     return max(5, min(length for length in lengths if length) - 8)
@@ -227,7 +246,8 @@ def _far_apart(config: PreTrainedConfig, max_length: int | None) -> int:
 
 @contextmanager
 def _uneven_norms(model: nn.Module) -> Iterator[None]:
-    """Vectors of equal weights (norms that are not trained yet) made uneven: a norm after the rotation commutes with it else."""
+    """Make vectors of equal weights (untrained norms) uneven for a while: a norm of equal weights commutes with the rotation,
+    which would hide a norm that comes after the rotation."""
     vectors = (p for p in model.parameters() if p.dim() == 1 and p.dtype in _TRAINED)
     even = [(p, p.data) for p in vectors if bool((p == p[0]).all())]
     for p, data in even:
@@ -240,7 +260,7 @@ def _uneven_norms(model: nn.Module) -> Iterator[None]:
 
 
 def _same_scores(x_NHD: torch.Tensor, y_NHD: torch.Tensor, queries: int, tolerance: float) -> bool:
-    """Whether queries (the first heads) and keys give the same scores at both positions: attention is relative."""
+    """Whether queries (the first heads) and keys give the same scores at both positions, so that attention is relative."""
 
     def scores(heads_NHD: torch.Tensor) -> torch.Tensor:
         heads_NHD = heads_NHD.float()
@@ -248,16 +268,22 @@ def _same_scores(x_NHD: torch.Tensor, y_NHD: torch.Tensor, queries: int, toleran
         q, k = heads_HND[:queries], heads_HND[queries:]
         return q @ k.repeat_interleave(len(q) // len(k), dim=0).transpose(1, 2)
 
+    # Directions are compared without lengths, so compare lengths too: queries may be scaled by their position.
     ratio = (x_NHD.norm(dim=-1) / y_NHD.norm(dim=-1).clamp(min=1e-9)).float()
-    scaled = float((ratio - 1).abs().max())  # queries may be scaled by their position
-    return scaled < tolerance and float((scores(x_NHD) - scores(y_NHD)).abs().max()) < tolerance
+    same_lengths = float((ratio - 1).abs().max()) < tolerance
+    return same_lengths and float((scores(x_NHD) - scores(y_NHD)).abs().max()) < tolerance
 
 
 def _check_isolation(model: PreTrainedModel, probe: Probe, logits: torch.Tensor) -> None:
-    """Without attention no token may see another: recurrent and convolutional layers would join packed contexts."""
+    """Raise ValueError if tokens see each other without attention: recurrent and convolutional layers would join packed contexts."""
+    # Another first token may change nothing in the tokens after it.
     changed, changed_logits = _run(model, 0, first=1)
-    pairs = [(q[0].transpose(0, 1), changed.heads[m][0].transpose(0, 1)) for m, q in probe.heads.items()]  # type: ignore[index]
-    if any(_far(x[1:], y[1:]) > _tolerance(x.dtype) for x, y in [*pairs, (logits, changed_logits)]):
+    pairs = [(logits, changed_logits)]
+    for module, heads in probe.heads.items():
+        changed_heads = changed.heads[module]
+        assert heads is not None and changed_heads is not None
+        pairs.append((heads[0].transpose(0, 1), changed_heads[0].transpose(0, 1)))
+    if any(_max_relative_distance(x[1:], y[1:]) > _tolerance(x.dtype) for x, y in pairs):
         raise ValueError(
             f"Got {type(model).__name__}, in which tokens see each other outside of attention (recurrent or convolutional layers). "
             "Expected a pure attention model. Fix: use a supported architecture (see the README)."
@@ -265,7 +291,7 @@ def _check_isolation(model: PreTrainedModel, probe: Probe, logits: torch.Tensor)
 
 
 def _run(model: PreTrainedModel, start: int, first: int = 3) -> tuple[Probe, torch.Tensor]:
-    """A forward without attention over 8 tokens from position `start`: the probe, and the logits (8, vocabulary)."""
+    """Run a forward without attention over 8 tokens from position `start`; return the probe and the logits (8, vocabulary)."""
     probe = Probe(skip_attention=True)
     device = model.get_input_embeddings().weight.device
     vocab = model.get_input_embeddings().weight.shape[0]
@@ -290,23 +316,20 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
-def _identity(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
-    return x_NHD
-
-
-def _far(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest relative distance of rows."""
+def _max_relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest distance of two rows, relative to the row of b."""
     return float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-9)).max())
 
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict]:
+    """Rotary parameters of the config: one dict, or one per layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or [rope]
 
 
 def _window(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | None) -> int:
-    """Smallest sliding window of a layer, in tokens, if rows can be longer; else 0."""
+    """Smallest sliding window of a layer, in tokens; 0 if rows cannot be longer."""
     windows = [getattr(m, "sliding_window", None) for m in model.modules() if hasattr(m, "layer_idx")]
     layer_types = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", True) and (not layer_types or "sliding_attention" in layer_types):
@@ -316,7 +339,7 @@ def _window(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | 
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Size of the largest query head: layers may differ."""
+    """Size of the largest query head; layers may differ."""
     layers = getattr(config, "per_layer_config", None) or [config]
     return max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
 

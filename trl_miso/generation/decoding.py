@@ -1,10 +1,16 @@
-"""Attention while an output is generated: new tokens attend to the contexts, read once before, and to the output so far.
+"""Attention during generation: new tokens attend to the contexts, which were read once before, and to the output so far.
 
-    contexts, once:   causal, as in training; `ContextCache` keeps each layer's keys, turned to where the output wants them
-    output, a step:   q -> K_out and q -> K_p for every part p of the contexts (`parts.py`), merged as in `mixture.py` (eqs. 3, 4, 7)
+The protocol of a generation, per layer:
 
-A forward with the batch keys of `PackedSegments` and `miso_cache` reads contexts; one with `miso_cache` alone continues outputs;
-without it (probes, other inputs) the attention is the one that trains. Nothing here is differentiated.
+1. *Read the contexts once.* A forward over all packed contexts, with the batch keys of `PackedSegments` and `miso_cache`. The
+   attention is causal as in training. `ContextCache.read` keeps the layer's keys and values, turned to the output's view.
+2. *Attend per token.* Forwards with `miso_cache` alone. `ContextCache.attend` computes q -> K_out and q -> K_p for every part p of
+   the contexts (`context_parts.py`), and merges both as `merge.py` describes (eqs. 3, 4, 7).
+
+A forward without `miso_cache` (probes, other inputs) uses MISO attention as in training. Nothing here is differentiated.
+
+Shapes: B rows that generate (requests x copies), U = B x new output tokens, Q branch rows, R rows of the parts' call, E pairs of
+a part row and a branch row, H query heads, G key-value heads, M queries of a key-value head, D head dimension.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,41 +24,41 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from trl_miso.attention.kernels import KERNELS, attend_on_cpu, resolve_kernel
-from trl_miso.attention.mixture import (
-    Kernel,
-    KernelOptions,
-    _branch_weights,
-    _keys,
-    _logsumexp_by,
-    _shares,
-    _sum_by,
-    _to_outputs,
+from trl_miso.attention.kernels import KERNELS, Kernel, KernelOptions, attend_on_cpu, resolve_kernel
+from trl_miso.attention.merge import (
+    attention_shares,
+    branch_weights,
+    gather_keys,
+    logsumexp_by_row,
+    sum_by_row,
+    sum_over_branches,
 )
-from trl_miso.attention.transformers_attention import compute_dtype, register_over, rotation_of, score_scale
-from trl_miso.generation.context_parts import DenseParts, KeysAndValues, Parts, Reading
+from trl_miso.attention.rotation import rotation_of
+from trl_miso.attention.transformers_attention import compute_dtype, register_over, score_scale
+from trl_miso.generation.context_parts import KeysAndValues, Parts
+from trl_miso.generation.cpu_paths import DenseParts, Reading
 from trl_miso.segments import Example
 from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, cumulative_lengths, ranges
 
 
 def register_decoding(base: str) -> str:
-    """Register the attention of generation over a base implementation, see `register_miso_attention`; the name to set."""
+    """Register the attention of generation over a base implementation and return its name, see `register_miso_attention`."""
     return register_over(base, "decoding", partial(_attention_forward, flash_only=base == "flash_attention_2"))
 
 
 class ContextCache(DynamicCache):
-    """Keys and values of a generation: of the contexts of each request by attention module, of the outputs as in DynamicCache.
+    """Keys and values of a generation: those of the contexts per attention module, those of the outputs as in DynamicCache.
 
-    All rows of a request (samples, beams) share its contexts, and contexts their common prefixes as far as `parts.py` says. Its length
-    is that of the ids that `generate` sees: `before` ids in place of the contexts, then the output. Every layer keeps all of
-    the output, whatever its window.
+    All rows of a request (samples, beams) share the keys of its contexts, and contexts share those of common prefixes as far as
+    `context_parts.py` allows. The cache's length is that of the ids that `generate` sees: `before` ids in place of the contexts, then
+    the output. Every layer keeps all of the output, whatever its window.
 
     Args:
-        examples: A request's contexts each, with an output of one token.
+        examples: Per request, its contexts and an output of one token.
         weighting: One of `WEIGHTINGS`.
-        before: Ids that stand for the contexts in each row.
-        layers: Attention layers of the model.
-        windows: Whether a layer's window can come to bind.
+        before: Number of ids that stand for the contexts in each row.
+        layers: Number of attention layers of the model.
+        windows: Whether the window of a layer can bind during the generation.
     """
 
     def __init__(self, examples: Sequence[Example], weighting: str, before: int, layers: int, windows: bool):
@@ -64,9 +70,9 @@ class ContextCache(DynamicCache):
         self._longest = int(self._lengths.max())
         self._reading: Reading | None = None
         self._calls: dict[torch.device, Varlen] = {}
-        self._how: dict[nn.Module, tuple[Kernel, KernelOptions, KernelOptions]] = {}  # the last without a window
+        self._settings: dict[nn.Module, tuple[Kernel, KernelOptions]] = {}
         self._kept: dict[nn.Module, KeysAndValues] = {}  # of all parts
-        self._seen: dict[nn.Module, KeysAndValues] = {}  # of each branch, what its window shows
+        self._in_window: dict[nn.Module, KeysAndValues] = {}  # of each branch, as far as its window reaches
         self._dense: dict[torch.dtype, DenseParts] = {}
         self._kept_dense: dict[nn.Module, list[KeysAndValues]] = {}
         self._steps: dict[tuple[int, torch.device], _Step] = {}
@@ -83,26 +89,26 @@ class ContextCache(DynamicCache):
         kernel: Kernel,
         options: KernelOptions,
     ) -> torch.Tensor | None:
-        """Keep a layer's keys and values of all contexts, and how it attends, which is how its outputs will.
+        """Keep a layer's keys and values of all contexts, and the kernel and options with which it attends.
 
         Returns:
-            The contexts' attention, (T, H, D): nothing reads the last layer's, which is 0. None where training's will do.
+            Attention of the contexts, (T, H, D), or None if the caller is to compute it as in training. Zeros for the last layer,
+            whose attention nothing reads.
 
         Raises:
             ValueError: For a module that attends more than once in a forward.
         """
-        if module in self._how:
+        if module in self._settings:
             raise ValueError(
-                f"Got a model in which {type(module).__name__} attends more than once in a layer, expected one attention a layer, whose "
-                "keys are kept. Fix: use another model."
+                f"Got a model in which {type(module).__name__} attends more than once in a layer, expected one attention per layer, "
+                "whose keys are kept. Fix: use another model."
             )
         device = k_TGD.device
         if device not in self._calls:
             self._calls[device] = self._parts.call(device)
-        self._kept[module] = _keys(k_TGD, v_TGD, self._calls[device], rotation_of(module))
-        unbound = replace(options, window=0)
-        self._how[module] = kernel, options if self._windows else unbound, unbound
-        if len(self._how) == self._layers:
+        self._kept[module] = gather_keys(k_TGD, v_TGD, self._calls[device], rotation_of(module))
+        self._settings[module] = kernel, options if self._windows else replace(options, window=0)
+        if len(self._settings) == self._layers:
             return torch.zeros_like(q_THD)
         if kernel is not KERNELS["cpu"] or 0 < options.window < self._longest:
             return None
@@ -114,107 +120,118 @@ class ContextCache(DynamicCache):
 
         Args:
             query: (B, H, new, D), the last tokens of the outputs.
-            key: (B, G, seen, D), of all of the output. value: likewise.
+            key, value: (B, G, seen, D), all tokens of the outputs.
 
         Returns:
             (B, new, H, D).
         """
-        kernel, options, unbound = self._how[module]
+        kernel, options = self._settings[module]
         batch, _, new, _ = query.shape
+        # A window binds if the longest context with its output is longer.
         window = options.window if options.window < self._longest + key.shape[2] else 0
         if new == 1 and not window and kernel is KERNELS["cpu"]:
             return self._attend_one(module, query[:, :, 0], key, value)[:, None]
         if window:
+            # The first new token sees `window` keys, the last of them itself.
             key, value = (x[:, :, -(window + new - 1) :] for x in (key, value))
         step = self._step(batch, new, key.shape[2], window, query.device)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if window:
-            out = _pairs(q, k, v, self._within(module, window), step.packed, kernel, options)
+            out = _attend_pairs(q, k, v, self._keys_in_window(module, window), step.packed, kernel, options)
         else:
-            out = _split(q, k, v, self._kept[module], step, kernel, unbound)
+            out = _attend_split(q, k, v, self._kept[module], step, kernel, replace(options, window=0))
         return out.unflatten(0, (batch, new))
 
     def _attend_one(
         self, module: nn.Module, q_BHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """For one new token the heads of a group are taken for queries of one head, so that each key is read once."""
-        dtype, scale = q_BHD.dtype, self._how[module][1].scale
+        """For one new token the heads of a group become queries of one head, so that each key is read once."""
+        dtype, options = q_BHD.dtype, self._settings[module][1]
         if dtype not in self._dense:
             self._dense[dtype] = DenseParts(self._parts, dtype)
         dense = self._dense[dtype]
         if module not in self._kept_dense:
             self._kept_dense[module] = dense.keep(*self._kept[module])
-            if not self._how[module][1].window:  # which may come to bind
+            if not options.window:  # a window may bind later, which needs the keys of all parts
                 del self._kept[module]
         q_BGHD = q_BHD.unflatten(1, (key.shape[1], -1))
-        o_out, l_out = attend_on_cpu(q_BGHD, key, value, scale)
+        o_out, l_out = attend_on_cpu(q_BGHD, key, value, options.scale)
         requests = self._requests
-        o_part, l_part = dense.attend(_by_group(q_BGHD, requests), self._kept_dense[module], scale)
+        o_part, l_part = dense.attend(_by_group(q_BGHD, requests), self._kept_dense[module], options.scale)
         if requests > 1:
             copies = len(q_BHD) // requests
             o_part, l_part = (_by_row(x.index_select(0, dense.place), copies).flatten(0, 1) for x in (o_part, l_part))
             step = self._step(len(q_BHD), 1, key.shape[2], 0, q_BHD.device)
-            return _merge(o_out.flatten(1, 2), l_out.flatten(1), o_part, l_part, step).to(dtype)
+            return _merge_parts(o_out.flatten(1, 2), l_out.flatten(1), o_part, l_part, step).to(dtype)
         mixed = dense.mix(o_part, l_part, _by_group(o_out, 1)[0], _by_group(l_out, 1)[0], self._weighting)
         return _by_row(mixed[None], len(q_BHD))[0].to(dtype)
 
-    def _within(self, module: nn.Module, window: int) -> KeysAndValues:
-        """Keys and values of one branch after the other, of each the last that the window can show from now on."""
+    def _keys_in_window(self, module: nn.Module, window: int) -> KeysAndValues:
+        """Keys and values of the branches one after the other, of each branch the last that its window can reach from now on."""
         if module in self._kept:
             self._kept_dense.pop(module, None)
             k, v = self._kept.pop(module)
             keys = torch.from_numpy(self._parts.last_keys(window)).to(k.device)
-            self._seen[module] = k.index_select(0, keys), v.index_select(0, keys)
-        return self._seen[module]
+            self._in_window[module] = k.index_select(0, keys), v.index_select(0, keys)
+        return self._in_window[module]
 
     def _step(self, batch: int, new: int, seen: int, window: int, device: torch.device) -> "_Step":
-        """Metadata of a forward, which its layers share."""
+        """Metadata of a forward, shared by its layers; from one token to the next only the lengths of the outputs change."""
         step = self._steps.get((window, device))
         if step is None or step.shape != (batch, new):
-            step = self._rows(batch, new, device)
+            step = self._new_step(batch, new, device)
         elif step.packed.max_seqlen_k == seen:
             return step
-        step.packed = replace(step.packed, cu_seqlens_k=_ends(batch, seen, device), max_seqlen_k=seen)
+        step.packed = replace(step.packed, cu_seqlens_k=_equal_ends(batch, seen, device), max_seqlen_k=seen)
         if window:
-            self._pair(step.packed, batch // self._requests, np.minimum(self._lengths, window), device)
+            self._add_pairs(step.packed, batch // self._requests, np.minimum(self._lengths, window), device)
         self._steps[window, device] = step
         return step
 
-    def _rows(self, batch: int, new: int, device: torch.device) -> "_Step":
-        """What does not depend on how much of the output there is: as `pack` makes it for outputs."""
+    def _new_step(self, batch: int, new: int, device: torch.device) -> "_Step":
+        """Metadata that does not depend on the length of the outputs, in the form that `pack` makes for outputs."""
         parts = self._parts
-        span = batch // self._requests * new  # each part and branch has rows of every copy of its request
+        span = batch // self._requests * new  # rows of a part or branch: the new tokens of every copy of its request
 
-        def spread(index: np.ndarray) -> torch.Tensor:
+        def rows_of(index: np.ndarray) -> torch.Tensor:
             return torch.from_numpy((index[:, None] * span + np.arange(span)).ravel()).to(device)
 
         packed = PackedSegments(
-            cu_seqlens_q=_ends(batch, new, device),
-            cu_seqlens_k=_ends(batch, 0, device),
+            cu_seqlens_q=_equal_ends(batch, new, device),
+            cu_seqlens_k=_equal_ends(batch, 0, device),
             max_seqlen_q=new,
             max_seqlen_k=0,
             num_examples=self._requests,
             num_mixed=self._requests,
             weighting=WEIGHTINGS.index(self._weighting),
             output_end=batch * new,
-            branch_q_index=spread(parts.branch_request),
+            branch_q_index=rows_of(parts.branch_request),
             branch_weight=torch.from_numpy(parts.weights).view(torch.int64).to(device).repeat_interleave(span),
         )
-        count = len(parts.lengths)
-        call = Varlen(
-            _ends(count, span, device), cumulative_lengths(parts.lengths).to(device), span, int(parts.lengths.max())
+        queries = _equal_ends(len(parts.lengths), span, device)
+        keys = cumulative_lengths(parts.lengths).to(device)
+        call = Varlen(queries, keys, span, int(parts.lengths.max()))
+        return _Step(
+            (batch, new),
+            packed,
+            call,
+            rows_of(parts.request),
+            pair_part=rows_of(parts.part),
+            pair_branch=rows_of(parts.branch),
         )
-        return _Step((batch, new), packed, call, *map(spread, (parts.request, parts.part, parts.branch)))
 
-    def _pair(self, packed: PackedSegments, copies: int, lengths: np.ndarray, device: torch.device) -> None:
-        """Fill in how each copy of a branch reads its kept keys, then the output's, which follow all of those."""
+    def _add_pairs(self, packed: PackedSegments, copies: int, lengths: np.ndarray, device: torch.device) -> None:
+        """Fill in the pairs call: each copy of a branch reads the kept keys of the branch, then those of its output.
+
+        The keys of the call are the kept keys of all branches, `lengths` of them per branch, followed by those of all outputs.
+        """
         seen = packed.max_seqlen_k
-        packed.branch_cu_seqlens_q = _ends(len(lengths) * copies, packed.max_seqlen_q, device)
+        packed.branch_cu_seqlens_q = _equal_ends(len(lengths) * copies, packed.max_seqlen_q, device)
         packed.branch_max_seqlen_q = packed.max_seqlen_q
-        outputs = self._parts.branch_request[:, None] * copies + np.arange(copies)
-        starts = np.stack(
-            [np.repeat(lengths.cumsum() - lengths, copies), lengths.sum() + outputs.ravel() * seen], axis=1
-        )
+        outputs = (self._parts.branch_request[:, None] * copies + np.arange(copies)).ravel()
+        # Two runs of keys per copy of a branch: (first row, number of rows) of the context and of the output.
+        context_starts = np.repeat(lengths.cumsum() - lengths, copies)
+        starts = np.stack([context_starts, lengths.sum() + outputs * seen], axis=1)
         sizes = np.stack([np.repeat(lengths, copies), np.full(outputs.size, seen)], axis=1)
         packed.pair_kv_index = torch.from_numpy(ranges(starts.ravel(), sizes.ravel())).to(device)
         packed.pair_cu_seqlens_k = cumulative_lengths(sizes.sum(1)).to(device)
@@ -223,24 +240,26 @@ class ContextCache(DynamicCache):
 
 @dataclass
 class _Step:
-    """Metadata of a forward of `shape` (outputs, new tokens). R rows of the parts' call, E of pairs of a part and a branch."""
+    """Metadata of a forward over `shape` = (outputs, new tokens per output)."""
 
     shape: tuple[int, int]
     packed: PackedSegments
-    parts: Varlen
+    parts: Varlen  # every output row against each part of its request
     part_rows: torch.Tensor  # (R,) output row of each row of the parts' call
     pair_part: torch.Tensor  # (E,) row of the parts' call
     pair_branch: torch.Tensor  # (E,) branch row
 
 
-def _ends(count: int, each: int, device: torch.device) -> torch.Tensor:
-    """Cumulative lengths of `count` sequences of `each` rows."""
-    return torch.arange(count + 1, dtype=torch.int32, device=device) * each
+def _equal_ends(count: int, length: int, device: torch.device) -> torch.Tensor:
+    """Cumulative lengths of `count` sequences of the same length."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device) * length
 
 
 def _by_group(x_BGH: torch.Tensor, requests: int) -> torch.Tensor:
-    """(B, G, H / G, ...) as (R, G, M, ...): queries of all copies and heads that share keys, for R requests."""
-    return x_BGH if len(x_BGH) == requests else x_BGH.unflatten(0, (requests, -1)).transpose(1, 2).flatten(2, 3)
+    """(B, G, H / G, ...) as (requests, G, M, ...): the queries of all copies and heads that share keys."""
+    if len(x_BGH) == requests:
+        return x_BGH
+    return x_BGH.unflatten(0, (requests, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _by_row(x_NGM: torch.Tensor, copies: int) -> torch.Tensor:
@@ -250,35 +269,59 @@ def _by_row(x_NGM: torch.Tensor, copies: int) -> torch.Tensor:
     return x_NGM.unflatten(2, (copies, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _split(q, k, v, contexts, step: _Step, kernel: Kernel, options: KernelOptions) -> torch.Tensor:
-    """The output against itself and against each part of the contexts, merged."""
-    packed, whole = step.packed, options.without_causality()
-    o_out, l_out = kernel.forward(q, k, v, packed.self_call, options if packed.max_seqlen_q > 1 else whole)
-    k, v = contexts
-    o_part, l_part = kernel.forward(q.index_select(0, step.part_rows), k, v, step.parts, whole)
-    return _merge(o_out, l_out.T, o_part, l_part.T, step)
+def _attend_split(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: KeysAndValues,
+    step: _Step,
+    kernel: Kernel,
+    options: KernelOptions,
+) -> torch.Tensor:
+    """Outputs against themselves and against each part of the contexts, merged: (U, H, D)."""
+    packed, not_causal = step.packed, options.without_causality()
+    # One new token sees all keys of its output, which spares the kernel a causal mask.
+    o_out, l_out = kernel.forward(q, k, v, packed.self_call, options if packed.max_seqlen_q > 1 else not_causal)
+    o_part, l_part = kernel.forward(q.index_select(0, step.part_rows), *kept, step.parts, not_causal)
+    return _merge_parts(o_out, l_out.T, o_part, l_part.T, step)
 
 
-def _merge(
+def _merge_parts(
     o_out: torch.Tensor, l_out: torch.Tensor, o_part: torch.Tensor, l_part: torch.Tensor, step: _Step
 ) -> torch.Tensor:
-    """(U, H, D) from attention to the output (U, H, D) and to the parts (R, H, D), with their log-sum-exps (U, H) and (R, H)."""
+    """Attention of output rows, (U, H, D).
+
+    Args:
+        o_out, l_out: Attention to the output, (U, H, D), and its log-sum-exp (U, H).
+        o_part, l_part: Attention to the parts, (R, H, D), and its log-sum-exp (R, H).
+    """
     packed = step.packed
+    # Branches from parts: l_i = logsumexp_{p in i} l_p.
     l_pair = l_part.index_select(0, step.pair_part)
-    l_branch = _logsumexp_by(l_pair, step.pair_branch, len(packed.branch_rows))
-    share_out, share_branch = _shares(l_out, l_branch, packed)
+    l_branch = logsumexp_by_row(l_pair, step.pair_branch, len(packed.branch_rows))
+    share_out, share_branch = attention_shares(l_out, l_branch, packed)
+    # Shares of parts: c_p = sum_{i holds p} share_i exp(l_p - l_i).
     share_pair = share_branch[step.pair_branch] * torch.exp(l_pair - l_branch[step.pair_branch])
-    share_part = _sum_by(share_pair, step.pair_part, len(o_part))
-    mixed = _sum_by(share_part[..., None] * o_part, step.part_rows, len(o_out))
+    share_part = sum_by_row(share_pair, step.pair_part, len(o_part))
+    # out = share_out O_out + sum_p c_p O_p.
+    mixed = sum_by_row(share_part[..., None] * o_part, step.part_rows, len(o_out))
     return share_out[..., None] * o_out + mixed
 
 
-def _pairs(q, k, v, contexts, packed: PackedSegments, kernel: Kernel, options: KernelOptions) -> torch.Tensor:
-    """Each branch in one call over [context, output]: right where a window depends on the true distance."""
-    k, v = (torch.cat([kept, own]) for kept, own in zip(contexts, (k, v), strict=True))
+def _attend_pairs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: KeysAndValues,
+    packed: PackedSegments,
+    kernel: Kernel,
+    options: KernelOptions,
+) -> torch.Tensor:
+    """Each branch in one call over [context, output], as a window needs: out = sum_i w_i A_i, (U, H, D)."""
+    k, v = torch.cat([kept[0], k]), torch.cat([kept[1], v])
     call = packed.pairs_call
-    a_branch, l_branch = kernel.forward(q.index_select(0, packed.branch_rows), *_keys(k, v, call), call, options)
-    return _to_outputs(_branch_weights(l_branch.T, packed)[..., None] * a_branch, packed)
+    a_branch, l_branch = kernel.forward(q.index_select(0, packed.branch_rows), *gather_keys(k, v, call), call, options)
+    return sum_over_branches(branch_weights(l_branch.T, packed)[..., None] * a_branch, packed)
 
 
 def _attention_forward(
@@ -294,13 +337,16 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' calling convention: query (B, H, new, D), key and value (B, G, seen, D) -> (B, new, H, D), None."""
+    # Without a cache: as in training.
     if miso_cache is None:
         return trained(module, query, key, value, attention_mask, **kwargs)
     dtype, device = compute_dtype(value), query.device.type
     query, key, value = (x.to(dtype) for x in (query, key, value))
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        # Without metadata of contexts: new tokens of the outputs.
         if PackedSegments.from_batch(kwargs) is None:
             return miso_cache.attend(module, query, key, value).to(dtype), None
+        # With metadata: read the contexts.
         window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
         options = KernelOptions(score_scale(query, kwargs.get("scaling")), window=window, softcap=softcap)
         kernel = resolve_kernel("auto", flash_only, query.device, dtype, query.shape[-1], options)

@@ -1,8 +1,8 @@
 """Generation from several input contexts at once: `miso_generate`.
 
-The contexts are read first, each by itself, common prefixes once. Then transformers' own `generate` continues the output, which
-begins with what all contexts end with (the chat template's generation prompt): all that differs is the attention of the output's
-tokens, a weighted mix of their attention to each context followed by the output (`attention/decoding.py`).
+The contexts are read first, each by itself, with common prefixes once. Then transformers' own `generate` continues the output,
+which begins with the common end of all contexts (the chat template's generation prompt). Only the attention of the output's
+tokens differs: a weighted mix of their attention to each context followed by the output (`decoding.py`).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_miso.attention.mixture import Rotation
+from trl_miso.attention.rotation import Rotation, rotation_of, set_rotation
 from trl_miso.attention.support import (
     ModelSupport,
     base_of,
@@ -27,21 +27,21 @@ from trl_miso.attention.support import (
 from trl_miso.attention.transformers_attention import (
     base_implementation,
     restore_attention,
-    rotation_of,
     set_implementation,
-    set_rotation,
     skip_logits,
 )
 from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.contexts import Prompt, RowDropped, parallel_row, template_kwargs
+from trl_miso.data.contexts import parallel_row
+from trl_miso.data.schema import Prompt, RowDropped, template_kwargs
 from trl_miso.data.tokenization import RowTokenizer
 from trl_miso.generation.decoding import ContextCache, register_decoding
 from trl_miso.segments import Example, parallel, unshare
 from trl_miso.segments.packed import WEIGHTINGS, pack
 
-_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
-_OWN |= {"custom_generate", "prefill_chunk_size"}
-# What a generation config may ask for too. Speculative decoding takes tokens back, of which the contexts' cache knows nothing.
+# Arguments of `generate` that miso_generate makes from the contexts.
+_RESERVED = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+_RESERVED |= {"custom_generate", "prefill_chunk_size"}
+# Options, also of a generation config, that need another cache. Speculative decoding takes tokens back, which the cache cannot do.
 _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "cache_implementation")
 
 
@@ -60,27 +60,27 @@ def miso_generate(
 ) -> Any:
     """Continue one output that attends to several contexts, each processed by itself (paper, eqs. 3, 4 and 7).
 
-    Equals, with one context, the continuation of `model.generate` on its prompt; with several, generation from `n` rows that are
-    each a context and a copy of the output, in which each layer's attention outputs of the copies of a token are replaced by
-    their weighted mean. The model is in evaluation mode meanwhile, and is left as it was.
+    With one context, equals the continuation of `model.generate` on its prompt. With n contexts, equals generation from n rows,
+    each a context followed by a copy of the output, where in every layer the attention outputs of the copies of a token are
+    replaced by their weighted mean. The model runs in evaluation mode, and its mode and attention are restored afterwards.
 
     Args:
-        model: A causal language model, also with adapters, which training would accept (see the README).
-        tokenizer: Its tokenizer, with a chat template if contexts are messages.
-        contexts: Strings, or lists of messages, to which the chat template adds its generation prompt. Or several requests at
-            once: a list of these lists.
+        model: A causal language model that training would accept, also with adapters (see the README).
+        tokenizer: The model's tokenizer, with a chat template if contexts are messages.
+        contexts: Strings, or lists of messages, to which the chat template adds its generation prompt. For several requests at
+            once, a list of such lists.
         weighting: `"uniform"` (1/n, or `weights`), `"fid"` (by attention mass, eq. 7) or `"vanilla"` (one softmax, eq. 4).
-        weights: Positive weights of the contexts, scaled to sum to 1; for several requests a list for each.
-        output_positions: `"successive"`: the output follows every context, or `"after_longest"`.
-        response_template: Text with which the output of strings begins, where they end in different tokens without it.
+        weights: Positive weights of the contexts, scaled to sum to 1. For several requests, a list of weights per request.
+        output_positions: `"successive"`: the output follows every context. `"after_longest"`: it follows the longest.
+        response_template: Text with which the output begins, for strings that would otherwise end in different tokens.
         chat_template_kwargs: Arguments of the chat template, such as `enable_thinking`.
-        generate_kwargs: Of transformers' `generate`. `max_new_tokens` also tells how long a row gets, on which sliding windows and
-            some rotary embeddings depend. Logits processors, stopping criteria and streamers see each request's
-            contexts, common prefixes once, then the output; `max_length` counts these.
+        generate_kwargs: Arguments of transformers' `generate`. `max_new_tokens` also bounds the length of a row, on which
+            sliding windows and some rotary embeddings depend. Logits processors, stopping criteria and streamers see the
+            request's contexts, with common prefixes once, and then the output; `max_length` counts both.
 
     Returns:
-        As `generate`, the continuation alone: token ids of shape (requests x num_return_sequences, new tokens), or with
-        `return_dict_in_generate` its output object with these as `sequences`.
+        What `generate` returns, for the continuation alone: token ids of shape (requests x num_return_sequences, new tokens), or
+        with `return_dict_in_generate` the output object with these ids as `sequences`.
 
     Raises:
         ValueError: For contexts without a common end, settings without effect, speculative decoding (an assistant, prompt
@@ -93,19 +93,16 @@ def miso_generate(
     check_adapters(model)
     model = base_of(model)
     _check(model, weighting, weights, output_positions, generate_kwargs)
-    several = bool(contexts) and isinstance(contexts[0], list) and not isinstance((contexts[0] or [""])[0], dict)
-    requests = _tokenize(
-        tokenizer,
-        cast(list, contexts if several else [contexts]),
-        cast(list, weights if several or weights is None else [weights]),
-        response_template,
-        chat_template_kwargs,
-    )
+    prompts, prompt_weights = cast(Any, contexts), cast(Any, weights)
+    if not _several_requests(contexts):
+        prompts, prompt_weights = [contexts], None if weights is None else [weights]
+    requests = _tokenize(tokenizer, prompts, prompt_weights, response_template, chat_template_kwargs)
     if generate_kwargs.get("stop_strings") is not None:
         generate_kwargs.setdefault("tokenizer", tokenizer)
     longest = max(len(context) for request in requests for context in request.contexts) + len(requests[0].head)
     with _generating(model, _longest_row(model, longest, generate_kwargs)) as support:
-        if output_positions == "successive" and any(len(set(map(len, r.contexts))) > 1 for r in requests):
+        lengths_differ = any(len({len(context) for context in request.contexts}) > 1 for request in requests)
+        if output_positions == "successive" and lengths_differ:
             check_relative(model.config.model_type, support)
         layouts = [_layout(request, output_positions, support) for request in requests]
         _check_window(model, [example for _, example in layouts], weighting, support)
@@ -114,7 +111,7 @@ def miso_generate(
 
 @dataclass(frozen=True)
 class _Request:
-    """Token ids of n >= 1 contexts and of the output's beginning, which all of their prompts end with; their weights."""
+    """Token ids of n >= 1 contexts and of the output's head, with which all of their prompts end; weights of the contexts."""
 
     contexts: list[list[int]]
     head: list[int]
@@ -122,8 +119,8 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Survey:
-    """What `inspect_model` found, and of what: a config, modules, and the rotation that each of these was given."""
+class _Inspection:
+    """The result of `inspect_model` for a config and modules, and the rotation of each module."""
 
     config: dict[str, Any]
     modules: list[ref[nn.Module]]
@@ -131,7 +128,14 @@ class _Survey:
     support: ModelSupport
 
 
-_SURVEYS: WeakKeyDictionary[PreTrainedModel, _Survey] = WeakKeyDictionary()
+_INSPECTIONS: WeakKeyDictionary[PreTrainedModel, _Inspection] = WeakKeyDictionary()
+
+
+def _several_requests(contexts: Any) -> bool:
+    """Whether `contexts` is a list of requests: its first entry is a list that is not one prompt of messages."""
+    if not contexts or not isinstance(contexts[0], list):
+        return False
+    return not contexts[0] or not isinstance(contexts[0][0], dict)
 
 
 def _tokenize(
@@ -141,53 +145,62 @@ def _tokenize(
     response_template: str | None,
     chat_template_kwargs: dict[str, Any] | None,
 ) -> list[_Request]:
-    """As rows of training are tokenized, with an answer in the completion's place of which nothing is kept."""
+    """Tokenize requests as training tokenizes rows, with a placeholder as the completion, which is dropped."""
     if weights is not None and len(weights) != len(requests):
         raise ValueError(
-            f"Got weights for {len(weights)} requests beside {len(requests)}, expected a list for each. Fix: give one weight a context."
+            f"Got weights for {len(weights)} requests beside {len(requests)}, expected a list per request. Fix: give one weight per "
+            "context."
         )
     kwargs = template_kwargs({"chat_template_kwargs": chat_template_kwargs})
     rows = []
     for i, contexts in enumerate(requests):
-        said = bool(contexts) and isinstance(contexts[0], str)
-        if contexts and not said and not tokenizer.chat_template:
+        is_text = bool(contexts) and isinstance(contexts[0], str)
+        if contexts and not is_text and not tokenizer.chat_template:
             raise ValueError(
                 "Got messages as contexts and a tokenizer without a chat template, expected one. Fix: set tokenizer.chat_template, "
                 "or give the contexts as strings."
             )
-        answer = tokenizer.eos_token or "." if said else [{"role": "assistant", "content": "."}]
-        columns = {"contexts": contexts, "completion": answer, "context_weights": weights and weights[i]}
+        completion = tokenizer.eos_token or "." if is_text else [{"role": "assistant", "content": "."}]
+        columns = {"contexts": contexts, "completion": completion, "context_weights": weights and weights[i]}
         try:
-            rows.append(parallel_row(columns, "contexts", True, True))
+            rows.append(parallel_row(columns, "contexts"))
         except RowDropped as reason:
             raise _empty(reason) from reason
-    made = []
-    tokenized = RowTokenizer(tokenizer, response_template=response_template)(rows, [kwargs] * len(rows))
-    for row, tokens in zip(rows, tokenized, strict=True):
+
+    tokenized_requests = []
+    tokenized_rows = RowTokenizer(tokenizer, response_template=response_template)(rows, [kwargs] * len(rows))
+    for row, tokens in zip(rows, tokenized_rows, strict=True):
         if isinstance(tokens, RowDropped):
             raise _empty(tokens)
-        prompt, chat = row.contexts[0], not isinstance(row.contexts[0], str)
-        text = ChatRenderer(tokenizer)([cast(list, prompt)], kwargs, add_generation_prompt=True)[0] if chat else prompt
-        ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        # The head: what the ids of the whole prompt have beyond those of the context.
+        prompt = row.contexts[0]
+        is_text = isinstance(prompt, str)
+        text = prompt
+        if not is_text:
+            text = ChatRenderer(tokenizer)([cast(list, prompt)], kwargs, add_generation_prompt=True)[0]
+        ids = tokenizer(text, add_special_tokens=is_text)["input_ids"]
+        head = ids[len(tokens.contexts[0]) :]
         n = len(tokens.contexts)
-        made.append(_Request(tokens.contexts, ids[len(tokens.contexts[0]) :], row.weights or [1 / n] * n))
-    if len(heads := {len(request.head) for request in made}) > 1:
+        tokenized_requests.append(_Request(tokens.contexts, head, row.weights or [1 / n] * n))
+
+    head_lengths = {len(request.head) for request in tokenized_requests}
+    if len(head_lengths) > 1:
         raise ValueError(
-            f"Got requests whose outputs begin with {sorted(heads)} tokens common to their contexts, expected as many in each: they are "
-            "continued together. Fix: set response_template, or call miso_generate for each."
+            f"Got requests whose outputs begin with {sorted(head_lengths)} tokens common to their contexts, expected the same number in "
+            "each: they are continued together. Fix: set response_template, or call miso_generate per request."
         )
-    if not all(context for request in made for context in request.contexts):
+    if not all(context for request in tokenized_requests for context in request.contexts):
         raise _empty("an empty context")
-    return made
+    return tokenized_requests
 
 
 def _layout(request: _Request, output_positions: str, support: ModelSupport) -> tuple[list[int], Example]:
-    """Context tokens and their segments, with an output of one token."""
+    """Lay out a request: its context tokens, and the example with an output of one token."""
     tokens, example = parallel(request.contexts, 1, request.weights, output_positions)
     if support.shares or not any(branch.offset for branch in example.branches):
         return tokens, example
-    example, (own,) = unshare(example, [[*tokens, 0]])
-    return own[:-1], example
+    example, (copies,) = unshare(example, [[*tokens, 0]])
+    return copies[:-1], example
 
 
 def _continue(
@@ -198,13 +211,18 @@ def _continue(
     support: ModelSupport,
     generate_kwargs: dict[str, Any],
 ) -> Any:
+    """Read the contexts into a cache, then let `generate` continue the heads of all requests."""
     width, head = max(len(tokens) for tokens, _ in layouts), len(requests[0].head)
     examples = [example for _, example in layouts]
     cache = ContextCache(examples, weighting, width, support.layers, bool(support.window))
     _read(model, layouts, cache)
-    # Rows are filled up to equal lengths with a token of their own: processors that count tokens see no other.
-    filled = [[tokens[0]] * (width - len(tokens)) + tokens for tokens, _ in layouts]
-    ids = torch.tensor([row + request.head for row, request in zip(filled, requests, strict=True)], device=model.device)
+    # Pad each row on the left with its own first token, so that processors that count tokens see no other token.
+    rows = []
+    for request, (tokens, _) in zip(requests, layouts, strict=True):
+        padding = [tokens[0]] * (width - len(tokens))
+        rows.append(padding + tokens + request.head)
+    ids = torch.tensor(rows, device=model.device)
+    # The head begins at the output's start position, whatever stands before it in the row.
     starts = torch.tensor([[example.segments[-1].start] for _, example in layouts], device=model.device)
     out = model.generate(
         input_ids=ids,
@@ -221,7 +239,7 @@ def _continue(
 
 
 def _read(model: PreTrainedModel, layouts: list[tuple[list[int], Example]], cache: ContextCache) -> None:
-    """One forward over the contexts of all requests, of which the cache keeps what outputs attend to."""
+    """Run one forward over the contexts of all requests, in which the cache keeps the keys and values that outputs attend to."""
     contexts = [Example(example.segments[:-1]) for _, example in layouts]
     order, positions, packed = pack(contexts, WEIGHTINGS[0])
     batch = {
@@ -235,41 +253,43 @@ def _read(model: PreTrainedModel, layouts: list[tuple[list[int], Example]], cach
 
 @contextmanager
 def _generating(model: PreTrainedModel, max_length: int | None) -> Iterator[ModelSupport]:
-    """The model with the attention of generation, in evaluation mode; afterwards as it was."""
+    """Switch the model to the attention of generation and to evaluation mode; restore both on exit."""
     name = register_decoding(base_implementation(model.config.get_text_config()._attn_implementation))
     hook = model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
         with restore_attention(model):
-            support = limit_to_length(model, _surveyed(model, name), max_length)
+            support = limit_to_length(model, _inspect_once(model, name), max_length)
             model.eval()
             yield support
     finally:
         hook.remove()
 
 
-def _surveyed(model: PreTrainedModel, name: str) -> ModelSupport:
-    """`inspect_model`, once for a model as it is: its forwards would take as long as several tokens of an answer."""
+def _inspect_once(model: PreTrainedModel, name: str) -> ModelSupport:
+    """`inspect_model`, cached until the model's config or modules change: its forwards would take as long as several tokens."""
     set_implementation(model, name)
     config, modules = model.config.to_dict(), list(model.modules())
-    known = _SURVEYS.get(model)
-    if known is None or known.config != config or [module() for module in known.modules] != modules:
+    inspection = _INSPECTIONS.get(model)
+    if inspection is None or inspection.config != config or [module() for module in inspection.modules] != modules:
         support = inspect_model(model, name, None)
         rotations = [rotation_of(module) for module in modules]
-        known = _Survey(config, [ref(module) for module in modules], rotations, support)
-        _SURVEYS[model] = known
-    for module, rotation in zip(modules, known.rotations, strict=True):
+        inspection = _Inspection(config, [ref(module) for module in modules], rotations, support)
+        _INSPECTIONS[model] = inspection
+    for module, rotation in zip(modules, inspection.rotations, strict=True):
         set_rotation(module, rotation)
-    return known.support
+    return inspection.support
 
 
 def _with_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """`generate` takes no arguments for attention: attention is handed the cache in which the contexts are."""
+    """Forward pre-hook that passes the cache on to attention: `generate` takes no arguments for attention."""
     cache = kwargs.get("past_key_values")
-    return args, kwargs | {"miso_cache": cache} if isinstance(cache, ContextCache) else kwargs
+    if isinstance(cache, ContextCache):
+        kwargs = kwargs | {"miso_cache": cache}
+    return args, kwargs
 
 
 def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str, Any]) -> int | None:
-    """Tokens of the longest context and its output, if `max_new_tokens` says so."""
+    """Tokens of the longest context and its output; None if `max_new_tokens` is not set."""
     config = generate_kwargs.get("generation_config") or model.generation_config
     new = generate_kwargs.get("max_new_tokens") or config.max_new_tokens
     return longest + new if new else None
@@ -278,48 +298,51 @@ def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str
 def _check(
     model: PreTrainedModel, weighting: str, weights: Any, output_positions: str, generate_kwargs: dict[str, Any]
 ) -> None:
-    for name, value, known in (
+    for name, value, choices in (
         ("weighting", weighting, WEIGHTINGS),
         ("output_positions", output_positions, ("successive", "after_longest")),
     ):
-        if value not in known:
-            raise ValueError(f"Got {name}={value!r}, expected one of {list(known)}. Fix: set {name} to one of these.")
+        if value not in choices:
+            raise ValueError(f"Got {name}={value!r}, expected one of {list(choices)}. Fix: set {name} to one of these.")
     if weights is not None and weighting != "uniform":
         raise ValueError(
-            f"Got weights with weighting={weighting!r}, expected them with 'uniform' alone: they would have no effect. Fix: leave "
+            f"Got weights with weighting={weighting!r}, expected weights with 'uniform' alone: they would have no effect. Fix: leave "
             "weights or weighting unset."
         )
-    configs = [vars(config) for config in (generate_kwargs.get("generation_config"), model.generation_config) if config]
-    for refused in _REFUSED:
-        given = (options[refused] for options in (generate_kwargs, *configs) if options.get(refused) is not None)
-        if setting := next(given, None):
-            if (refused, setting) == ("cache_implementation", "hybrid"):  # which transformers takes for its default
-                continue
+    sources = [generate_kwargs]
+    for config in (generate_kwargs.get("generation_config"), model.generation_config):
+        if config:
+            sources.append(vars(config))
+    for option in _REFUSED:
+        setting = next((source[option] for source in sources if source.get(option) is not None), None)
+        # "hybrid" is a cache that transformers takes for its default.
+        if setting and (option, setting) != ("cache_implementation", "hybrid"):
             raise ValueError(
-                f"Got {refused} for generate, from its arguments or a generation config, expected plain decoding with a cache that "
-                f"miso_generate makes. Fix: leave {refused} out, or set it to None in model.generation_config."
+                f"Got {option} for generate, from its arguments or a generation config, expected plain decoding with a cache that "
+                f"miso_generate makes. Fix: leave {option} out, or set it to None in model.generation_config."
             )
-    if own := sorted(_OWN & set(generate_kwargs)):
+    reserved = sorted(_RESERVED & set(generate_kwargs))
+    if reserved:
         raise ValueError(
-            f"Got {own} for generate, expected arguments other than these: miso_generate makes them of the contexts. Fix: leave "
-            f"{'it' if len(own) == 1 else 'them'} out."
+            f"Got {reserved} for generate, expected other arguments: miso_generate makes these from the contexts. Fix: leave "
+            f"{'it' if len(reserved) == 1 else 'them'} out."
         )
 
 
 def _check_window(model: PreTrainedModel, examples: list[Example], weighting: str, support: ModelSupport) -> None:
-    """Refuse what a window cannot honour, as training does."""
+    """Raise ValueError for layouts and weightings that a sliding window cannot honour, as training does."""
     gap = bool(pack(examples, weighting)[2].gap)
     mixes = any(len(example.branches) > 1 for example in examples)
     if support.window and mixes and (gap or weighting == "vanilla"):
+        reason = "contexts that do not end where the output begins" if gap else "one softmax over all contexts"
         raise ValueError(
             f"Got a {model.config.model_type} model with a sliding window of {support.window} tokens, which a context with its output "
-            f"can exceed, and {'contexts that do not end where the output begins' if gap else 'one softmax over all contexts'}, which "
-            f"cannot honour it. Expected a context and max_new_tokens within the window. Fix: set max_new_tokens, and lower, or "
-            "output_positions='successive' and weighting='uniform' or 'fid'."
+            f"can exceed, and {reason}, which cannot honour the window. Expected a context and max_new_tokens within the window. "
+            "Fix: set max_new_tokens, and lower, or output_positions='successive' and weighting='uniform' or 'fid'."
         )
 
 
 def _empty(reason: Any) -> ValueError:
     return ValueError(
-        f"Got {reason}, expected contexts that say something beside the beginning of the output. Fix: leave the context out."
+        f"Got {reason}, expected contexts with text beside the beginning of the output. Fix: leave the context out."
     )

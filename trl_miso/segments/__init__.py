@@ -1,5 +1,6 @@
 """The contract between data and attention: segments, contexts and how a batch of them is packed."""
 
+from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, pack
 from trl_miso.segments.tree import (
     ROOT,
     Branch,
@@ -18,14 +19,18 @@ from trl_miso.segments.tree import (
 
 __all__ = [
     "ROOT",
+    "WEIGHTINGS",
     "Branch",
     "Example",
+    "PackedSegments",
     "Segment",
+    "Varlen",
     "bits_float",
     "common_prefix",
     "decode",
     "encode",
     "float_bits",
+    "pack",
     "parallel",
     "single",
     "successive",

@@ -1,12 +1,10 @@
-"""The contract between data and attention: segments, contexts and how a batch of them is packed.
+"""Segments and branches: every example, in every mode, is one small prefix tree.
 
-Every example, whatever its mode, is one small prefix tree:
-
-- a **segment** is a contiguous token run with a start position and at most one parent segment. Its tokens see all of
-  their ancestors and themselves causally.
-- a **branch** is the output's view of one context: the path root..segment, a query offset (see below) and a weight.
-- the **output** is the last segment. With two or more branches it has no parent and mixes over them; an example with a
-  single context has no branch at all: it is one ordinary causal run, exactly as in plain SFT.
+- A **segment** is a contiguous token run with a start position and at most one parent segment. Its tokens see all tokens of
+  their ancestors, and each other causally.
+- A **branch** is the output's view of one context: the path root..segment, a query offset (see below) and a weight.
+- The **output** is the last segment. With two or more branches it has no parent and mixes over the branches. An example with
+  a single context has no branch: it is one ordinary causal run, exactly as in plain SFT.
 
 Worked example. Contexts `[1 2 3 4]` (full), `[1 2 3]`, `[1 2 5]` and output `[8 9]`, prefixes shared, `successive`:
 
@@ -17,13 +15,13 @@ Worked example. Contexts `[1 2 3 4]` (full), `[1 2 3]`, `[1 2 5]` and output `[8
     3        5       0       2
     4        8 9     -       4  (output, at P = the longest context)
 
-In branch i the output must be successive to context i (paper, section 4.1), that is stand at `len_i + t`, while it is
-stored at `P + t`. Rotary attention depends on differences only: it is enough that the query is turned by the *offset*
-`len_i - P`, or, as is done since contexts have fewer rows and heads, that the context's keys are turned by minus that.
-Without sharing the same example is three root segments, right-aligned to end at P, all offsets 0.
+In branch i the output must be successive to context i (paper, section 4.1): its token t stands at position `len_i + t`, but
+is stored at `P + t`. Rotary attention depends on position differences only, so it is enough to turn the query by the *offset*
+`len_i - P`. Attention turns the context's keys by minus the offset instead, since contexts have fewer rows and heads.
+Without sharing, the same example is three root segments, right-aligned to end at P, with all offsets 0.
 
-Packing several examples, the rows are laid out as `[all contexts | all outputs | all single runs]`, so that the mixing
-outputs are one slice. No label crosses a segment boundary: the first token of each segment is never labelled.
+A batch of several examples is laid out as `[all contexts | all outputs | all single runs]`, so that the mixing outputs are
+one slice (`packed.py`). No label crosses a segment boundary: the first token of each segment is never labelled.
 """
 
 import struct
@@ -36,7 +34,7 @@ ROOT = -1
 
 
 class Segment(NamedTuple):
-    """A token run of `length` tokens at positions `start, start + 1, ...` below segment `parent` (`ROOT`: none)."""
+    """A run of `length` tokens at positions `start, start + 1, ...` below segment `parent` (`ROOT` for none)."""
 
     length: int
     parent: int
@@ -52,7 +50,7 @@ class Branch(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Segments in packed token order, the output last; `branches` is empty for a single causal run."""
+    """Segments in token order, the output last; `branches` is empty for a single causal run."""
 
     segments: tuple[Segment, ...]
     branches: tuple[Branch, ...] = ()
@@ -63,14 +61,16 @@ class Example(NamedTuple):
 
     @property
     def num_unshared_tokens(self) -> int:
-        """Tokens if every context had its own copy of its path; the same as `num_tokens` for a single causal run."""
+        """Number of tokens if every context had its own copy of its path; `num_tokens` for a single causal run."""
         if not self.branches:
             return self.num_tokens
-        lengths = [segment.length for segment in self.segments]
-        return lengths[-1] + sum(lengths[i] for branch in self.branches for i in self.path(branch.segment))
+        count = self.segments[-1].length
+        for branch in self.branches:
+            count += sum(self.segments[i].length for i in self.path(branch.segment))
+        return count
 
     def path(self, index: int) -> list[int]:
-        """Segment indices root..index."""
+        """Segment indices from the root to `index`."""
         path = [index]
         while (parent := self.segments[path[-1]].parent) != ROOT:
             path.append(parent)
@@ -89,30 +89,29 @@ def single(length: int) -> Example:
 def parallel(
     contexts: Sequence[Sequence[int]], output_length: int, weights: Sequence[float], output_positions: str
 ) -> tuple[list[int], Example]:
-    """Lay out contexts that each start at position 0, common prefixes stored once (MISO-para).
+    """Lay out contexts that each start at position 0, with common prefixes stored once (MISO-para; paper, section 4.1).
 
     Args:
         contexts: Token ids of n >= 2 contexts, none empty.
         output_length: Tokens of the output.
         weights: n weights that sum to 1.
-        output_positions: `"successive"`: the output follows every context (offset `len_i - P`); `"after_longest"`: it
-            stands at P = the longest length for all of them (offset 0).
+        output_positions: `"successive"`: the output follows every context (offset `len_i - P`). `"after_longest"`: the
+            output stands at P, the length of the longest context, for all contexts (offset 0).
 
     Returns:
-        The context tokens in packed order, and the example (its output segment comes after these tokens).
+        The context tokens in segment order, and the example. Its output segment comes after these tokens.
     """
     tokens, segments, leaves = _prefix_tree(contexts)
     longest = max(map(len, contexts))
-    shift = output_positions == "successive"
-    branches = tuple(
-        Branch(leaf, len(context) - longest if shift else 0, weight)
-        for leaf, context, weight in zip(leaves, contexts, weights, strict=True)
-    )
-    return tokens, Example((*segments, Segment(output_length, ROOT, longest)), branches)
+    branches = []
+    for leaf, context, weight in zip(leaves, contexts, weights, strict=True):
+        offset = len(context) - longest if output_positions == "successive" else 0
+        branches.append(Branch(leaf, offset, weight))
+    return tokens, Example((*segments, Segment(output_length, ROOT, longest)), tuple(branches))
 
 
 def successive(chunk_lengths: Sequence[int], output_length: int) -> Example:
-    """Lay out chunks of one input at the positions they have unsplit, mixed uniformly (MISO-succ)."""
+    """Lay out chunks of one input at their positions in the input, mixed uniformly (MISO-succ; paper, sections 4.1 and 4.2)."""
     starts = np.cumsum([0, *chunk_lengths]).tolist()
     segments = [Segment(n, ROOT, start) for n, start in zip(chunk_lengths, starts, strict=False)]
     branches = tuple(Branch(i, 0, 1 / len(segments)) for i in range(len(segments)))
@@ -120,32 +119,44 @@ def successive(chunk_lengths: Sequence[int], output_length: int) -> Example:
 
 
 def unshare(example: Example, columns: Sequence[list[int]]) -> tuple[Example, list[list[int]]]:
-    """Give every context its own copy of its tokens: the same computation without shared prefixes or query offsets.
+    """Give every context its own copy of its tokens: the same computation without shared prefixes and query offsets.
 
     Positions are right-aligned: context i moves by `-offset_i`, so that it ends where the output begins.
-    `columns` are the example's per-token lists (ids, labels), returned in the new order.
+
+    Args:
+        columns: The example's per-token lists (ids, labels).
+
+    Returns:
+        The new example, and the columns in its token order.
     """
     if not example.branches:
         return example, list(columns)
-    bounds = np.cumsum([0, *(segment.length for segment in example.segments)]).tolist()
-    segments, pieces = [], []
+    segments, source_segments = [], []
     for branch in example.branches:
         path = example.path(branch.segment)
-        pieces += path
         length = sum(example.segments[i].length for i in path)
         segments.append(Segment(length, ROOT, example.segments[path[0]].start - branch.offset))
-    pieces.append(len(example.segments) - 1)
+        source_segments += path
+    segments.append(example.segments[-1])
+    source_segments.append(len(example.segments) - 1)
+
+    bounds = np.cumsum([0, *(segment.length for segment in example.segments)]).tolist()
+    copies = []
+    for column in columns:
+        copy = []
+        for i in source_segments:
+            copy += column[bounds[i] : bounds[i + 1]]
+        copies.append(copy)
     branches = tuple(Branch(i, 0, branch.weight) for i, branch in enumerate(example.branches))
-    copies = [[token for i in pieces for token in column[bounds[i] : bounds[i + 1]]] for column in columns]
-    return Example((*segments, example.segments[-1]), branches), copies
+    return Example(tuple(segments), branches), copies
 
 
 def _prefix_tree(contexts: Sequence[Sequence[int]]) -> tuple[list[int], list[Segment], list[int]]:
-    """Compressed prefix tree in depth-first order: tokens, segments, and the segment in which each context ends."""
+    """Build the compressed prefix tree in depth-first order: tokens, segments, and the segment in which each context ends."""
     tokens: list[int] = []
     segments: list[Segment] = []
     leaves = [0] * len(contexts)
-    # Contexts below a node agree on everything before `start`; each pop emits the run that its group still agrees on.
+    # The contexts of a stack entry agree on everything before `start`. Each pop emits the run on which they still agree.
     stack = [(members, ROOT, 0) for members in _groups(contexts, range(len(contexts)), 0)[::-1]]
     while stack:
         members, parent, start = stack.pop()
@@ -162,6 +173,7 @@ def _prefix_tree(contexts: Sequence[Sequence[int]]) -> tuple[list[int], list[Seg
 
 
 def _groups(contexts: Sequence[Sequence[int]], members: Sequence[int], at: int) -> list[list[int]]:
+    """Group contexts by their token at index `at`, in order of first appearance."""
     groups: dict[int, list[int]] = {}
     for m in members:
         groups.setdefault(contexts[m][at], []).append(m)
@@ -171,7 +183,7 @@ def _groups(contexts: Sequence[Sequence[int]], members: Sequence[int], at: int) 
 def common_prefix(a: Sequence, b: Sequence, start: int = 0) -> int:
     """Length of the common prefix of `a` and `b`, which agree up to `start`."""
     low, high = start, min(len(a), len(b))
-    while low < high:  # bisection: comparing slices is fast, a Python step an element is not
+    while low < high:  # bisection: comparing slices is fast, a Python step per element is not
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle
@@ -181,10 +193,10 @@ def common_prefix(a: Sequence, b: Sequence, start: int = 0) -> int:
 
 
 def encode(example: Example) -> list[int]:
-    """Flat integers for a dataset column: `[S, B, S x (length, parent, start), B x (segment, offset, weight bits)]`.
+    """Flatten an example to integers for a dataset column: `[S, B, S x (length, parent, start), B x (segment, offset, weight bits)]`.
 
-    Self-delimiting, so a bin of packed examples is the concatenation of their codes. The weight is the bit pattern of
-    a float64: datasets and engines that cast floats (DeepSpeed does, to bf16) cannot touch it.
+    The code is self-delimiting, so a bin of packed examples is the concatenation of their codes. The weight is the bit pattern
+    of a float64, which datasets and engines that cast floats (DeepSpeed does, to bf16) cannot change.
     """
     flat = [len(example.segments), len(example.branches)]
     for segment in example.segments:
@@ -195,25 +207,34 @@ def encode(example: Example) -> list[int]:
 
 
 def decode(flat: Sequence[int]) -> Iterator[Example]:
-    """Inverse of `encode`, for a concatenation of codes."""
-    at = 0
-    while at < len(flat):
-        n, b = (*flat[at : at + 2], 0)[:2]
-        rows = [flat[i : i + 3] for i in range(at + 2, at + 2 + 3 * (n + b), 3)]
-        if at + 2 + 3 * (n + b) > len(flat) or not n:
+    """Inverse of `encode`, for a concatenation of codes.
+
+    Raises:
+        ValueError: If the integers end within an example.
+    """
+    start = 0
+    while start < len(flat):
+        num_segments = flat[start]
+        num_branches = flat[start + 1] if start + 1 < len(flat) else 0
+        first = start + 2
+        end = first + 3 * (num_segments + num_branches)
+        if end > len(flat) or not num_segments:
             raise ValueError(
-                f"Got a layout that ends within an example ({len(flat)} integers), expected what `encode` wrote. Fix: prepare the "
+                f"Got a layout that ends within an example ({len(flat)} integers), expected the output of `encode`. Fix: prepare the "
                 "dataset again."
             )
-        segments = tuple(Segment(*row) for row in rows[:n])
-        branches = tuple(Branch(row[0], row[1], bits_float(row[2])) for row in rows[n:])
+        triples = [flat[i : i + 3] for i in range(first, end, 3)]
+        segments = tuple(Segment(*triple) for triple in triples[:num_segments])
+        branches = tuple(Branch(segment, offset, bits_float(bits)) for segment, offset, bits in triples[num_segments:])
         yield Example(segments, branches)
-        at += 2 + 3 * (n + b)
+        start = end
 
 
 def float_bits(x: float) -> int:
+    """Bit pattern of a float64 as a signed 64-bit integer."""
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
 def bits_float(bits: int) -> float:
+    """Inverse of `float_bits`."""
     return struct.unpack("<d", struct.pack("<q", bits))[0]

@@ -1,0 +1,127 @@
+"""Rotary positions after the fact: turn keys that the model has already rotated by further positions.
+
+Contexts of different lengths share the keys of their common prefix, but the output must follow each context directly. Rotary
+attention depends on position differences only, so it is enough to turn the keys of a context by an offset (`segments/tree.py`).
+
+Shapes: N rows, H heads, D head dimension.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Rotation(Protocol):
+    """Turn rotated vectors by further positions: `R(offset) x`, or `R(-offset) x` if `inverse`.
+
+    Args:
+        x_NHD: (N, H, D), keys or their gradients.
+        offset_N: (N,) int64, in positions, each in `0..limit - 1`.
+        limit: More than any offset; known on the CPU, so that nothing waits for the GPU.
+    """
+
+    def __call__(
+        self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class ModelRotation:
+    """The model's own rotary embedding as a `Rotation`.
+
+    Equals, for x = R(p) k, `R(p + offset) k`; `R(-offset)` is the inverse. Computed in float32. The layout (halves or
+    interleaved) and partial rotation are those of the model's `apply_rotary_pos_emb`.
+    """
+
+    rotary: nn.Module
+    layer_type: str | None
+    apply: Callable[..., Any]
+
+    def __call__(self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
+        half_precision = x_NHD.dtype in (torch.float16, torch.bfloat16)
+        x = x_NHD.to(torch.float32 if half_precision else x_NHD.dtype).transpose(0, 1)[None]
+
+        # One angle per position, gathered per row: contexts repeat positions, so there are fewer positions than rows.
+        cos, sin = self._unit_angles(x, limit)
+        cos, sin = cos[:, offset_N], sin[:, offset_N]
+        if inverse:
+            sin = -sin
+
+        # Partial rotation: dimensions beyond those of the angles stay.
+        rotary_dim = cos.shape[-1]
+        turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+        if _takes_key(self.apply):
+            turned = self.apply(turned, turned[:, :0], cos, sin)[0]
+        else:
+            turned = self.apply(turned, cos, sin)
+        if rest.shape[-1]:
+            turned = torch.cat([turned, rest], dim=-1)
+        return turned[0].transpose(0, 1).to(x_NHD.dtype)
+
+    def _unit_angles(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions `0..limit - 1`, without the factor by which long-context variants scale both."""
+        arguments = () if self.layer_type is None else (self.layer_type,)
+        positions = torch.arange(limit, device=x.device)[None]
+        # `forward`, not a module call: ZeRO-3's hooks record the order of modules, which here differs from batch to batch, and
+        # ranks with different orders wait for each other forever.
+        cos, sin = self.rotary.forward(x, positions, *arguments)
+        norm = torch.hypot(cos, sin)
+        return cos / norm, sin / norm
+
+    def composes(self, head_dim: int) -> bool:
+        """Whether `R(-d) R(p + d) x == R(p) x`. False for rotations whose angle is not linear in the position."""
+        x = torch.randn(8, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(self._device())
+        position = torch.arange(8, device=x.device)
+        try:
+            far = self(x, 2 * position + 3, 32)
+            back = self(far, position + 2, 32, inverse=True)
+            return bool(torch.allclose(back, self(x, position + 1, 32), atol=1e-4))
+        except (TypeError, RuntimeError, KeyError, AttributeError):
+            return False
+
+    def _device(self) -> torch.device:
+        return next((buffer.device for buffer in self.rotary.buffers()), torch.device("cpu"))
+
+
+@cache
+def _takes_key(apply: Callable[..., Any]) -> bool:
+    """Whether a model's `apply_rotary_pos_emb` turns query and key together."""
+    return "k" in inspect.signature(apply).parameters
+
+
+def no_rotation(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
+    """The `Rotation` of a layer without positions."""
+    return x_NHD
+
+
+def set_rotation(module: nn.Module, rotation: Rotation | None) -> None:
+    """Attach a rotation to an attention module, as a plain attribute outside of the module's state."""
+    object.__setattr__(module, "miso_rotation", rotation)
+
+
+def rotation_of(module: nn.Module) -> Rotation | None:
+    """The rotation attached to an attention module; None if there is none."""
+    return getattr(module, "miso_rotation", None)
+
+
+def candidate_rotations(model: nn.Module, attention: nn.Module) -> list[ModelRotation]:
+    """Rotations that an attention module may use: each rotary embedding of the model, per layer type that fits."""
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        return []
+    module_type = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
+    rotations = []
+    for rotary in model.modules():
+        if not type(rotary).__name__.endswith("RotaryEmbedding"):
+            continue
+        layer_types: list[str | None] = [None]
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            layer_types = [module_type] if module_type else sorted(set(getattr(rotary, "layer_types", ())))
+        rotations += [ModelRotation(rotary, layer_type, apply) for layer_type in layer_types]
+    return rotations
