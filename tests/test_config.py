@@ -22,6 +22,7 @@ from trl_miso import MISOSFTConfig
         ({"full_context_weight": 1.0}, "full_context_weight"),
         ({"full_context_weight": 0.5, "context_weighting": "fid"}, "full_context_weight"),
         ({"full_context_weight": 0.5, "include_full": False}, "full_context_weight"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
         ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy"),
     ],

@@ -194,6 +194,10 @@ class MISOSFTConfig(SFTConfig):
             expected = "'bfd': other strategies cut examples, and with them contexts"
             raise _wrong_value("packing_strategy", self.packing_strategy, expected)
 
+        if self.truncation_mode != "keep_start" and self.context_mode != "single":
+            expected = "'keep_start' unless context_mode='single': only the end of an output can be cut, not a context"
+            raise _wrong_value("truncation_mode", self.truncation_mode, expected)
+
     def _check_full_context_weight(self, weight: float) -> None:
         if not 0 < weight < 1:
             raise _wrong_value("full_context_weight", weight, "a weight strictly between 0 and 1, or None")

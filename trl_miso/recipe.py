@@ -1,7 +1,9 @@
-"""What a training script does with a recipe: options, rows, tokenizer, batch size, training.
+"""The steps of a training script: options, rows, tokenizer, trainer, training.
 
-recipe, args, model_args = parse_recipe()
-train(make_trainer(recipe, args, model_args), recipe)
+    recipe, args, model_args = parse_recipe()
+    train(make_trainer(recipe, args, model_args), recipe)
+
+A recipe is a YAML file of options, such as `examples/configs/llama3_8b_para.yaml`.
 """
 
 import logging
@@ -32,38 +34,40 @@ _SOURCES = {
     "r1_distill": (r1_distill_row, r1_distill_features),
 }
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-EMBEDDED_ROWS = 800
-STREAMED_ROWS = 1000  # read of a stream where nothing says how many
+EMBEDDED_ROWS = 800  # generated training rows, and rows that a tokenizer is trained on
+STREAMED_ROWS = 1000  # rows to read of a stream where no limit is given
 
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """[`~trl.ScriptArguments`], and where a recipe's rows come from and how many make a step."""
+    """[`~trl.ScriptArguments`], and the source of a recipe's rows, the batch size over all processes, and the dry run."""
 
     source: str = field(
         default="auto",
         metadata={
-            "help": "Adapter that the rows go through: 'crab', 'sharegpt', 'r1_distill' (see trl_miso.sources), 'none', or 'auto': "
-            "Crab's and ShareGPT's rows are recognised by their columns, others are taken as they are.",
+            "help": "Adapter applied to the rows: 'crab', 'sharegpt', 'r1_distill' (see trl_miso.sources), 'none', or 'auto', which "
+            "recognises Crab's and ShareGPT's rows by their columns and leaves other rows as they are.",
             "choices": ["auto", "none", *_SOURCES],
         },
     )
     instruction_column: str = field(default="input", metadata={"help": "r1_distill: column with the instruction."})
     thinking_column: str | None = field(
         default="reasoning_content",
-        metadata={"help": "r1_distill: column with the thinking; 'none' if it is in the response, before </think>."},
+        metadata={"help": "r1_distill: column with the thinking; 'none' if the response holds it, before </think>."},
     )
     response_column: str = field(default="content", metadata={"help": "r1_distill: column with the response."})
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows (bins, with packing) per optimizer step over all processes; gradient_accumulation_steps is computed from "
+            "help": "Rows (bins, with packing) per optimizer step over all processes. gradient_accumulation_steps is computed from "
             "it, so that a recipe trains the same on any number of GPUs."
         },
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check the recipe, prepare its first rows, print statistics, and stop: no GPU, no weights."},
+        metadata={
+            "help": "Check the recipe, prepare its first rows, print statistics and stop. Needs no GPU and no weights."
+        },
     )
     dry_run_rows: int = field(default=1000, metadata={"help": "Rows that a dry run prepares."})
 
@@ -71,19 +75,28 @@ class RecipeArguments(ScriptArguments):
 def parse_recipe(
     arguments: list[str] | None = None, **defaults: Any
 ) -> tuple[RecipeArguments, MISOSFTConfig, ModelConfig]:
-    """Options from the command line, over those of `--config FILE.yaml`, over `defaults`."""
-    # Shows what was split, dropped and shared.
+    """Parse the options of a training script.
+
+    The command line takes precedence over `--config FILE.yaml`, and this over `defaults`. The package's log is turned on, so that
+    counts of rows that were split, dropped or shared are seen.
+
+    Args:
+        arguments: The command line (default: that of the process).
+
+    Raises:
+        ValueError: If the chat template's file is missing, or the global batch size does not fit.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_miso").setLevel(logging.INFO)
     parser = TrlParser((RecipeArguments, MISOSFTConfig, ModelConfig))
-    # TRL's default of bf16=True is refused on a CPU.
+    # transformers refuses TRL's default of bf16=True on a CPU.
     parser.set_defaults_with_config(**{"bf16": torch.accelerator.is_available()} | defaults)
     recipe, args, model_args = parser.parse_args_and_config(arguments)
     template = args.chat_template_path
     if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
         raise ValueError(
             f"Got chat_template_path={template!r}, which is no file in {Path.cwd()}. Expected a path from there. Fix: run from the "
-            "folder that the recipe's paths start in (the repository's, for examples/configs), or give an absolute path."
+            "folder that the recipe's paths are relative to (for examples/configs the repository), or give an absolute path."
         )
     if recipe.thinking_column in ("none", ""):
         recipe.thinking_column = None
@@ -93,57 +106,61 @@ def parse_recipe(
 
 
 def set_global_batch_size(args: MISOSFTConfig, global_batch_size: int) -> None:
-    """Set `gradient_accumulation_steps` so that every optimizer step is on `global_batch_size` rows.
+    """Set `gradient_accumulation_steps` so that every optimizer step takes `global_batch_size` rows over all processes.
 
     Raises:
-        ValueError: If the processes and their batches do not divide it, or other steps were asked for.
+        ValueError: If it is not a multiple of the rows that all processes take at once, or if the number of accumulation steps
+            was set to another value.
     """
     processes = 1 if args.accelerator_config.split_batches else args.world_size
-    at_once = args.per_device_train_batch_size * processes
-    steps, rest = divmod(global_batch_size, at_once)
+    rows_at_once = args.per_device_train_batch_size * processes
+    steps, rest = divmod(global_batch_size, rows_at_once)
     if rest or not steps:
         raise ValueError(
             f"Got global_batch_size={global_batch_size} with {args.world_size} processes of per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}, expected it to be a multiple of {at_once}. Fix: change the number of processes or "
+            f"{args.per_device_train_batch_size}, expected it to be a multiple of {rows_at_once}. Fix: change the number of processes or "
             "per_device_train_batch_size so that their product divides it, or set another global_batch_size."
         )
     if args.gradient_accumulation_steps not in (1, steps):
         raise ValueError(
             f"Got gradient_accumulation_steps={args.gradient_accumulation_steps} and global_batch_size={global_batch_size}, which "
-            f"needs {steps} of {at_once} rows each. Expected one of the two. Fix: leave gradient_accumulation_steps unset."
+            f"needs {steps} of {rows_at_once} rows each. Expected one of the two. Fix: leave gradient_accumulation_steps unset."
         )
     args.gradient_accumulation_steps = steps
 
 
 def load_rows(recipe: RecipeArguments, split: str) -> AnyDataset:
-    """A split (also `train[:1000]`) of a data set on the Hub, of a local file or folder, or generated rows.
+    """Load a split of a data set on the Hub, or of a local folder or file; without `dataset_name`, generate rows.
+
+    Args:
+        split: A name, or a slice such as `train[:1000]`.
 
     Raises:
-        ValueError: If a file cannot be read; the message names where.
+        ValueError: If a file cannot be read (the message names the row), or has no such split.
     """
     name, streaming = recipe.dataset_name, recipe.dataset_streaming
     if name is None:
         rows = synthetic_rows(EMBEDDED_ROWS + 64)
         return Dataset.from_list(rows[-64:] if split == recipe.dataset_test_split else rows[:-64])
     builder = _BUILDERS.get(Path(name).suffix)
-    only = recipe.dataset_train_split.split("[")[0]
-    if builder and split.split("[")[0] != only:
+    train_split = recipe.dataset_train_split.split("[")[0]
+    if builder and split.split("[")[0] != train_split:
         raise ValueError(
-            f"Got split {split!r} of the file {name}, which has the split {only!r} alone. Expected a data set with both. Fix: set "
-            "eval_strategy='no', or give a folder or a data set with a file a split."
+            f"Got split {split!r} of the file {name}, which has the split {train_split!r} alone. Expected a data set with both. "
+            "Fix: set eval_strategy='no', or give a folder or a data set with one file per split."
         )
-    files = {"data_files": {only: name}} if builder else {"name": recipe.dataset_config}
+    files = {"data_files": {train_split: name}} if builder else {"name": recipe.dataset_config}
     try:
         return load_dataset(builder or name, split=split, streaming=streaming, **files)
     except DatasetGenerationError as error:
         raise ValueError(
-            f"Got {name}, which cannot be read: {error.__cause__ or error}. Expected rows of the same columns, each of one type. "
+            f"Got {name}, which cannot be read: {error.__cause__ or error}. Expected rows with the same columns, one type per column. "
             "Fix: correct the rows named above."
         ) from error
 
 
 def first_rows(dataset: AnyDataset, limit: int | None) -> tuple[Dataset, bool]:
-    """The first rows as a map-style data set, and whether these are all."""
+    """The first `limit` rows as a map-style data set, and whether these are all rows."""
     if isinstance(dataset, IterableDataset):
         count = limit or STREAMED_ROWS
         rows = list(islice(dataset, count))
@@ -154,47 +171,70 @@ def first_rows(dataset: AnyDataset, limit: int | None) -> tuple[Dataset, bool]:
 
 
 def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_proc: int | None = None) -> AnyDataset:
-    """Rows in a format of `trl_miso.data.contexts`; with `chat`, plain-text rows become messages."""
+    """Apply the recipe's source, so that rows have a format of `trl_miso.data.contexts`.
+
+    Args:
+        chat: Whether rows of plain text that need no source become messages.
+
+    Raises:
+        ValueError: If there are no rows, or the source cannot read one; the message names the row.
+    """
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(
             f"Got no rows in {recipe.dataset_name}, expected at least one. Fix: check the file or the split."
         )
-    source = recipe.source
-    if source == "auto":
-        source = "crab" if {"cnt_id", "messages"} <= set(first) else "sharegpt" if "conversations" in first else "none"
+    source = _source_of(first) if recipe.source == "auto" else recipe.source
     options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
     if source == "none":
-        strings = chat and isinstance(first.get("completion"), str)
-        return dataset.map(as_messages, **options) if strings else dataset
+        if chat and isinstance(first.get("completion"), str):
+            return dataset.map(as_messages, **options)
+        return dataset
     adapter, features = _SOURCES[source]
-    columns = ("instruction", "thinking", "response") if source == "r1_distill" else ()
-    named = {"adapter": adapter} | {name: getattr(recipe, f"{name}_column") for name in columns}
-    options |= {"fn_kwargs": named, "features": features(), "remove_columns": list(first)}
-    return dataset.map(_numbered, with_indices=True, **options)
+    arguments: dict[str, Any] = {"adapter": adapter}
+    if source == "r1_distill":
+        arguments["instruction"] = recipe.instruction_column
+        arguments["thinking"] = recipe.thinking_column
+        arguments["response"] = recipe.response_column
+    options |= {"fn_kwargs": arguments, "features": features(), "remove_columns": list(first)}
+    return dataset.map(_adapt_row, with_indices=True, **options)
 
 
-def _numbered(
+def _source_of(row: dict[str, Any]) -> str:
+    """Recognise the source of a row by its columns."""
+    if {"cnt_id", "messages"} <= set(row):
+        return "crab"
+    if "conversations" in row:
+        return "sharegpt"
+    return "none"
+
+
+def _adapt_row(
     row: dict[str, Any], index: int, adapter: Callable[..., dict[str, Any]], **columns: Any
 ) -> dict[str, Any]:
-    """What the adapter makes of a row, its errors with the row's number."""
+    """Apply the adapter to a row; its errors name the row's number."""
     with naming(index):
         return adapter(row, **columns)
 
 
 def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A plain-text row as a chat row: one user turn a prompt, the completion as the assistant's."""
+    """Turn a row of plain text into a chat row: one user turn per prompt and context, the completion as assistant turn."""
 
     def user(text: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": text}]
 
-    prompts = {name: user(row[name]) for name in ("prompt", "full_prompt") if row.get(name) is not None}
-    contexts = {"contexts": [user(text) for text in row["contexts"]]} if row.get("contexts") else {}
-    return prompts | contexts | {"completion": [{"role": "assistant", "content": row["completion"]}]}
+    columns: dict[str, Any] = {}
+    for name in ("prompt", "full_prompt"):
+        if row.get(name) is not None:
+            columns[name] = user(row[name])
+    if row.get("contexts"):
+        columns["contexts"] = [user(text) for text in row["contexts"]]
+    columns["completion"] = [{"role": "assistant", "content": row["completion"]}]
+    return columns
 
 
 def load_tokenizer(dataset: AnyDataset, args: MISOSFTConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; without a model, one trained on the text of the first rows."""
+    """Load the model's tokenizer; without a model, train one on the text of the first rows."""
     if model_args.model_name_or_path is not None:
         return AutoTokenizer.from_pretrained(
             model_args.model_name_or_path,
@@ -207,42 +247,45 @@ def load_tokenizer(dataset: AnyDataset, args: MISOSFTConfig, model_args: ModelCo
 
 
 def _texts(value: Any) -> list[str]:
-    """All strings in a row."""
+    """All strings in a row or in one of its values, at any depth."""
     if isinstance(value, str):
         return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for item in values for text in _texts(item)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return []
+    return [text for item in value for text in _texts(item)]
 
 
 def is_chat(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig) -> bool:
-    """Whether rows of plain text are to become chat rows: there is a chat template, and no format of the user's own."""
+    """Whether rows of plain text become chat rows: where there is a chat template, and the user set no `response_template`."""
     return bool(tokenizer.chat_template or args.chat_template_path) and args.response_template is None
 
 
 def make_trainer(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> MISOSFTTrainer:
-    """The trainer of a recipe; without a model, around a small random Llama whose tokenizer knows the rows' text."""
+    """Build the trainer of a recipe. Without a model, train a small random Llama with a tokenizer built from the rows."""
     rows = load_rows(recipe, recipe.dataset_train_split)
     tokenizer = load_tokenizer(rows, args, model_args)
     options = {"num_proc": args.dataset_num_proc, "chat": is_chat(tokenizer, args)}
-    evaluated = None
+    eval_rows = None
     if args.eval_strategy != "no":
-        evaluated = adapt_rows(load_rows(recipe, recipe.dataset_test_split), recipe, **options)
+        eval_rows = adapt_rows(load_rows(recipe, recipe.dataset_test_split), recipe, **options)
     return MISOSFTTrainer(
         **_model(tokenizer, args, model_args),
         args=args,
         train_dataset=adapt_rows(rows, recipe, **options),
-        eval_dataset=evaluated,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
 
 
 def _model(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """The trainer's `model` and `quantization_config`."""
+    """The trainer's arguments `model` and `quantization_config`."""
     if model_args.model_name_or_path is None:
         if model_args.attn_implementation or model_args.dtype != ModelConfig().dtype:
             raise ValueError(
-                "Got attn_implementation or dtype without a model, expected them unset for the built-in toy model. Fix: set "
+                "Got attn_implementation or dtype without a model, expected neither for the built-in toy model. Fix: set "
                 "--model_name_or_path, or leave them out."
             )
         return {"model": build_model(tokenizer)}
@@ -256,12 +299,12 @@ def _model(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, model_args: 
 
 
 def train(trainer: MISOSFTTrainer, recipe: RecipeArguments) -> None:
-    """Train, save to `output_dir`, say how the loss went, and push to the Hub if asked."""
+    """Train, save the model to `output_dir`, print the first and last loss, and push to the Hub with `push_to_hub`."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    course = f"Training loss: {losses[0]:.2f} -> {losses[-1]:.2f}. " if losses else ""
-    trainer.accelerator.print(f"\n{course}Saved to {args.output_dir}.")
+    summary = f"Training loss: {losses[0]:.2f} -> {losses[-1]:.2f}. " if losses else ""
+    trainer.accelerator.print(f"\n{summary}Saved to {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.dataset_name)

@@ -203,48 +203,35 @@ class Pipeline:
                 )
 
     def _check_settings(self, mode: str, kind: str, columns: list[str]) -> None:
-        """Refuse settings of the mixture that have no effect on these rows."""
+        """Refuse settings of the mixture that have no effect on rows of format `kind` prepared in `mode`."""
         options = self.options
-        row_weights = "context_weights" in columns and mode == "para"
+        has_weights = "context_weights" in columns and mode == "para"
+        weighs_full = options.full_context_weight is not None
         leaves_out = not (options.include_full and options.include_bare)
-        for has_no_effect, setting, why in (
-            (
-                row_weights and self.context_weighting != "uniform",
-                "context_weighting",
-                "rows that have context_weights",
-            ),
-            (
-                row_weights and options.full_context_weight is not None,
-                "full_context_weight",
-                "rows that have context_weights",
-            ),
-            (
-                leaves_out and kind == "contexts" and mode != "single",
-                "include_full or include_bare",
-                "rows that have contexts",
-            ),
-            (leaves_out and mode == "succ", "include_full or include_bare", "succ, whose chunks are all of the input"),
-            (
-                mode == "succ" and options.full_context_weight is not None,
-                "full_context_weight",
-                "succ, which has no full context",
-            ),
-            (
-                mode == "succ" and options.output_positions != "successive",
-                "output_positions",
-                "succ, whose chunks keep their positions",
-            ),
-        ):
-            if has_no_effect:
-                raise ValueError(
-                    f"Got {setting} set for {why}: it would have no effect. Expected its default. Fix: leave {setting} unset, or change "
-                    "the rows or context_mode."
-                )
-        if row_weights and kind == "constraints":
+        if has_weights and self.context_weighting != "uniform":
+            raise _no_effect("context_weighting", "rows that have context_weights")
+        if has_weights and weighs_full:
+            raise _no_effect("full_context_weight", "rows that have context_weights")
+        if leaves_out and kind == "contexts" and mode != "single":
+            raise _no_effect("include_full or include_bare", "rows that have contexts")
+        if leaves_out and mode == "succ":
+            raise _no_effect("include_full or include_bare", "succ, whose chunks are all of the input")
+        if weighs_full and mode == "succ":
+            raise _no_effect("full_context_weight", "succ, which has no full context")
+        if options.output_positions != "successive" and mode == "succ":
+            raise _no_effect("output_positions", "succ, whose chunks keep their positions")
+        if has_weights and kind == "constraints":
             raise ValueError(
-                "Got column 'context_weights' beside 'constraints', from which contexts are made: it would have no effect. Expected it "
-                "beside 'contexts'. Fix: write the contexts out in column 'contexts', or remove 'context_weights'."
+                "Got column 'context_weights' beside 'constraints': it has no effect on contexts that are made from constraints. "
+                "Expected it beside 'contexts'. Fix: give the contexts in column 'contexts', or remove 'context_weights'."
             )
+
+
+def _no_effect(setting: str, where: str) -> ValueError:
+    return ValueError(
+        f"Got {setting} set for {where}: it would have no effect. Expected its default. Fix: leave {setting} unset, or change "
+        "the rows or context_mode."
+    )
 
 
 def check_dataset(dataset: AnyDataset, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What training will see: prepared rows and statistics as plain data, and their renderings."""
+"""Prepared rows and their statistics as plain data, for the terminal and the page."""
 
 from trl_miso.preview.prepared import preview_dataset
 

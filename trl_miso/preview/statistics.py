@@ -1,9 +1,9 @@
-"""Statistics of prepared rows, and what a step on them costs."""
+"""Statistics of prepared rows, and the estimated cost of a step on them."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ _PERCENTILES = [0, 5, 25, 50, 75, 95, 100]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model's compute depends on: `weights` that every token meets, and `width` of attention, summed over layers."""
+    """What a model's compute depends on.
+
+    `weights` is the number of weights that every token is multiplied with; `width` is query heads times head dimension,
+    summed over layers.
+    """
 
     name: str
     weights: int
@@ -26,126 +30,170 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> "ModelShape":
-        """From a config alone. All experts of a mixture of experts are counted, which understates attention's share."""
+        """The shape of a config. All experts of a mixture of experts count, which understates attention's share."""
         model = meta_model(config)
         text = config.get_text_config()
         head = model.get_output_embeddings()
         embedding = model.get_input_embeddings().weight
-        tied = head is not None and head.weight is embedding
-        weights = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel())
+        weights = sum(p.numel() for p in model.parameters())
+        is_tied = head is not None and head.weight is embedding
+        if not is_tied:
+            weights -= embedding.numel()  # a lookup, not a multiplication
         return cls(name, weights, text.num_hidden_layers * text.num_attention_heads * head_dim(text))
 
     def flops(self, tokens: int, score_pairs: int) -> int:
-        """Of a forward pass: a multiplication and an addition a weight and token, and as many for QK and PV a pair."""
+        """FLOPs of a forward pass: 2 per weight and token, and 4 per unit of width and score pair (QK and PV)."""
         return 2 * self.weights * tokens + 4 * self.width * score_pairs
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Tokens and score pairs of plain SFT on the full prompts, by raw row; without rows that it would drop."""
+    """Tokens and score pairs of plain SFT on the full prompts, by number of the raw row; without rows that it drops."""
 
     tokens: dict[int, int]
     pairs: dict[int, int]
 
     @classmethod
     def of(cls, prepared: Dataset, max_length: int | None = None) -> "Baseline":
-        """From rows prepared in single mode, which are to be cut to `max_length` if it is given."""
+        """From rows prepared in single mode, cut to `max_length` if it is given."""
         tokens, pairs = Counter[int](), Counter[int]()
-        for number, _, example, labels in _examples(prepared):
+        for row in _examples(prepared):
+            example = row.example
             if max_length is not None:
-                if (labels[:max_length] == -100).all():
+                if (row.labels[:max_length] == -100).all():
                     continue
                 example = single(min(example.num_tokens, max_length))
-            tokens[number] += example.num_tokens
-            pairs[number] += score_pairs(example)
+            tokens[row.number] += example.num_tokens
+            pairs[row.number] += score_pairs(example)
         return cls(tokens, pairs)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without its weights, which takes no memory."""
+    """The model on the meta device: its modules without memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def score_pairs(example: Example) -> int:
-    """Query-key pairs that attention scores: each segment with its path, causal in itself, the output with every path."""
+    """Query-key pairs that attention scores: each segment with its path, causally, and the output with every path."""
     lengths = [segment.length for segment in example.segments]
-    within = sum(length * (length + 1) // 2 for length in lengths)
-    ahead = sum(n * sum(lengths[s] for s in example.path(i)[:-1]) for i, n in enumerate(lengths))
-    mixed = sum(lengths[-1] * lengths[s] for branch in example.branches for s in example.path(branch.segment))
-    return within + ahead + mixed
+    pairs = 0
+    for i, length in enumerate(lengths):
+        pairs += length * (length + 1) // 2
+        pairs += length * sum(lengths[s] for s in example.path(i)[:-1])
+    for branch in example.branches:
+        pairs += lengths[-1] * sum(lengths[s] for s in example.path(branch.segment))
+    return pairs
 
 
 def dataset_statistics(
     prepared: Dataset, mode: str, baseline: Baseline, shape: ModelShape, shared: bool
 ) -> dict[str, Any]:
-    """Counts over a whole prepared data set; see `preview_dataset`.
+    """Counts over a whole prepared dataset; see `preview_dataset`.
 
     Args:
-        mode: That the rows were prepared in.
-        baseline: Of the same rows, what cost is compared with, over the rows that both train on.
+        mode: The mode in which the rows were prepared.
+        baseline: Plain SFT on the same rows. The cost is compared over the rows that both train on.
         shared: Whether common prefixes are computed once.
     """
-    modes, contexts, total, compared = Counter[str](), Counter[int](), Counter[str](), set[int]()
-    unique, longest, outputs = [], [], []
-    for number, cut, example, labels in _examples(prepared):
-        mixes, labelled = bool(example.branches), int((labels != -100).sum())
-        modes[mode if mixes or mode == "augment" else "single"] += 1
-        contexts[max(1, len(example.branches))] += 1
-        laid_out = example if shared else unshare(example, [])[0]
-        unique.append(laid_out.num_tokens)
-        output = example.segments[-1].length if mixes else labelled
-        outputs.append(output)
-        paths = [example.path(branch.segment) for branch in example.branches]
-        longest.append(
-            max((sum(example.segments[s].length for s in path) for path in paths), default=example.num_tokens - output)
-        )
-        if number in baseline.tokens:
-            compared.add(number)
-            total["compared_tokens"] += laid_out.num_tokens
-            total["compared_pairs"] += score_pairs(laid_out)
-        for name, value in (
-            ("unshared", example.num_unshared_tokens),
-            ("labelled", labelled),
-            ("cut_rows", cut > 0),
-            ("cut", cut),
-        ):
-            total[name] += value
-    cost: dict[str, Any] | None = None
-    if compared:
-        own = total["compared_tokens"], total["compared_pairs"]
-        sft = sum(baseline.tokens[n] for n in compared), sum(baseline.pairs[n] for n in compared)
-        cost = {"tokens": own[0] / sft[0], "score_pairs": own[1] / sft[1], "model": shape.name}
-        cost["flops"] = shape.flops(*own) / shape.flops(*sft)
-    columns = {"unique_tokens": unique, "longest_context": longest, "output": outputs}
-    lengths = {name: np.percentile(values, _PERCENTILES).astype(int).tolist() for name, values in columns.items()}
-    return {
-        "mode": mode,
-        "examples": len(unique),
-        "modes": dict(modes),
-        "contexts_per_example": {str(n): contexts[n] for n in sorted(contexts)},
-        "tokens": {
-            "unique": sum(unique),
-            "unshared": total["unshared"],
-            "saved": 1 - sum(unique) / total["unshared"],
-            "labelled": total["labelled"],
-        },
-        "cut": {"rows": total["cut_rows"], "tokens": total["cut"]},
-        "lengths": {"percentiles": _PERCENTILES} | lengths,
-        "bins": None,
-        "cost": cost,
-    }
+    totals = _Totals(mode, shared)
+    for row in _examples(prepared):
+        totals.add(row, compared=row.number in baseline.tokens)
+    return totals.report() | {"cost": totals.cost(baseline, shape)}
 
 
-def _examples(prepared: Dataset) -> Iterator[tuple[int, int, Example, np.ndarray]]:
-    """(raw row, tokens cut, example, its labels) of every example."""
-    for batch in (
-        prepared.select_columns(["labels", "miso_layout", "miso_row", "miso_cut"]).with_format("numpy").iter(500)
-    ):
-        columns = (batch[name] for name in ("labels", "miso_layout", "miso_row", "miso_cut"))
-        for labels, layout, (number,), (cut,) in zip(*columns, strict=True):
-            at = 0
+class _Row(NamedTuple):
+    """One example: the number of its raw row, the output tokens that were cut, and its labels."""
+
+    number: int
+    cut: int
+    example: Example
+    labels: np.ndarray
+
+
+@dataclass
+class _Totals:
+    """Sums and lists over examples."""
+
+    mode: str
+    shared: bool
+    modes: Counter[str] = field(default_factory=Counter)
+    contexts: Counter[int] = field(default_factory=Counter)
+    unique: list[int] = field(default_factory=list)
+    longest_context: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    compared_rows: set[int] = field(default_factory=set)
+    compared_tokens: int = 0
+    compared_pairs: int = 0
+    unshared: int = 0
+    labelled: int = 0
+    cut_rows: int = 0
+    cut_tokens: int = 0
+
+    def add(self, row: _Row, compared: bool) -> None:
+        example = row.example
+        is_mixed, labelled = bool(example.branches), int((row.labels != -100).sum())
+        computed = example if self.shared else unshare(example, [])[0]
+        output = example.segments[-1].length if is_mixed else labelled
+        context_lengths = []
+        for branch in example.branches:
+            context_lengths.append(sum(example.segments[s].length for s in example.path(branch.segment)))
+        self.modes[self.mode if is_mixed or self.mode == "augment" else "single"] += 1
+        self.contexts[max(1, len(example.branches))] += 1
+        self.unique.append(computed.num_tokens)
+        self.output.append(output)
+        self.longest_context.append(max(context_lengths, default=example.num_tokens - output))
+        self.unshared += example.num_unshared_tokens
+        self.labelled += labelled
+        self.cut_rows += row.cut > 0
+        self.cut_tokens += row.cut
+        if compared:
+            self.compared_rows.add(row.number)
+            self.compared_tokens += computed.num_tokens
+            self.compared_pairs += score_pairs(computed)
+
+    def report(self) -> dict[str, Any]:
+        columns = {"unique_tokens": self.unique, "longest_context": self.longest_context, "output": self.output}
+        lengths: dict[str, Any] = {"percentiles": _PERCENTILES}
+        for name, values in columns.items():
+            lengths[name] = np.percentile(values, _PERCENTILES).astype(int).tolist()
+        return {
+            "mode": self.mode,
+            "examples": len(self.unique),
+            "modes": dict(self.modes),
+            "contexts_per_example": {str(n): self.contexts[n] for n in sorted(self.contexts)},
+            "tokens": {
+                "unique": sum(self.unique),
+                "unshared": self.unshared,
+                "saved": 1 - sum(self.unique) / self.unshared,
+                "labelled": self.labelled,
+            },
+            "cut": {"rows": self.cut_rows, "tokens": self.cut_tokens},
+            "lengths": lengths,
+            "bins": None,
+        }
+
+    def cost(self, baseline: Baseline, shape: ModelShape) -> dict[str, Any] | None:
+        """Ratios to plain SFT; None if the two train on no common row."""
+        if not self.compared_rows:
+            return None
+        sft_tokens = sum(baseline.tokens[number] for number in self.compared_rows)
+        sft_pairs = sum(baseline.pairs[number] for number in self.compared_rows)
+        return {
+            "tokens": self.compared_tokens / sft_tokens,
+            "score_pairs": self.compared_pairs / sft_pairs,
+            "model": shape.name,
+            "flops": shape.flops(self.compared_tokens, self.compared_pairs) / shape.flops(sft_tokens, sft_pairs),
+        }
+
+
+def _examples(prepared: Dataset) -> Iterator[_Row]:
+    """Every example of every prepared row."""
+    names = ["labels", "miso_layout", "miso_row", "miso_cut"]
+    for batch in prepared.select_columns(names).with_format("numpy").iter(500):
+        for labels, layout, (number,), (cut,) in zip(*(batch[name] for name in names), strict=True):
+            start = 0
             for i, example in enumerate(decode(layout.tolist())):
-                own = labels[at : at + example.num_tokens]
-                at += example.num_tokens
-                yield int(number), int(cut) if i == 0 else 0, example, own
+                end = start + example.num_tokens
+                yield _Row(int(number), int(cut) if i == 0 else 0, example, labels[start:end])
+                start = end

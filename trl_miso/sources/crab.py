@@ -1,10 +1,10 @@
-"""Crab-SFT rows (THU-KEG/Crab-SFT) to `prompt`, `constraints`, `completion`.
+"""Crab-SFT rows (THU-KEG/Crab-SFT) to columns `prompt`, `constraints`, `completion`.
 
     dataset.map(crab_row, remove_columns=dataset.column_names, features=crab_features())
 
-Crab does not store its constraints as a list: they are formatted into the last user turn, by templates that changed
-between versions of the data. What holds in all of them: a constraint has no newline, ends in punctuation and is rarely
-more than one sentence, and the lines of one list all carry the same marker (`-`, `#`, `*`, `>`, `1.`) or none.
+Crab does not store its constraints as a list. They are formatted into the last user turn, by templates that changed between
+versions of the data. In all versions a constraint has no newline, ends in punctuation and is rarely more than one sentence, and
+the lines of a list either all carry the same marker (`-`, `#`, `*`, `>`, `1.`) or none.
 """
 
 import re
@@ -17,7 +17,7 @@ _KNOWN = {"system", "user", "assistant"}
 _MARKER = re.compile(r"\s*(?:[-#*>]|\d+\.)\s+")
 _TWO_SENTENCES = re.compile(r"[.!?]['\")\]]* +[^\W\d_a-z]")
 _LINES = r"(?P<list>[^\n]+(?:\n[^\n]+)*)"
-# Atomic groups, (?>...), and possessive repeats settle on one place: trying each in turn takes hours on a long text.
+# Atomic groups, (?>...), and possessive repeats keep their first match. Backtracking would take hours on a long text.
 _FRAMES = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -30,36 +30,39 @@ _FRAMES = tuple(
             r"(?>.*?(?:Instructions\**|need to do): )(?>(?P<base>.*)\n[^\n]*"
             rf"(?:Additional (?:Constraints|Restrictions)\**|keep in mind):)\s*+{_LINES}(?:\n\n[^\n]*)?"
         ),
-        # the list, then the instruction right below it: only the markers tell them apart, and a blank line in between
-        # would make it an instruction that opens with a list
+        # the list, then the instruction on the next line. Only the markers separate the two; with a blank line between them
+        # the list would be the beginning of an instruction
         r"(?P<list>(?P<marker>[-#*>]) [^\n]+\n(?:(?P=marker) [^\n]+\n)*+)(?=\S)(?P<base>.*)",
         # {instruction}, the last blank line, the list
         rf"(?P<base>.*)\n[ \t]*\n{_LINES}",
-        # {instruction}, a space at the end of its line, the list; no blank line anywhere, as the frame above has failed
+        # {instruction}, a space at the end of its line, the list. The frame above has failed, so there is no blank line
         rf"(?P<base>.*) \n{_LINES}",
     )
 )
 
 
 def crab_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One Crab-SFT row as columns that are present, with one type, in every row.
+    """Split a Crab-SFT row into base instruction, constraints and answer.
+
+    Every row gets the same columns with the same types.
 
     Args:
-        row: `{"id", "cnt_id", "source", "messages"}`; each message is `{"role": str, "content": str}`. An id that is
-            not text names no kind, as a ShareGPT row's.
+        row: `{"id", "cnt_id", "source", "messages"}`; each message is `{"role": str, "content": str}`. The id ends in the
+            kind of the row; a row whose id is not text or has no kind is plain, as ShareGPT's are.
 
     Returns:
-        - `prompt` (messages): everything before the answer, the last user turn holding the base instruction alone;
-        - `constraints` (list of str): what was taken out of that turn; empty where the row was not split;
-        - `completion` (messages): the final assistant turn, alone;
+        - `prompt` (messages): everything before the answer, with the base instruction alone as last user turn;
+        - `constraints` (list of str): the constraints of that turn; empty where the row was not split;
+        - `completion` (messages): the final assistant turn;
         - `full_prompt` (messages): everything before the answer, verbatim;
-        - `miso_status`: `"split"`, or why the row was not, in which case `prompt` equals `full_prompt`: `"reverse"` and
-          `"fewshot"` rows ask the model to write constraints, `"plain"` rows (ShareGPT) have none, `"no_constraints"`
-          is a forward row in which no list was recognised, `"bad_messages"` has no prompt, a role other than system, user
-          and assistant, or no answer in a last assistant turn (then `completion` is empty: it will be dropped).
+        - `miso_status`: `"split"`, or the reason why the row was not split and `prompt` equals `full_prompt`. `"reverse"` and
+          `"fewshot"` rows ask the model to write constraints. `"plain"` rows (ShareGPT) have no constraints.
+          `"no_constraints"` is a forward row in which no list was recognised. `"bad_messages"` rows have no prompt, a role
+          other than system, user and assistant, or no answer in a last assistant turn; their `completion` is empty, so they
+          will be dropped.
 
     Raises:
-        ValueError: there is no `id` or `messages` column, or `messages` is not a list of dicts with a text `role` and
+        ValueError: If column `id` or `messages` is missing, or `messages` is not a list of dicts with a text `role` and
             `content`.
     """
     messages = _messages(row)
@@ -74,11 +77,11 @@ def crab_row(row: dict[str, Any]) -> dict[str, Any]:
     if kind != "forward":
         return _columns(kind, prompt, completion)
 
-    # the turns before are demonstrations, not requests: they stay as they are
-    found = read_constraints(prompt[-1]["content"]) if prompt[-1]["role"] == "user" else None
-    if found is None:
+    # Earlier turns are demonstrations, not requests: only the last user turn is split.
+    parts = read_constraints(prompt[-1]["content"]) if prompt[-1]["role"] == "user" else None
+    if parts is None:
         return _columns("no_constraints", prompt, completion)
-    base, constraints = found
+    base, constraints = parts
     columns = _columns("split", prompt, completion)
     return columns | {"prompt": [*prompt[:-1], {"role": "user", "content": base}], "constraints": constraints}
 
@@ -86,8 +89,8 @@ def crab_row(row: dict[str, Any]) -> dict[str, Any]:
 def crab_features() -> "Features":
     """The types of `crab_row`'s columns, for `Dataset.map(features=...)`.
 
-    Without them `datasets` takes the types from its first 1,000 rows, and where none of these was split `constraints`
-    becomes a list of nulls that the first constraint does not fit.
+    Without them `datasets` takes the types from its first 1,000 rows. If none of these was split, `constraints` becomes a list of
+    nulls, and the first constraint is an error.
     """
     from datasets import Features, List, Value
 
@@ -98,10 +101,9 @@ def crab_features() -> "Features":
 
 
 def read_constraints(text: str) -> tuple[str, list[str]] | None:
-    """Split a user turn of Crab into its base instruction and its constraints, or None where no list is recognised.
+    """Split a user turn of Crab into base instruction and constraints; None where no list is recognised.
 
-    Several sentences on one line are constraints that a template joined by spaces, or prose: where one ends and the
-    next begins was not recorded, so they give None.
+    Several sentences on one line give None: they are prose, or constraints joined by spaces, whose boundaries were not recorded.
 
     >>> read_constraints("Describe the sea.\\n\\n- Use no commas.\\n- Write one sentence.")
     ('Describe the sea.', ['Use no commas.', 'Write one sentence.'])
@@ -117,17 +119,20 @@ def read_constraints(text: str) -> tuple[str, list[str]] | None:
 
 
 def _constraints(lines: str) -> list[str]:
-    """The constraints of a list, markers removed; none where the lines cannot be such a list (module docstring)."""
+    """The constraints of a list without their markers; empty if the lines cannot be such a list (see the module)."""
     stripped = [line.strip() for line in lines.split("\n")]
     marked = [bool(_MARKER.match(line)) for line in stripped]
     if any(marked) != all(marked) or any(not line or line[-1].isalnum() for line in stripped):
         return []
     if all(marked):
         return [_MARKER.sub("", line, count=1) for line in stripped]
-    return [] if len(stripped) == 1 and _TWO_SENTENCES.search(lines) else stripped
+    if len(stripped) == 1 and _TWO_SENTENCES.search(lines):
+        return []
+    return stripped
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The row's messages, checked, with role and content only."""
     if missing := [name for name in ("id", "messages") if name not in row]:
         raise ValueError(
             f"Crab row {row.get('id')!r:.80}: got columns {list(row)!r:.300}; expected {missing} too. Fix: load the "

@@ -1,13 +1,12 @@
-"""Answers with their thinking (DeepSeek-R1 and its kin) to `prompt`, `completion`: paper, section 5.2.
+"""Rows distilled with their thinking (from DeepSeek-R1 and similar models) to `prompt`, `completion`: paper, section 5.2.
 
-The instruction and the thinking are the input, the answer is the output: the input is long and cut into chunks, the
-output is learnt.
+The instruction and the thinking are the input, the answer is the output. MISO-succ cuts the long input into chunks.
 
     columns = {"instruction": "problem", "thinking": None, "response": "generations"}  # open-r1/OpenR1-Math-220k
     dataset.map(r1_distill_row, fn_kwargs=columns, remove_columns=dataset.column_names, features=r1_distill_features())
 
-The defaults are the columns of tuanha1305/DeepSeek-R1-Distill and Congliu/Chinese-DeepSeek-R1-Distill-data-110k. Look
-at a row first: public readers disagree whether `content` or `reasoning_content` holds the answer.
+The defaults are the columns of tuanha1305/DeepSeek-R1-Distill and Congliu/Chinese-DeepSeek-R1-Distill-data-110k. Look at a row
+first: published code disagrees on whether `content` or `reasoning_content` holds the answer.
 """
 
 import re
@@ -25,28 +24,31 @@ def r1_distill_row(
     thinking: str | None = "reasoning_content",
     response: str = "content",
 ) -> dict[str, Any]:
-    """One row of an instruction, thinking and an answer as columns that are present, with one type, in every row.
+    """Turn a row of instruction, thinking and answer into a prompt and a completion.
+
+    Every row gets the same columns with the same types.
 
     Args:
-        row: the columns named by the other arguments, which `Dataset.map(fn_kwargs=...)` passes on.
-        instruction: text, or a list of `{"role", "content"}` messages. Of these everything up to the last user turn is
-            kept as it is, and the thinking is added to that turn.
-        thinking: text, with or without its tags; None, or empty in a row, where the response holds `<think>` tags.
-        response: text, or a list of generations, of which the first with thinking and an answer is taken, else the
-            first with an answer.
+        row: Has the columns named by the other arguments, which `Dataset.map(fn_kwargs=...)` passes on.
+        instruction: Column with text or a list of `{"role", "content"}` messages. Messages up to the last user turn are kept,
+            and the thinking is appended to that turn.
+        thinking: Column with text, with or without its tags. None if the response holds the thinking in `<think>` tags; the
+            response's tags also count in rows where the column is empty.
+        response: Column with text or a list of generations. Of generations, the first with both thinking and an answer is
+            taken, otherwise the first with an answer.
 
     Returns:
-        - `prompt` (messages): the instruction, a blank line and the thinking, without tags;
-        - `completion` (messages): the answer, in an assistant turn. In tagged text it is what follows the last
-          `</think>`, as in the chat templates of these models;
-        - `miso_status`: `"split"`; `"no_thinking"`, where there is none and `prompt` is the instruction alone; or why
-          `completion` is empty and the row will be dropped: `"no_instruction"`, `"no_response"` (no text, or thinking
-          that was cut off before an answer), `"swapped columns? ..."` (there is text after `</think>` in the thinking
-          column, or thinking without an answer in the response column). A row cut off there looks the same, so it is
-          no error: exchange the names where most rows say so.
+        - `prompt` (messages): the instruction, a blank line and the thinking without its tags;
+        - `completion` (messages): the answer as an assistant turn. In tagged text the answer follows the last `</think>`, as in
+          the chat templates of these models;
+        - `miso_status`: `"split"`; `"no_thinking"` if there is none, and `prompt` is the instruction alone; or the reason why
+          `completion` is empty and the row will be dropped. `"no_instruction"`; `"no_response"`: no text, or thinking that was
+          cut off before an answer; `"swapped columns? ..."`: the thinking column has text after `</think>`, or the response
+          column has thinking but no answer. A single row that was cut off looks the same as swapped columns, so this is not an
+          error. Exchange the names if most rows have this status.
 
     Raises:
-        ValueError: a column is missing, or is not text (or the lists that are named above).
+        ValueError: If a column is missing, or holds neither text nor one of the lists above.
     """
     needed = [name for name in (instruction, thinking, response) if name is not None]
     if missing := [name for name in needed if name not in row]:
@@ -63,8 +65,10 @@ def r1_distill_row(
     thoughts, leftover = _split(column) if "</think>" in column else (_untagged(column), "")
     responses = row[response] if isinstance(row[response], list) else [row[response]]
     texts = [_text(text, row, response) for text in responses]
-    found = [(thoughts or own, answer) for own, answer in map(_split, texts)]
-    answered = [pair for pair in found if pair[1]]
+    answered = []
+    for tagged, answer in map(_split, texts):
+        if answer:
+            answered.append((thoughts or tagged, answer))
     if leftover or (thoughts and not answered and any(map(_TAG.search, texts))):
         status = f"swapped columns? where {thinking!r} is the answer, give thinking={response!r}, response={thinking!r}"
         return _columns(status, prompt, "")
@@ -87,7 +91,7 @@ def r1_distill_features() -> "Features":
 
 
 def _split(text: str) -> tuple[str, str]:
-    """(thinking, answer) of a response, each empty where it has none.
+    """(thinking, answer) of a response, either of them empty if missing.
 
     >>> _split("<think>\\nHm.\\n</think>\\n\\nYes.")
     ('Hm.', 'Yes.')
@@ -95,7 +99,9 @@ def _split(text: str) -> tuple[str, str]:
     thoughts, closing, answer = text.rpartition("</think>")
     if "<think>" in answer:  # opened and never closed: the text was cut off in the thinking
         return _untagged(text), ""
-    return _untagged(thoughts), (answer.strip() if closing else answer * bool(answer.strip()))
+    if closing or not answer.strip():
+        answer = answer.strip()
+    return _untagged(thoughts), answer  # an answer without tags is kept verbatim
 
 
 def _untagged(text: str) -> str:
@@ -103,7 +109,7 @@ def _untagged(text: str) -> str:
 
 
 def _instruction(row: dict[str, Any], column: str) -> list[dict[str, str]]:
-    """The messages up to the last user turn; none where that says nothing."""
+    """The messages up to the last user turn; empty if that turn is missing or has no text."""
     value = row[column]
     if not isinstance(value, list):
         value = [{"role": "user", "content": _text(value, row, column)}]
@@ -115,6 +121,7 @@ def _instruction(row: dict[str, Any], column: str) -> list[dict[str, str]]:
 
 
 def _text(value: Any, row: dict[str, Any], column: str) -> str:
+    """Text, with null as empty text."""
     if not isinstance(value, str | None):
         raise _wrong_type(value, row, column)
     return value or ""

@@ -1,13 +1,13 @@
-"""ShareGPT conversations to `messages`, roles and keys as chat templates know them.
+"""ShareGPT conversations to `messages`, with the roles and keys of chat templates.
 
     dataset.map(sharegpt_row, remove_columns=dataset.column_names, features=sharegpt_features())
 
-TRL renames the keys of `conversations` but not its roles, and fails on an empty one.
+TRL itself renames the keys of `conversations` but not its roles, and fails on an empty conversation.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from trl_miso.data.contexts import ROLES
+from trl_miso.data.schema import ROLES
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -16,21 +16,23 @@ _KNOWN = {"system", "user", "assistant"}
 
 
 def sharegpt_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One ShareGPT row as columns that are present, with one type, in every row.
+    """Turn a ShareGPT row into messages that end in an answer.
+
+    Every row gets the same columns with the same types.
 
     Args:
-        row: `{"id", "conversations": [{"from", "value"}]}`, or `{"messages": [{"role", "content"}]}`. Speakers are
-            human or user, gpt, chatgpt, bing, bard or assistant, and system, in any case.
+        row: `{"id", "conversations": [{"from", "value"}]}`, or `{"messages": [{"role", "content"}]}`. Speakers are human, user,
+            gpt, chatgpt, bing, bard, assistant and system, in upper or lower case.
 
     Returns:
-        - `messages`: `{"role", "content"}` turns that end in an answer. Left out are turns without text, turns after
-          the last answer, and answers before the first request (a longer conversation was cut there); nothing is merged;
-        - `miso_status`: `"split"`, also where turns were left out, or why `messages` is empty: `"empty"` has no turn
-          with text, `"no_user"` no request before an answer, `"no_assistant"` no answer, `"unknown_role ..."` a speaker
-          of another name.
+        - `messages`: `{"role", "content"}` turns that end in an answer. Turns without text, turns after the last answer, and
+          answers before the first request (left by a cut in a longer conversation) are removed. Nothing is merged;
+        - `miso_status`: `"split"`, also if turns were removed, or the reason why `messages` is empty. `"empty"`: no turn with
+          text; `"no_user"`: no request before an answer; `"no_assistant"`: no answer; `"unknown_role ..."`: a speaker of
+          another name.
 
     Raises:
-        ValueError: neither column is there, or the turns are not a list of dicts with a text speaker and text.
+        ValueError: If both columns are missing, or the turns are not a list of dicts with a text speaker and text.
     """
     if "conversations" not in row and "messages" not in row:
         raise ValueError(
@@ -61,12 +63,13 @@ def sharegpt_features() -> "Features":
 
 
 def _turns(row: dict[str, Any], column: str) -> list[dict[str, str]]:
-    """The turns with TRL's keys and roles, a null text as an empty one. Arrow gives mixed turns the keys of both kinds."""
+    """The turns with TRL's keys and roles, and with null as empty text."""
     turns = row.get(column)
     if not isinstance(turns, list | None) or not all(isinstance(turn, dict) for turn in turns or []):
         raise _wrong_type(row, column, turns)
     messages = []
     for turn in turns or []:
+        # Arrow gives turns of both kinds in one column the keys of both, with nulls.
         speaker, text = ("role", "content") if turn.get("from") is None else ("from", "value")
         role, content = turn.get(speaker), turn.get(text)
         if not isinstance(role, str) or not isinstance(content, str | None):

@@ -1,7 +1,7 @@
-"""Rows in Crab's schema and a toy model, made here: no hub, no GPU, no licence, the same on every machine.
+"""Generated rows in Crab's schema and a toy model: no download, no GPU, no licence, the same on every machine.
 
-Answers are short texts about one of eight topics; constraints are back-translated from the finished answer, as Crab
-does, so every answer satisfies its own. Each constraint's wording can be read back and checked.
+Answers are short texts about one of eight topics. Constraints are derived from the finished answer, as Crab's are, so every answer
+satisfies its constraints. A check follows from the wording of each constraint.
 
     rows = synthetic_rows(1000)
     tokenizer = build_tokenizer(rows)
@@ -48,7 +48,7 @@ _REQUESTS = (
 _OPENERS = ("Today", "Here", "Now", "Often", "Sometimes", "Soon", "Perhaps", "Once")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# each constraint's wording, and whether an answer satisfies it; words are compared without case
+# the wording of each constraint, and the check of an answer; words are compared without case
 _CHECKS: dict[str, Callable[..., bool]] = {
     r"Mention the word (\w+)\.": lambda text, word: word in _words(text),
     r"Do not use the word (\w+)\.": lambda text, word: word not in _words(text),
@@ -69,11 +69,11 @@ _CHECKS: dict[str, Callable[..., bool]] = {
 
 
 def synthetic_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`n` rows `{"id", "cnt_id", "source", "messages"}`; row i depends on `(seed, i)` alone, not on n.
+    """Generate `n` rows `{"id", "cnt_id", "source", "messages"}`; row i depends on `(seed, i)` only, not on n.
 
-    About one in ten is a plain exchange, as the ShareGPT rows mixed into Crab are (its id has no kind). The others are
-    `_forward` rows, nine in ten with 3 to 7 constraints and the rest with 1 or 2, half of them after 1 to 3
-    demonstration turns; the last user turn is the request, a blank line, then one constraint a line.
+    About one in ten is a plain exchange, like the ShareGPT rows mixed into Crab; its id has no kind. The others are `_forward`
+    rows. Nine in ten of these have 3 to 7 constraints, the rest 1 or 2, and half of them have 1 to 3 demonstration turns first.
+    The last user turn is the request, a blank line, then one constraint per line.
     """
     rows = []
     for i in range(n):
@@ -92,19 +92,19 @@ def synthetic_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def check_constraints(constraints: list[str], answer: str) -> list[bool]:
-    """Whether `answer` satisfies each constraint, read from the constraint's own wording.
+    """Whether `answer` satisfies each constraint, by the constraint's wording.
 
     Raises:
-        ValueError: a wording that `synthetic_rows` does not write.
+        ValueError: If `synthetic_rows` does not write such a constraint.
     """
     return [_check(constraint, answer) for constraint in constraints]
 
 
 def build_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int = 1024) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE trained on the rows' messages, with a chat template of one header token a role.
+    """Train a byte-level BPE on the rows' messages; its chat template has one header token per role.
 
-    Only an assistant turn has an end token, and it is the eos token; both the turn's text and that token lie within the
-    template's generation markers, so TRL's `assistant_only_loss` works. No bos token.
+    Only assistant turns have an end token, the eos token. The turn's text and the eos token lie within the template's generation
+    markers, so that TRL's `assistant_only_loss` works. There is no bos token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -138,7 +138,7 @@ def build_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int = 1024) -> "
 
 
 def build_model(tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> "LlamaForCausalLM":
-    """A 0.9M-parameter Llama in float32 with random weights drawn from `seed`; the global generator is left alone."""
+    """A Llama of 0.9M parameters in float32, with random weights from `seed`. The global random state does not change."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -162,7 +162,7 @@ def build_model(tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> "LlamaFo
 
 
 def _exchange(rng: random.Random, count: int) -> list[dict[str, str]]:
-    """A user turn with `count` constraints and the answer they were read from."""
+    """A user turn with `count` constraints, and the answer from which they were derived."""
     topic = rng.choice(list(_TOPICS))
     request, answer = rng.choice(_REQUESTS).format(topic), _answer(rng, topic)
     constraints = rng.sample(_true_constraints(rng, topic, answer), count)
@@ -171,6 +171,7 @@ def _exchange(rng: random.Random, count: int) -> list[dict[str, str]]:
 
 
 def _answer(rng: random.Random, topic: str) -> str:
+    """A text of two to five sentences about the topic."""
     nouns, verbs, adjectives = _TOPICS[topic]
     sentences = []
     for _ in range(rng.randint(2, 5)):
@@ -194,7 +195,7 @@ def _answer(rng: random.Random, topic: str) -> str:
 
 
 def _true_constraints(rng: random.Random, topic: str, answer: str) -> list[str]:
-    """What can be said of the answer in the wordings of `_CHECKS`: at least ten statements, distinct."""
+    """At least ten distinct constraints in the wordings of `_CHECKS`, all satisfied by the answer."""
     words = _words(answer)
     vocabulary = [word for kind in _TOPICS[topic] for word in kind]
     used = [word for word in dict.fromkeys(words) if word in vocabulary]
@@ -237,6 +238,6 @@ def _words(text: str) -> list[str]:
 
 
 def _index(text: str, word: str) -> int:
-    """Where `word` first stands among the words; past the last one if it does not."""
+    """Index of the first occurrence of `word` among the words; their number if there is none."""
     words = _words(text)
     return words.index(word) if word in words else len(words)

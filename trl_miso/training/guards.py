@@ -42,11 +42,6 @@ def check_request(
                 "eos_token of the tokenizer or of the config."
             )
     check_adapters(model, peft_config)
-    if args.truncation_mode != "keep_start" and args.context_mode != "single":
-        raise ValueError(
-            f"Got truncation_mode={args.truncation_mode!r}, expected 'keep_start': only the end of an output can be cut, not a "
-            "context. Fix: set truncation_mode='keep_start'."
-        )
     uneven = not (args.accelerator_config.even_batches or args.dataloader_drop_last)
     if args.world_size > 1 and uneven:
         raise ValueError(
