@@ -1,13 +1,14 @@
 """
-MISO attention alone, forward and backward, beside what a user would run instead; how it grows with contexts and chunks.
+Time and memory of the MISO attention operator alone, against its rivals and as contexts and chunks grow in number.
 
     python -m benchmarks.attention --quick                                  # 1k to 4k tokens, a minute or two on 2 cores
     python -m benchmarks.attention --plot growth.png --json attention.json  # 1k to 32k tokens, with a picture
     python -m benchmarks.attention --device cuda                            # bfloat16, with FlexAttention
 
-Every figure is the median of `--repeats` runs, which alternate between the rivals, after a run of each that measures its
-memory. A rival, but MISO and its baseline, is not run at lengths beyond one where it took more than `--patience` seconds.
-Times are wall-clock times; CUDA is synchronized after the forward and after the backward. The dtype is float32 on CPU.
+Every figure is the median of `--repeats` runs. Runs alternate between the rivals, after one run of each that measures its
+memory. Once a rival other than MISO and its baseline takes more than `--patience` seconds, it is skipped at greater lengths.
+Times are wall-clock times of the forward and of forward plus backward; CUDA is synchronized after each. The dtype is float32
+on a CPU, bfloat16 on CUDA.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -26,9 +28,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from benchmarks.common.measure import ceiling, machine, peak_memory, write_json
-from trl_miso.attention.kernels import resolve_kernel
-from trl_miso.attention.mixture import KernelOptions, _Pairs, miso_attention
-from trl_miso.attention.transformers_attention import ModelRotation
+from trl_miso.attention.kernels import KernelOptions, resolve_kernel
+from trl_miso.attention.mixture import PairsForm, miso_attention
+from trl_miso.attention.rotation import ModelRotation
 from trl_miso.segments import Example, parallel, single, successive, unshare
 from trl_miso.segments.packed import PackedSegments, pack
 
@@ -36,12 +38,13 @@ MISO, PAIRS, DENSE, FLEX = "MISO", "MISO, pairs form", "dense masked SDPA", "Fle
 EQUAL_PAIRS, EQUAL_TOKENS = "plain causal, equal pairs", "plain causal, equal tokens"
 DENSE_LIMIT = 4e9  # bytes
 NOTE = (
-    "Pairs: the score pairs that a rival computes, T x T for dense masked SDPA. It and FlexAttention have the mask of "
-    "one softmax over all contexts; MISO's branches are not one softmax, so a dense implementation of them costs more. "
-    "Ratio: to one plain causal sequence with as many pairs. Memory: peak above q, k, v and dout; with outputs, gradients "
-    "and the dense mask. FLOP: 4 D H a pair forward, 10 D H backward; mm: a product of two 2048 x 2048 matrices."
+    "Pairs: score pairs that a rival computes, T x T for dense masked SDPA. Dense masked SDPA and FlexAttention take one "
+    "softmax over all contexts. MISO takes one softmax per branch, so a dense implementation of MISO would cost more. "
+    "Ratio: time relative to one plain causal sequence with as many pairs. Memory: peak above q, k, v and dout, including "
+    "outputs, gradients and the dense mask. FLOP: 4 D H per pair forward, 10 D H backward. mm: product of two 2048 x 2048 "
+    "matrices."
 )
-COLUMNS = {  # field of a record: heading, factor, format
+COLUMNS = {  # field of a record: (heading, factor, format)
     "length": ("length", 1, ",d"),
     "rival": ("rival", 1, ""),
     "number": ("n", 1, "d"),
@@ -59,7 +62,7 @@ COLUMNS = {  # field of a record: heading, factor, format
 
 
 class Bench:
-    """Device, sizes and kernel that all runs share; `ceiling`: FLOP/s of a matrix product."""
+    """Device, sizes and kernel shared by all runs. `ceiling`: FLOP/s of a matrix product."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
@@ -78,14 +81,14 @@ class Bench:
         return time.perf_counter()
 
     def inputs(self, tokens: int) -> list[torch.Tensor]:
-        """q, k and v, which need gradients, and dout: (tokens, heads, head_dim)."""
+        """q, k and v, which require gradients, and dout, each (tokens, heads, head_dim)."""
         heads = self.heads, self.kv_heads, self.kv_heads, self.heads
         *leaves, dout = (torch.randn(tokens, n, self.head_dim, device=self.device, dtype=self.dtype) for n in heads)
         return [*(x.requires_grad_() for x in leaves), dout]
 
 
 class Workload(NamedTuple):
-    """A packed batch on the device. `sees` takes query and key rows: is the key visible, in any branch?"""
+    """A packed batch on the device. `sees(q, kv)`: whether query row q sees key row kv in any branch."""
 
     tokens: int
     packed: PackedSegments
@@ -93,7 +96,7 @@ class Workload(NamedTuple):
 
 
 class Rival(NamedTuple):
-    """`attend(q, k, v)`, or None for what is not run and the `reason`; `mask`: bytes."""
+    """An implementation of attention, `attend(q, k, v)`. A rival that is not run has None and a `reason`. `mask`: bytes."""
 
     name: str
     tokens: int
@@ -104,7 +107,7 @@ class Rival(NamedTuple):
 
 
 def para(length: int) -> list[Example]:
-    """Crab-shaped examples, together about `length` tokens: the full prompt, 7 constraints alone, the bare prompt."""
+    """Crab-shaped examples of about `length` tokens in total. Contexts: full prompt, each of 7 constraints, bare prompt."""
     prompt, constraints = list(range(60)), [list(range(100 * i, 100 * i + 20)) for i in range(1, 8)]
     lists = [prompt + sum(constraints, []), *(prompt + constraint for constraint in constraints), prompt]
     example = parallel(lists, 300, [1 / len(lists)] * len(lists), "successive")[1]
@@ -112,26 +115,26 @@ def para(length: int) -> list[Example]:
 
 
 def succ(length: int, chunks: int = 4, output: int = 512) -> list[Example]:
-    """One input in equal chunks with an output, `length` tokens together."""
+    """One input in equal chunks and an output, `length` tokens in total."""
     return [single(length) if chunks == 1 else successive([(length - output) // chunks] * chunks, output)]
 
 
-def contexts(number: int, prefix: int, own: int, output: int, shared: bool) -> list[Example]:
-    """One example of so many contexts, each `prefix` tokens that all have and `own` tokens that only it has."""
+def contexts(number: int, prefix: int, extra: int, output: int, shared: bool) -> list[Example]:
+    """One example of `number` contexts, each `prefix` common tokens and `extra` tokens of its own; `shared`: compute the prefix once."""
     if number == 1:
-        return [single(prefix + own + output)]
-    lists = [[*range(prefix), *range(prefix + own * i, prefix + own * (i + 1))] for i in range(number)]
+        return [single(prefix + extra + output)]
+    lists = [[*range(prefix), *range(prefix + extra * i, prefix + extra * (i + 1))] for i in range(number)]
     example = parallel(lists, output, [1 / number] * number, "successive")[1]
     return [example if shared else unshare(example, [])[0]]
 
 
 def workload(examples: Sequence[Example], device: torch.device) -> Workload:
-    """Pack, with the fields of both forms, and describe who sees whom by two numbers a row."""
+    """Pack the examples, with the fields of both forms of the operator, and derive `sees` from two numbers per row."""
     order, _, packed = pack(examples, "uniform", window=1)
     call = packed.self_call
     keys = torch.arange(len(order)) if call.kv_index is None else call.kv_index
     ends = call.cu_seqlens_q[1:].long().repeat_interleave(call.cu_seqlens_k.diff())
-    # Segments lie in depth-first order: a row is seen from its own place to the end of what lies below its segment.
+    # Segments lie in depth-first order: a key is visible from its own row to the last row of the subtree under its segment.
     last = torch.zeros(len(order), dtype=torch.long).scatter_reduce(0, keys, ends, "amax").to(device)
     sizes = torch.tensor([example.num_tokens for example in examples])
     owner = torch.arange(len(examples)).repeat_interleave(sizes)[torch.from_numpy(order)].to(device)
@@ -141,16 +144,15 @@ def workload(examples: Sequence[Example], device: torch.device) -> Workload:
         mixes = (q >= start) & (q < end) & (owner[q] == owner[kv])
         return (kv <= q) & ((q < last[kv]) | mixes)
 
-    moved = {key: x.to(device) if torch.is_tensor(x) else x for key, x in packed.to_batch().items()}
-    return Workload(len(order), PackedSegments.from_batch(moved), sees)
+    return Workload(len(order), PackedSegments.from_batch(send_to_device(packed.to_batch(), device)), sees)
 
 
 def ours(work: Workload, bench: Bench, name: str = MISO) -> Rival:
-    """The operator in either form; where no example mixes contexts, plain causal attention by the same kernel."""
+    """The operator in either form. Where no example mixes contexts this is plain causal attention by the same kernel."""
     packed = work.packed
     pairs, attend = packed.self_call.score_pairs(causal=True), miso_attention
     if name == PAIRS:
-        pairs, attend = pairs + packed.pairs_call.score_pairs(causal=True), _Pairs.apply
+        pairs, attend = pairs + packed.pairs_call.score_pairs(causal=True), PairsForm.apply
     elif packed.num_mixed:
         pairs += packed.cross_call.score_pairs(causal=False)
     arguments = packed, bench.kernel, bench.options, bench.rotation
@@ -158,10 +160,10 @@ def ours(work: Workload, bench: Bench, name: str = MISO) -> Rival:
 
 
 def dense(work: Workload, bench: Bench) -> Rival:
-    """Keys and values are repeated for their query heads, as transformers does when there is a mask."""
+    """SDPA with a dense mask. Keys and values are repeated for their query heads, as transformers does with a mask."""
     needed = work.tokens**2 * (1 + bench.dtype.itemsize)
     if needed > DENSE_LIMIT:
-        reason = f"not run, the mask of {work.tokens:,} tokens, boolean and {bench.dtype}, takes {needed / 1e9:.1f} GB"
+        reason = f"not run, its masks of {work.tokens:,} tokens, boolean and {bench.dtype}, take {needed / 1e9:.1f} GB"
         return Rival(DENSE, work.tokens, reason=reason)
     rows = torch.arange(work.tokens, device=bench.device)
     mask = work.sees(rows[:, None], rows)
@@ -175,9 +177,10 @@ def dense(work: Workload, bench: Bench) -> Rival:
 
 
 def flex(work: Workload, bench: Bench) -> Rival:
+    """FlexAttention, compiled for this length, with a block mask."""
     if bench.device.type != "cuda":
         return Rival(FLEX, work.tokens, reason="not run, it needs CUDA to train")
-    torch.compiler.reset()  # every length is compiled, and torch gives up after eight shapes of one function
+    torch.compiler.reset()  # torch stops compiling one function after eight shapes
     sizes = 1, 1, work.tokens, work.tokens
     mask = create_block_mask(lambda b, h, q, kv: work.sees(q, kv), *sizes, device=bench.device)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -192,7 +195,7 @@ def flex(work: Workload, bench: Bench) -> Rival:
 
 
 def rivals_of(work: Workload, bench: Bench, slow: dict[str, str]) -> list[Rival]:
-    """All rivals on a workload, without those in `slow`: name and reason."""
+    """All rivals on a workload; those in `slow` (name: reason) are not run."""
     mine = ours(work, bench)
     equal = round(((8 * mine.pairs + 1) ** 0.5 - 1) / 2)  # L (L + 1) / 2 pairs
     makers = {
@@ -207,7 +210,7 @@ def rivals_of(work: Workload, bench: Bench, slow: dict[str, str]) -> list[Rival]
 
 
 def step(rival: Rival, inputs: list[torch.Tensor], bench: Bench) -> tuple[float, float]:
-    """Seconds of a forward, and of it with its backward to q, k and v."""
+    """Seconds of a forward, and of a forward and backward to q, k and v."""
     *leaves, dout = inputs
     start = bench.now()
     out = rival.attend(*leaves)
@@ -217,25 +220,28 @@ def step(rival: Rival, inputs: list[torch.Tensor], bench: Bench) -> tuple[float,
 
 
 def measure(rivals: Sequence[Rival], bench: Bench) -> list[dict]:
-    """Records: seconds, bytes at the peak, floating-point operations a second; the reason of what was not run."""
+    """One record per rival: seconds, peak bytes and FLOP/s, or the reason why it was not run."""
     inputs = {rival.tokens: bench.inputs(rival.tokens) for rival in rivals if rival.attend}
     runs = {r.name: lambda r=r: step(r, inputs[r.tokens], bench) for r in rivals if r.attend}
     peaks = {name: peak_memory(run, bench.device.type) for name, run in runs.items()}
     rounds = [{name: run() for name, run in runs.items()} for _ in range(bench.repeats)]
     records = []
     for r in rivals:
-        record = {"rival": r.name, "tokens": r.tokens, "pairs": r.pairs} | ({} if r.attend else {"reason": r.reason})
-        if r.attend:
-            forward, total = map(statistics.median, zip(*(times[r.name] for times in rounds), strict=True))
-            flops = 14 * bench.head_dim * bench.heads * r.pairs / total
-            record |= {"forward": forward, "total": total, "flops": flops, "share": flops / bench.ceiling}
-            record["peak"] = peaks[r.name] and peaks[r.name] + r.mask
+        record = {"rival": r.name, "tokens": r.tokens, "pairs": r.pairs}
         records.append(record)
+        if r.attend is None:
+            record["reason"] = r.reason
+            continue
+        forward, total = map(statistics.median, zip(*(times[r.name] for times in rounds), strict=True))
+        flops = 14 * bench.head_dim * bench.heads * r.pairs / total
+        record |= {"forward": forward, "total": total, "flops": flops, "share": flops / bench.ceiling}
+        peak = peaks[r.name]
+        record["peak"] = None if peak is None else peak + r.mask
     return records
 
 
 def show(console: Console, title: str, records: list[dict]) -> None:
-    """The columns that some record has, and why some were not run."""
+    """Print the columns that some record has, and why rivals were not run."""
     table = Table(title=title, title_justify="left", box=None)
     fields = [field for field in COLUMNS if any(field in record for record in records)]
     for field in fields:
@@ -249,23 +255,23 @@ def show(console: Console, title: str, records: list[dict]) -> None:
 
 
 def compare(name: str, make: Callable[[int], list[Example]], lengths: Sequence[int], bench: Bench) -> list[dict]:
-    """Every rival at every length."""
+    """Records of every rival at every length, with the ratio to plain causal attention over as many pairs."""
     records, slow = [], {}
     for length in lengths:
-        made = measure(rivals_of(workload(make(length), bench.device), bench, slow), bench)
-        base = next(record for record in made if record["rival"] == EQUAL_PAIRS)
-        for record in made:
+        at_length = measure(rivals_of(workload(make(length), bench.device), bench, slow), bench)
+        base = next(record for record in at_length if record["rival"] == EQUAL_PAIRS)
+        for record in at_length:
             record |= {"workload": name, "length": length}
             if "total" in record:
                 record["ratio"] = record["total"] / base["total"]
                 if record["total"] > bench.patience and record["rival"] not in (MISO, EQUAL_PAIRS):
                     slow[record["rival"]] = f"not run beyond {length:,}, where it took over {bench.patience:g} s"
-        records += made
+        records += at_length
     return records
 
 
 def grow(batches: dict[tuple[int, str], list[Example]], bench: Bench) -> list[dict]:
-    """MISO on batches named by a number of contexts or chunks and a kind, relative to the first."""
+    """Records of MISO on batches keyed by (number of contexts or chunks, kind), with ratios to the first batch."""
     records = measure([ours(workload(e, bench.device), bench, str(key)) for key, e in batches.items()], bench)
     for record, (number, kind) in zip(records, batches, strict=True):
         record |= {"number": number, "kind": kind, "ratio": record["total"] / records[0]["total"]}
@@ -275,12 +281,12 @@ def grow(batches: dict[tuple[int, str], list[Example]], bench: Bench) -> list[di
 
 
 def draw(file: Path, lengths: list[dict], by_contexts: list[dict], by_chunks: list[dict]) -> None:
-    """Three panels: contexts, chunks and lengths. Needs matplotlib (the extra `plots`)."""
+    """Draw three panels: contexts, chunks and lengths. Needs matplotlib: `pip install 'trl-miso[plots]'`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, middle, right = panels = figure.subplots(1, 3)
-    for panel in panels:  # colours that colour-blind readers tell apart, and markers that do without
+    for panel in panels:  # colours that colour-blind readers can tell apart, and markers that need no colour
         panel.set_prop_cycle(color=("#0072B2", "#D55E00", "black", "#CC79A7"), marker=tuple("os^D"))
 
     def line(panel, records: list[dict], x: str, y: str, label: str) -> None:
@@ -312,8 +318,8 @@ def draw(file: Path, lengths: list[dict], by_contexts: list[dict], by_chunks: li
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument("--quick", action="store_true", help="1k to 4k tokens, fewer repeats")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
     parser.add_argument("--json", type=Path, metavar="FILE")
     for name, kind in (("repeats", int), ("patience", float), ("heads", int), ("kv_heads", int), ("head_dim", int)):
         parser.add_argument(f"--{name}", type=kind)
@@ -330,7 +336,7 @@ def main() -> None:
     sizes = f"{bench.dtype}, H={bench.heads} G={bench.kv_heads} D={bench.head_dim}, kernel {bench.kernel.name}"
     setting = f"{machine(options.device)}\n{sizes}; matrix product: {bench.ceiling / 1e9:,.0f} GFLOP/s"
     print(setting)
-    # The first run of anything loads libraries, which are no rival's memory.
+    # Warm up: first calls load libraries, whose memory must not count as a rival's.
     measure(rivals_of(workload(para(1), bench.device), bench, {}), bench)
 
     lengths = [1024 * 2**i for i in range(3 if options.quick else 6)]
@@ -340,10 +346,10 @@ def main() -> None:
     show(console, "succ: one input in 4 chunks with an output of 512", added)
     console.print(f"\n{NOTE}")
 
-    prefix, own, output, total = (192, 64, 256, 2048) if options.quick else (768, 256, 512, 8192)
+    prefix, extra, output, total = (192, 64, 256, 2048) if options.quick else (768, 256, 512, 8192)
     keys = [(n, kind) for kind in ("shared", "separate") for n in (1, 2, 4, 8, 16)]
-    by_contexts = grow({(n, kind): contexts(n, prefix, own, output, kind == "shared") for n, kind in keys}, bench)
-    show(console, f"MISO on n contexts of {prefix} common and {own} own tokens, an output of {output}", by_contexts)
+    by_contexts = grow({(n, kind): contexts(n, prefix, extra, output, kind == "shared") for n, kind in keys}, bench)
+    show(console, f"MISO on n contexts of {prefix} common and {extra} own tokens, an output of {output}", by_contexts)
     by_chunks = grow({(k, f"1/n = {1 / k:g}"): succ(total, k, total // 16) for k in (1, 2, 4, 8)}, bench)
     show(console, f"MISO on n chunks of one input, {total} tokens with an output of {total // 16}", by_chunks)
     write_json(options.json, {"setting": setting, "lengths": by_length, "contexts": by_contexts, "chunks": by_chunks})

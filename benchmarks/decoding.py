@@ -1,14 +1,15 @@
 """
-Generation from n contexts beside the plain model on one prompt of as many tokens as are read, common ones once.
+Generation from n contexts, compared with plain `generate` on one prompt of as many tokens.
 
     python -m benchmarks.decoding --quick                      # under a minute on 2 cores
     python -m benchmarks.decoding --json FILE
     python -m benchmarks.decoding --device cuda --size 1b
 
-Both decode greedily. "Prefill" is the forward over the prompt, or over the contexts. "First token" is the time from the call to the
-first new token: prefill, and with MISO tokenization and a forward of the output's beginning, which takes what one more token would.
-"Per token" is the time between two new tokens. Medians, of the ratios too; generations of the variants alternate. The model was
-generated from before: what `miso_generate` does once for a model is not counted.
+A prefix common to the contexts counts once in the prompt's tokens. Both decode greedily. "Prefill" is the forward over the
+prompt, or over the contexts. "First token" is the time from the call to the first new token: prefill, and with MISO also
+tokenization and a forward over the output's beginning (the response template), which costs as much as one more token. "Per
+token" is the time between two new tokens. Figures are medians, also of the ratios; generations of the two variants alternate. A first generation
+warms up, so the work that `miso_generate` does once per model is not counted.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MEASURED = ("prefill", "first", "token")
 
 
 class Clock(BaseStreamer):
-    """New tokens, when each was there, and the seconds of the model's first forward."""
+    """Streamer that records new tokens, the time of each, and the seconds of the model's first forward."""
 
     def __init__(self, model: Any, device: str):
         self.device, self.tokens, self.times, self.forwards = device, [], [], []
@@ -53,7 +54,7 @@ class Clock(BaseStreamer):
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        # What is put first are the ids of the prompt.
+        # times[0] belongs to the prompt, which `generate` puts before the first new token.
         self.prefill, self.first = self.forwards[1] - self.forwards[0], self.times[1] - self.start
         self.token = median([b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)])
 
@@ -67,60 +68,68 @@ class Clock(BaseStreamer):
 
 
 class Case:
-    """`n` contexts of about `own` tokens each after `shared` common ones, and a prompt of as many tokens as these are, each counted once."""
+    """`n` contexts of `shared` common tokens and about `extra` further ones each, and a plain prompt of as many distinct tokens."""
 
-    def __init__(self, n: int, shared: int, own: int, words: list[int], tokenizer: Any):
+    def __init__(self, n: int, shared: int, extra: int, words: list[int], tokenizer: Any):
         prefix, rest = words[:shared], words[shared:]
-        parts = [rest[i * own : (i + 1) * own] for i in range(n)]
+        parts = [rest[i * extra : (i + 1) * extra] for i in range(n)]
         self.n, self.contexts = n, [tokenizer.decode(prefix + part) + HEAD for part in parts]
         self.head = tokenizer(HEAD)["input_ids"]
-        read = [tokenizer(context)["input_ids"][: -len(self.head)] for context in self.contexts]
-        self.prompt = parallel(read, 1, [1 / n] * n, "successive")[0]
-        self.name = f"{n} x {own}" + (f" after {shared}" if shared else "")
+        ids = [tokenizer(context)["input_ids"][: -len(self.head)] for context in self.contexts]
+        self.prompt = parallel(ids, 1, [1 / n] * n, "successive")[0]
+        self.name = f"{n} x {extra}" + (f" after {shared}" if shared else "")
 
 
-def generate(case: Case, miso: bool, model: Any, tokenizer: Any, new: int, device: str, whole: bool = False) -> Clock:
-    """`whole`: the plain model's prompt ends as the contexts do, so that of one context both write the same."""
+def generate(case: Case, miso: bool, model: Any, tokenizer: Any, new: int, device: str, with_head: bool) -> Clock:
+    """Generate `new` tokens by `miso_generate` or by plain `generate`.
+
+    `with_head` ends the plain prompt with the response template, as contexts end: with one context both then write the same.
+    """
     clock = Clock(model, device)
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "streamer": clock}
     if miso:
         miso_generate(model, tokenizer, case.contexts, response_template=HEAD, **options)
     else:
-        ids = torch.tensor([case.prompt + case.head if whole else case.prompt], device=device)
+        ids = torch.tensor([case.prompt + case.head if with_head else case.prompt], device=device)
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return clock
 
 
 def measure(cases: list[Case], model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each case the medians of both, in seconds, and of the ratios of neighbours, which shared machines slow down alike."""
-    found: dict[tuple[Case, bool], list[Clock]] = {(case, miso): [] for case in cases for miso in (False, True)}
+    """Medians of each case in seconds, and medians of the ratios of consecutive runs.
+
+    Consecutive runs are compared because a busy machine slows them down alike.
+    """
+    clocks: dict[tuple[Case, bool], list[Clock]] = {(case, miso): [] for case in cases for miso in (False, True)}
     for repeat in track(range(options.repeats + 1), "Generating", transient=True):
-        for (case, miso), clocks in found.items():
-            # The first warms up, and is what was written.
-            clocks.append(generate(case, miso, model, tokenizer, options.new, options.device, whole=not repeat))
+        for (case, miso), runs in clocks.items():
+            # The first run warms up; its tokens are reported, its times are not.
+            runs.append(generate(case, miso, model, tokenizer, options.new, options.device, with_head=not repeat))
     rows = []
     for case in cases:
-        plain, miso = found[case, False], found[case, True]
+        plain, miso = clocks[case, False], clocks[case, True]
         row: dict[str, Any] = {"case": case.name, "n": case.n, "tokens": len(case.prompt)}
         for key in MEASURED:
             pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(plain[1:], miso[1:], strict=True)]
-            row[f"{key}_plain"], row[f"{key}_miso"] = (median([pair[side] for pair in pairs]) for side in (0, 1))
+            row[f"{key}_plain"] = median([a for a, _ in pairs])
+            row[f"{key}_miso"] = median([b for _, b in pairs])
             row[f"{key}_ratio"] = median([b / a for a, b in pairs])
         rows.append(row | {"new_plain": plain[0].tokens[1:], "new_miso": miso[0].tokens[1:]})
     return rows
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    cells = []
+    columns = ["", "tokens"]
+    for name in ("prefill", "first token", "per token"):
+        columns += [f"{name}, plain", "MISO", "ratio"]
+    lines = []
     for row in rows:
-        times = [f"{1e3 * row[f'{key}_{name}']:,.1f}" for key in MEASURED for name in ("plain", "miso")]
-        ratios = [f"{row[f'{key}_ratio']:.2f}" for key in MEASURED]
-        pairs = zip(times[::2], times[1::2], ratios, strict=True)
-        cells.append([row["case"], f"{row['tokens']:,}", *(cell for pair in pairs for cell in pair)])
-    columns = [
-        column for key in ("prefill", "first token", "per token") for column in (f"{key}, plain", "MISO", "ratio")
-    ]
-    print_table("contexts x tokens, ms", ["", "tokens", *columns], cells)
+        cells = [row["case"], f"{row['tokens']:,}"]
+        for key in MEASURED:
+            cells += [f"{1e3 * row[f'{key}_{name}']:,.1f}" for name in ("plain", "miso")]
+            cells.append(f"{row[f'{key}_ratio']:.2f}")
+        lines.append(cells)
+    print_table("contexts x tokens, ms", columns, lines)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
 """
-From raw rows to the model's door: rows a second of each stage, and the share of a step spent waiting for data.
+The input pipeline, from raw rows to batches: rows per second of each stage, and the share of a step spent waiting for data.
 
     python -m benchmarks.input_pipeline                        # generated rows of Crab's shape
     python -m benchmarks.input_pipeline --prose rows.jsonl     # real text: prompt, constraints, completion
 
-Stages are timed by themselves, on one core; `preparation.py` compares the first beside SFTTrainer's. Waiting is what the
-training loop spends in fetching the batches of a step, with the data loader in its own process and in workers. Balance is
-what ranks wait for the slowest of them, a bin each in random order: by the compute of a 7B Llama on each bin, not by a clock.
+Each stage is timed separately, on one core; `preparation.py` compares preparation with SFTTrainer's. Waiting is the time that the
+training loop takes to fetch the batches of a step, with the data loader in the training process and in workers. Balance is the
+time that ranks wait for the slowest of them, one bin per rank in random order. It is counted in FLOP of a 7B Llama per bin, not
+measured.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from transformers import LlamaConfig
 from benchmarks.common.measure import machine, median, print_table, timed
 from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, texts
 from benchmarks.step import SIZES, TEMPLATE, make_model
-from benchmarks.variants import VARIANTS, Watch, batch_work, build
-from trl_miso.data.preparation import pack_rows
+from benchmarks.variants import VARIANTS, StepTimer, batch_work, build
+from trl_miso.data.bins import pack_rows
 from trl_miso.preview.statistics import ModelShape
 from trl_miso.sources.synthetic import build_tokenizer
 
@@ -39,7 +40,7 @@ LENGTH = 4096
 
 
 def stages(rows: Dataset, tokenizer, repeats: int, folder: str) -> list[list[str]]:
-    """A line each: the adapter, preparation and packing of rows in memory, collation of bins."""
+    """One line per stage: adapter, preparation and packing of rows in memory, collation of bins."""
     adapted = adapt(rows)
     model = make_model("tiny", tokenizer, "cpu")
 
@@ -65,7 +66,7 @@ def stages(rows: Dataset, tokenizer, repeats: int, folder: str) -> list[list[str
 
 
 def balance(rows: Dataset, tokenizer, ranks: int, folder: str) -> list[list[str]]:
-    """The share of a step in which the average rank waits, for bins as SFTTrainer packs them and as MISO does."""
+    """The share of a step that the average rank waits for the slowest, for SFTTrainer's bins and for MISO's."""
     shape = ModelShape.of(LlamaConfig(), "7B")
     adapted = adapt(rows)
     lines = []
@@ -82,7 +83,7 @@ def balance(rows: Dataset, tokenizer, ranks: int, folder: str) -> list[list[str]
 
 
 def waiting(rows: Dataset, tokenizer, size: str, workers: int, repeats: int, folder: str) -> list[str]:
-    """Seconds of a step over the rows, and those of them in which the loop waits for its batches."""
+    """Seconds of a step over the rows, and of these the seconds that the training loop waits for batches."""
     trainer = build("MISO para", make_model(size, tokenizer, "cpu"), adapt(rows), tokenizer, folder, "cpu", LENGTH)
     trainer.args.dataloader_num_workers = workers
     fetch, waited = trainer.get_batch_samples, []
@@ -94,20 +95,22 @@ def waiting(rows: Dataset, tokenizer, size: str, workers: int, repeats: int, fol
         return batches
 
     trainer.get_batch_samples = timed_fetch
-    watch, steps = Watch(trainer, VARIANTS["MISO para"], "cpu"), []
+    timer, steps = StepTimer(trainer, VARIANTS["MISO para"], "cpu"), []
     for _ in range(repeats + 1):
-        watch.step()
-        steps.append(watch.seconds)
-    step, wait = median(steps[1:]), median(waited[1:])
+        timer.step()
+        steps.append(timer.seconds)
+    step, wait = median(steps[1:]), median(waited[1:])  # the first step warms up
     return [f"{workers} workers", f"{step:.2f}", f"{1000 * wait:.1f}", f"{wait / step:.2%}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prose", type=Path)
-    parser.add_argument("--rows", type=int, default=1000, help="through the stages")
-    parser.add_argument("--step_rows", type=int, default=16, help="in a step")
-    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument(
+        "--prose", type=Path, help=".jsonl rows of prompt, constraints, completion (default: generated)"
+    )
+    parser.add_argument("--rows", type=int, default=1000, help="rows that go through the stages (default: 1000)")
+    parser.add_argument("--step_rows", type=int, default=16, help="rows per step (default: 16)")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks of the balance (default: 8)")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -126,12 +129,12 @@ def main() -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         lines = stages(rows, tokenizer, options.repeats, folder)
-        print_table(f"{len(rows)} rows, one core", ["", "rows/s", "microseconds a row", "tokens/s"], lines)
+        print_table(f"{len(rows)} rows, one core", ["", "rows/s", "microseconds per row", "tokens/s"], lines)
         torch.set_num_threads(threads)
         few = rows.select(range(options.step_rows))
         lines = [waiting(few, tokenizer, options.size, workers, options.repeats, folder) for workers in (0, 2)]
         title = f"a step over {options.step_rows} rows, model {options.size} {SIZES[options.size]}"
-        print_table(title, ["", "seconds a step", "waiting, milliseconds", "waiting, share"], lines)
+        print_table(title, ["", "seconds per step", "waiting, milliseconds", "waiting, share"], lines)
         lines = balance(rows, tokenizer, options.ranks, folder)
         title = f"{options.ranks} ranks, bins of {LENGTH} tokens"
         print_table(title, ["", "bins", "deviation of their compute", "waiting for the slowest"], lines)

@@ -1,22 +1,19 @@
 """
-Preparation: rows a second on one core, beside what SFTTrainer's own preparation takes on the same rows, and memory.
+Preparation of rows: rows per second on one core, compared with SFTTrainer's own preparation of the same rows; peak memory.
 
     python -m benchmarks.preparation                       # generated rows in Crab's schema
     python -m benchmarks.preparation --prose rows.jsonl    # real text: prompt, constraints, completion
-    python -m benchmarks.preparation --memory 66500        # peak memory of preparing so many rows, and a tenth of them
+    python -m benchmarks.preparation --memory 66500        # peak memory of preparing 66,500 rows, and a tenth of them
 
-Every figure is the median of `--repeats` runs, which alternate between the trainers; nothing is cached but where it says so.
+Every figure is the median of `--repeats` runs, which alternate between the trainers. Nothing is cached except in the line "cached".
 """
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,9 +25,9 @@ import transformers
 import trl
 from datasets import Dataset, load_dataset
 from rich.console import Console
-from rich.table import Table
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.common.measure import median, print_table, timed
 from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, texts
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
@@ -43,17 +40,11 @@ def make_rows(count: int, prose: Path | None) -> list[dict]:
 
 
 def make(trainer, config, dataset, tokenizer, **options):
-    """Build the trainer, which prepares the dataset; the model costs nothing beside it."""
+    """Build a trainer, which prepares the dataset, and return its dataset. The model's share of the time is negligible."""
     common = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "max_length": 4096}
     with tempfile.TemporaryDirectory() as folder:
         args = config(folder, **common | options)
         return trainer(build_model(tokenizer), args, train_dataset=dataset, processing_class=tokenizer).train_dataset
-
-
-def timed(work: Callable) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def speed(count: int, prose: Path | None, repeats: int) -> None:
@@ -96,21 +87,18 @@ def load_from_disk(dataset: Dataset) -> Dataset:
 
 def print_speed(seconds: dict[str, list[float]], count: int, tokenizer, texts: list[str]) -> None:
     tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) / count
-    sft = statistics.median(seconds["SFTTrainer, full prompt"])
-    table = Table(title=f"{count} rows, {tokens:.0f} tokens a row", title_justify="left", box=None)
-    for column in ("", "rows/s", "seconds", "time / SFTTrainer"):
-        table.add_column(column, justify="left" if not column else "right")
+    sft = median(seconds["SFTTrainer, full prompt"])
+    lines = []
     for name, times in seconds.items():
-        median = statistics.median(times)
-        table.add_row(name, f"{count / median:,.0f}", f"{median:.2f}", f"{median / sft:.2f}")
-    Console(width=100).print(table)
+        middle = median(times)
+        lines.append([name, f"{count / middle:,.0f}", f"{middle:.2f}", f"{middle / sft:.2f}"])
+    title = f"{count} rows, {tokens:.0f} tokens per row"
+    print_table(title, ["", "rows/s", "seconds", "time / SFTTrainer"], lines)
 
 
 def memory(count: int, prose: Path | None) -> None:
-    """Each size in a process of its own, from a file to a prepared dataset."""
-    table = Table(title="peak memory of preparation (para)", title_justify="left", box=None)
-    for column in ("rows", "rows/s", "before, MB", "peak, MB", "growth, MB"):
-        table.add_column(column, justify="right")
+    """Print the peak memory from a file to a prepared dataset, each number of rows in a separate process."""
+    lines = []
     for rows in (count // 10, count):
         command = [
             sys.executable,
@@ -124,12 +112,13 @@ def memory(count: int, prose: Path | None) -> None:
         if done.returncode:
             sys.exit(done.stderr)
         rate, before, peak = map(float, done.stdout.split()[-3:])
-        table.add_row(f"{rows:,}", f"{rate:,.0f}", f"{before:,.0f}", f"{peak:,.0f}", f"{peak - before:,.0f}")
-    Console(width=100).print(table)
+        lines.append([f"{rows:,}", f"{rate:,.0f}", f"{before:,.0f}", f"{peak:,.0f}", f"{peak - before:,.0f}"])
+    columns = ["rows", "rows/s", "before, MB", "peak, MB", "growth, MB"]
+    print_table("peak memory of preparation (para)", columns, lines)
 
 
 def child(count: int, prose: Path | None) -> None:
-    """Prepare rows from a file; print rows/s and the private memory before and at its peak, in MB."""
+    """Prepare rows of a file; print rows/s, and private memory before and at the peak in MB."""
     tokenizer = build_tokenizer(make_rows(2000, prose), vocab_size=16000)
     tokenizer.chat_template = TEMPLATE.read_text()
     file = Path(os.environ["HF_DATASETS_CACHE"]) / f"{count}.parquet"
@@ -148,23 +137,27 @@ def child(count: int, prose: Path | None) -> None:
 
 
 def private_memory() -> float:
-    """Memory of this process that no file backs, in MB: mapped Arrow files are the page cache's (Linux)."""
+    """Anonymous memory of this process in MB (Linux). Mapped Arrow files belong to the page cache and do not count."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=3000)
-    parser.add_argument("--prose", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", type=int)
+    parser.add_argument("--rows", type=int, default=3000, help="default: 3000")
+    parser.add_argument(
+        "--prose", type=Path, help=".jsonl rows of prompt, constraints, completion (default: generated)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--memory", type=int, metavar="ROWS", help="measure the peak memory of preparing ROWS rows instead"
+    )
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    # Read when datasets is imported too: set for the children, and in place for this process.
+    # datasets has read the variable when it was imported: set it for child processes, and the value for this process.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["HF_DATASETS_CACHE"] = cache
         datasets.config.HF_DATASETS_CACHE = Path(cache)

@@ -1,14 +1,14 @@
 """
-One optimizer step of MISO beside plain SFT and what users would run instead, on the same rows.
+One optimizer step of MISO, plain SFT and other ways to train on several contexts, on the same rows.
 
     python -m benchmarks.step --quick                                  # generated rows, under 3 minutes on 2 cores
     python -m benchmarks.step --prose rows.jsonl --json FILE           # real text: prompt, constraints, completion
     python -m benchmarks.step --prose rows.jsonl --device cuda --size 1b
 
-Every variant is a trainer that takes one step over the same rows, whatever number of batches it makes of them: data
-loading, collation, forward, backward and optimizer, under TRL's default settings (activation checkpointing among them).
-Times are medians of steps that alternate between the variants. SFTTrainer is run as TRL packs rows and row by row: on a CPU
-packing needs a dense mask (sdpa), and the latter is faster.
+Every variant is a trainer that takes one step over the same rows, in however many batches: data loading, collation, forward,
+backward and optimizer, under TRL's default settings, which include activation checkpointing. Times are medians of steps that
+alternate between the variants. SFTTrainer runs both with packing and row by row: on a CPU packing needs a dense mask (sdpa),
+so row by row is faster there.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.measure import ceiling, machine, median, peak_memory, print_table, write_json
 from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, long_rows, texts
-from benchmarks.variants import VARIANTS, Watch, batch_work, build
+from benchmarks.variants import VARIANTS, StepTimer, batch_work, build
 from trl_miso.preview.statistics import ModelShape
 from trl_miso.sources.synthetic import build_tokenizer
 
@@ -41,8 +41,8 @@ TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
 SFT = ("SFTTrainer, packed", "SFTTrainer, row by row")
 CRAB = [name for name in VARIANTS if "succ" not in name]
 QUICK = {"none": (*SFT, "MISO single", "MISO para", "one row per context"), "half": (*SFT, "MISO single", "MISO para")}
-REMEMBERED = (*SFT, "MISO single", "MISO para")  # whose memory is measured
-WORKLOADS = ("none", "half", "2048", "8192", "16384")  # rows with demonstrations, or tokens of a long input
+MEMORY_OF = (*SFT, "MISO single", "MISO para")  # variants whose peak memory is measured
+WORKLOADS = ("none", "half", "2048", "8192", "16384")  # share of rows with demonstrations, or tokens of a long input
 OUTPUT = 512  # tokens of a long row's output
 # hidden size, intermediate size, layers, heads, key-value heads
 SIZES = {"tiny": (512, 1536, 2, 8, 2), "small": (512, 1536, 4, 8, 2), "1b": (2048, 8192, 16, 32, 8)}
@@ -68,7 +68,7 @@ def make_model(size: str, tokenizer: Any, device: str) -> LlamaForCausalLM:
 
 
 class Workload:
-    """Rows in the formats of all variants, and their tokenizer."""
+    """The rows of a workload in the formats of all variants, and their tokenizer."""
 
     def __init__(self, kind: str, options: argparse.Namespace):
         material = texts(options.prose)
@@ -96,32 +96,34 @@ class Workload:
 
 
 def measure(workload: Workload, names: list[str], repeats: int, folder: str) -> dict[str, dict[str, float]]:
-    """Figures of each variant: seconds, tokens, score pairs, loss of the first step, parts of a step outside the
-    model and spent on logging shares of attention."""
+    """Figures per variant: seconds, tokens, score pairs, batches, loss of the first step.
+
+    Also the shares of a step's time outside the model, and in logging shares of attention.
+    """
     trainers = {name: workload.trainer(name, folder) for name in names}
-    watches = {name: Watch(trainer, VARIANTS[name], workload.device) for name, trainer in trainers.items()}
+    timers = {name: StepTimer(trainer, VARIANTS[name], workload.device) for name, trainer in trainers.items()}
     figures: dict[str, dict[str, Any]] = {name: {"seconds": [], "outside": [], "shares": []} for name in names}
     for name, trainer in trainers.items():
         tokens, pairs = zip(*map(batch_work, trainer.get_train_dataloader()), strict=True)
-        watches[name].step()  # warms up
+        timers[name].step()  # warms up
         loss = trainer.state.log_history[0]["loss"]
         figures[name] |= {"tokens": sum(tokens), "pairs": sum(pairs), "batches": len(tokens), "loss": loss}
     for _ in track(range(repeats), f"{workload.title}: steps", transient=True):
-        for name, watch in watches.items():
-            watch.step()
-            figures[name]["seconds"].append(watch.seconds)
-            if not watch.apart:
-                watch.apart = True
-                watch.step()
-                watch.apart = False
-            figures[name]["outside"].append(watch.outside / watch.seconds)
-            figures[name]["shares"].append(watch.shares / watch.seconds)
+        for name, timer in timers.items():
+            timer.step()
+            figures[name]["seconds"].append(timer.seconds)
+            if not timer.by_part:  # take the parts from a step of their own, since measuring them slows a step down
+                timer.by_part = True
+                timer.step()
+                timer.by_part = False
+            figures[name]["outside"].append(timer.outside / timer.seconds)
+            figures[name]["shares"].append(timer.shares / timer.seconds)
     medians = ("seconds", "outside", "shares")
     return {name: f | {key: median(f[key]) for key in medians} for name, f in figures.items()}
 
 
 def memory(kind: str, name: str, options: argparse.Namespace) -> float:
-    """Peak memory of a step above what the trainer held before it, in MB: in a process of its own, nan where it cannot be told."""
+    """Peak memory of a step above what was in use before it, in MB, from a separate process; nan where it cannot be measured."""
     command = [
         sys.executable,
         "-m",
@@ -143,18 +145,16 @@ def memory(kind: str, name: str, options: argparse.Namespace) -> float:
 
 def child(kind: str, name: str, options: argparse.Namespace, folder: str) -> None:
     workload = Workload(kind, options)
-    watch = Watch(workload.trainer(name, folder), VARIANTS[name], options.device)
-    watch.step()  # makes the optimizer's states
-    print(peak_memory(watch.step, options.device) or "nan")
+    timer = StepTimer(workload.trainer(name, folder), VARIANTS[name], options.device)
+    timer.step()  # allocates the optimizer's states
+    print(peak_memory(timer.step, options.device) or "nan")
 
 
 def report(workload: Workload, figures: dict[str, dict[str, Any]], top: float) -> None:
-    """A row a variant. FLOP/s: of the products that a step cannot do without, whatever is recomputed."""
+    """Print one row per variant. FLOP/s counts the products that a step needs; recomputed ones do not count."""
     shape = ModelShape.of(make_model(workload.size, workload.tokenizer, "cpu").config, workload.size)
-    packed, fastest = (
-        figures.get(SFT[0]),
-        min((figures[name] for name in SFT if name in figures), key=lambda f: f["seconds"]),
-    )
+    packed = figures.get(SFT[0])
+    fastest = min((figures[name] for name in SFT if name in figures), key=lambda f: f["seconds"])
     rows = []
     for name, f in figures.items():
         rate = 3 * shape.flops(f["tokens"], f["pairs"]) / f["seconds"]
@@ -172,16 +172,16 @@ def report(workload: Workload, figures: dict[str, dict[str, Any]], top: float) -
     print_table(workload.title, [*columns, "outside", "loss"], rows)
 
 
-def ratios(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
-    """The figures by which a change is judged, of the workloads that were run."""
+def ratios(figures: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """The ratios that changes are judged by, from the figures per workload and variant."""
 
     def ratio(kind: str, name: str, *others: str, key: str = "seconds") -> float | None:
-        figures = {n: f[key] for n, f in found.get(kind, {}).items() if key in f}
-        bases = [figures[other] for other in others if other in figures]
-        return figures[name] / min(bases) if bases and name in figures else None
+        values = {variant: f[key] for variant, f in figures.get(kind, {}).items() if key in f}
+        bases = [values[other] for other in others if other in values]
+        return values[name] / min(bases) if bases and name in values else None
 
     para, rows, packed = "MISO para", "one row per context", SFT[0]
-    made = {
+    values = {
         "para_shared_over_sft": ratio("none", para, packed),
         "para_shared_demos_over_sft": ratio("half", para, packed),
         "para_shared_over_fastest_sft": ratio("none", para, *SFT),
@@ -191,43 +191,45 @@ def ratios(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
         "single_over_sft": ratio("none", "MISO single", packed),
         "single_over_fastest_sft": ratio("none", "MISO single", *SFT),
         "peak_memory_para_over_sft": ratio("none", para, packed, key="memory"),
-        "outside_model_share": found["none"][para]["outside"] if "none" in found else None,
-        "log_shares_share": found["none"][para]["shares"] if "none" in found else None,
+        "outside_model_share": figures["none"][para]["outside"] if "none" in figures else None,
+        "log_shares_share": figures["none"][para]["shares"] if "none" in figures else None,
     }
-    for kind in (kind for kind in found if kind.isdigit()):
+    for kind in filter(str.isdigit, figures):
         for k in (1, 2, 4, 8):
-            made[f"succ{k}_over_sft_{int(kind) // 1024}k"] = ratio(kind, f"MISO succ, k = {k}", *SFT)
-    return {key: round(value, 4) for key, value in made.items() if value is not None}
+            values[f"succ{k}_over_sft_{int(kind) // 1024}k"] = ratio(kind, f"MISO succ, k = {k}", *SFT)
+    return {key: round(value, 4) for key, value in values.items() if value is not None}
 
 
 def run(options: argparse.Namespace, folder: str) -> None:
     print(machine(options.device))
     top = ceiling(options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
     print(f"matrix product: {top / 1e9:,.0f} GFLOP/s; model: {options.size} {SIZES[options.size]}\n")
-    found = {}
+    figures = {}
     for kind in options.workloads:
         workload = Workload(kind, options)
         names = [SFT[1], *(f"MISO succ, k = {k}" for k in (1, 2, 4, 8))] if kind.isdigit() else CRAB
-        names = [name for name in names if name in QUICK.get(kind, names)] if options.quick else names
-        found[kind] = measure(workload, names, options.repeats, folder)
-        remembered = () if options.quick and kind == "half" else REMEMBERED
-        for name in (name for name in names if name in remembered):
-            found[kind][name]["memory"] = memory(kind, name, options)
-        report(workload, found[kind], top)
-    figures = ratios(found)
-    print_table("ratios", ["", ""], [[name, f"{value:.3f}"] for name, value in figures.items()])
-    write_json(options.json, figures | {"variants": found})
+        if options.quick:
+            names = [name for name in names if name in QUICK.get(kind, names)]
+        figures[kind] = measure(workload, names, options.repeats, folder)
+        if not (options.quick and kind == "half"):
+            for name in MEMORY_OF:
+                if name in names:
+                    figures[kind][name]["memory"] = memory(kind, name, options)
+        report(workload, figures[kind], top)
+    summary = ratios(figures)
+    print_table("ratios", ["", ""], [[name, f"{value:.3f}"] for name, value in summary.items()])
+    write_json(options.json, summary | {"variants": figures})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=SIZES, help="size of the random Llama (default: small, tiny with --quick)")
     parser.add_argument(
-        "--size", choices=SIZES, help="of a Llama with random weights (default: small, tiny with --quick)"
+        "--prose", type=Path, help=".jsonl rows of prompt, constraints, completion (default: generated)"
     )
-    parser.add_argument("--prose", type=Path)
-    parser.add_argument("--rows", type=int, help="in a step (default: 8, 4 with --quick)")
-    parser.add_argument("--repeats", type=int, help="default: 3, 2 with --quick")
+    parser.add_argument("--rows", type=int, help="rows per step (default: 8, 4 with --quick)")
+    parser.add_argument("--repeats", type=int, help="measured steps per variant (default: 3, 2 with --quick)")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="default: all, the first two with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer rows, variants and workloads")
     parser.add_argument("--json", type=Path)
@@ -242,7 +244,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        child(*options.child, options, folder) if options.child else run(options, folder)
+        if options.child:
+            child(*options.child, options, folder)
+        else:
+            run(options, folder)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """
-Which architectures can be trained with MISO: each of transformers' language models, tiny and random, is given to
-MISOSFTTrainer, and what it computes is compared with one row per context.
+Which architectures can be trained with MISO: compare each with one-row-per-context execution.
 
     python -m benchmarks.supported_models                           # writes benchmarks/results/MODELS.md
     python -m benchmarks.supported_models --only llama gemma2 bloom # prints the lines of these
 
-An architecture is equal where the trainer's loss and every parameter's gradient are those of one-row-per-context execution
-in every form: para with shared and with unshared prefixes, succ, and rows of one context. Else it is refused before
-training, with a reason. Anything else is a bug, and is shown as one.
+Each of transformers' language models for text is built tiny, with random weights, and given to MISOSFTTrainer. It is equal if
+the trainer's loss and every parameter's gradient equal those of one-row-per-context execution in every form: para with shared
+and with unshared prefixes, succ, and rows of one context. Otherwise it has to be refused before training, with a reason.
+Anything else is a bug and is shown as one ("NOT EQUAL", "WRONG LOSS", "FAILS").
 """
 
 import argparse
@@ -37,16 +37,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.support.models import CONFIGS, architectures, tiny_model
 from tests.support.rows_oracle import parts_of, positions_of, rows_loss
-from trl_miso import MISOSFTConfig, MISOSFTTrainer, guards
-from trl_miso.attention.kernels import TorchFlash
-from trl_miso.attention.mixture import KernelOptions
+from trl_miso import MISOSFTConfig, MISOSFTTrainer
+from trl_miso.attention.kernels import KernelOptions, TorchFlash
 from trl_miso.attention.support import check_config, head_dim
 from trl_miso.segments import encode, parallel, single, successive
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
+from trl_miso.training import guards
 
 TABLE = Path(__file__).parent / "results" / "MODELS.md"
 COMMAND = "python -m benchmarks.supported_models"
-# Norms and rotations are computed in float32 in float64 models too.
+# Norms and rotations are computed in float32 even in float64 models.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 MAX_LENGTH = 64
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [5, 6, 20, 21, 22], [5, 6]]
@@ -59,11 +59,14 @@ HEADER = """\
 Made by `{command}`
 ({versions}): {counts}.
 
-Every language model for text in transformers is made tiny and random and given to `MISOSFTTrainer`. **equal**: the trainer's
-loss and the gradient of every parameter are those of one-row-per-context execution, for para (prefixes shared and not), succ
-and rows of one context; *worst error* is the largest of all their relative errors. **refused**: when the trainer is
-made or by the checks before its first step, for the reason given. Tiny models have the layer kinds of the architecture's default config; what a checkpoint's own config changes
-is checked when it is trained.
+Each language model for text in transformers is built tiny, with random weights, and given to `MISOSFTTrainer`.
+
+- **equal**: the trainer's loss and the gradient of every parameter equal those of one-row-per-context execution, for para (with
+  and without shared prefixes), succ and rows of one context. *Worst error* is the largest of all relative errors.
+- **refused**: an error, for the reason given, when the trainer is built or by the checks before its first step.
+- **not tried**: no tiny model of the architecture could be built and run.
+
+Tiny models have the layer kinds of the architecture's default config. A checkpoint with another config is checked when it is trained.
 
 {table}
 """
@@ -71,7 +74,7 @@ NAMES = {config().model_type: name for name, config in reversed(CONFIGS.items())
 
 
 class Finding(NamedTuple):
-    """What became of one architecture; `error` is the worst relative error of the loss and of any parameter's gradient."""
+    """Verdict on one architecture. `error`: the worst relative error of the loss and of all parameters' gradients."""
 
     model_type: str
     verdict: str
@@ -80,12 +83,12 @@ class Finding(NamedTuple):
 
 
 def rows(mode: str, positions: str) -> list[dict[str, list[int]]]:
-    """Two prepared rows, the first in `mode`, the second of one context."""
-    tokens, laid_out = CONTEXTS[1], single(len(CONTEXTS[1]) + len(OUTPUTS[0]))
+    """Two prepared rows: the first laid out in `mode`, the second with one context."""
+    tokens, example = CONTEXTS[1], single(len(CONTEXTS[1]) + len(OUTPUTS[0]))
     if mode == "para":
-        tokens, laid_out = parallel(CONTEXTS, len(OUTPUTS[0]), [0.4, 0.3, 0.2, 0.1], positions)
+        tokens, example = parallel(CONTEXTS, len(OUTPUTS[0]), [0.4, 0.3, 0.2, 0.1], positions)
     elif mode == "succ":
-        tokens, laid_out = list(range(10, 21)), successive([4, 4, 3], len(OUTPUTS[0]))
+        tokens, example = list(range(10, 21)), successive([4, 4, 3], len(OUTPUTS[0]))
     second = CONTEXTS[2], OUTPUTS[1], single(len(CONTEXTS[2]) + len(OUTPUTS[1]))
     return [
         {
@@ -93,7 +96,7 @@ def rows(mode: str, positions: str) -> list[dict[str, list[int]]]:
             "labels": [-100] * (len(context) + 1) + output[1:],
             "miso_layout": encode(example),
         }
-        for context, output, example in ((tokens, OUTPUTS[0], laid_out), second)
+        for context, output, example in ((tokens, OUTPUTS[0], example), second)
     ]
 
 
@@ -106,7 +109,7 @@ def make_trainer(model: Any, tokenizer: Any, folder: str, **options: Any) -> MIS
 
 
 def make_model(name: str, dtype: torch.dtype, **overrides: Any) -> Any:
-    """As after some training: no bias is zero, no norm's weight one."""
+    """A tiny model that looks trained: noise on all one-dimensional parameters, so that no bias is 0 and no norm weight 1."""
     model = tiny_model(name, dtype, **overrides)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -115,8 +118,13 @@ def make_model(name: str, dtype: torch.dtype, **overrides: Any) -> Any:
 
 
 def worst_error(trainer: MISOSFTTrainer, mode: str, positions: str, share: bool) -> tuple[float, float]:
-    """Relative errors: of the loss and of every parameter's gradient, relative to its largest entry (or a thousandth of the
-    model's, for gradients that are zero but for rounding); and of the loss that the trainer computes without logits."""
+    """Relative errors of the trainer against one row per context.
+
+    Returns:
+        The worst of the loss and of every parameter's gradient, and the error of the loss that the trainer computes without
+        logits. A gradient's error is relative to its largest entry, or to a thousandth of the model's largest where the
+        gradient is zero up to rounding.
+    """
     model, prepared = trainer.model, rows(mode, positions)
     ours = model.config.get_text_config()._attn_implementation
     trainer.data_collator.share_prefixes = share
@@ -132,9 +140,9 @@ def worst_error(trainer: MISOSFTTrainer, mode: str, positions: str, share: bool)
     expected = torch.zeros((), dtype=torch.float64)
     for row in prepared:
         for contexts, output, own, weights in parts_of(row):
-            where = "chunks" if mode == "succ" and len(contexts) > 1 else positions
-            at = positions_of(contexts, output, where)
-            expected = expected + rows_loss(model, contexts, output, own, weights, positions=at) / count
+            kind = "chunks" if mode == "succ" and len(contexts) > 1 else positions
+            ids = positions_of(contexts, output, kind)
+            expected = expected + rows_loss(model, contexts, output, own, weights, positions=ids) / count
     expected_gradients = gradients(model, expected)
     model.set_attn_implementation(ours)
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
@@ -152,9 +160,10 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def examine(model_type: str, tokenizer: Any, folder: str) -> Finding:
+    """The verdict on an architecture."""
     name = NAMES.get(model_type, model_type)
     failure = None
-    for dtype in TOLERANCE:  # some experts' products have no float64
+    for dtype in TOLERANCE:  # some mixture-of-experts layers have no float64
         try:
             make_model(name, dtype)(input_ids=torch.tensor([CONTEXTS[0]]))
             failure = None
@@ -177,13 +186,13 @@ def examine(model_type: str, tokenizer: Any, folder: str) -> Finding:
             return Finding(model_type, "refused", None, shortened(refused[0]))
         if failure is None:
             return Finding(model_type, "FAILS", None, shortened(refused[0]))
-    if failure is not None:  # not even by itself
+    if failure is not None:  # the model fails without MISO too
         return Finding(model_type, "not tried", None, f"no tiny model of it could be run: {shortened(failure)}")
     shared = trainer.data_collator.share_prefixes
     try:
         forms = [("para", False), ("succ", False), ("single", False)] + [("para", True)] * shared
         errors = [worst_error(trainer, mode, positions, share) for mode, share in forms]
-        told = "; ".join(notes(name, dtype, trainer, tokenizer, folder))
+        note = "; ".join(notes(name, dtype, trainer, tokenizer, folder))
     except Exception as failure:
         return Finding(model_type, "FAILS", None, shortened(failure))
     error, head = (max(kind) for kind in zip(*errors, strict=True))
@@ -192,23 +201,24 @@ def examine(model_type: str, tokenizer: Any, folder: str) -> Finding:
         return wrong_head(model_type, trainer, head)
     if refused:
         verdict += f" with `output_positions={positions!r}`"
-    return Finding(model_type, verdict, error, told)
+    return Finding(model_type, verdict, error, note)
 
 
 def wrong_head(model_type: str, trainer: MISOSFTTrainer, off_by: float) -> Finding:
-    """The loss that SFTTrainer computes from hidden states is not the model's: the checks before training have to say so."""
-    told = f"before the first step: TRL's fused LM head does not compute the model's loss (off by {off_by:.0e})"
+    """The verdict where SFTTrainer's loss from hidden states differs from the model's: the checks before training must fail."""
+    note = f"before the first step: TRL's fused LM head does not compute the model's loss (off by {off_by:.0e})"
     try:
         trainer.run_checks(2, gradients=False)
     except (ValueError, RuntimeError) as error:
-        seen = isinstance(error, RuntimeError) or re.search("the loss is the model's own +failed", str(error))
-        return Finding(model_type, "refused" if seen else "WRONG LOSS", None, told if seen else shortened(error))
-    return Finding(model_type, "WRONG LOSS", None, told)
+        if isinstance(error, RuntimeError) or re.search("loss matches the model's logits +failed", str(error)):
+            return Finding(model_type, "refused", None, note)
+        return Finding(model_type, "WRONG LOSS", None, shortened(error))
+    return Finding(model_type, "WRONG LOSS", None, note)
 
 
 def notes(name: str, dtype: torch.dtype, trainer: MISOSFTTrainer, tokenizer: Any, folder: str) -> Iterator[str]:
-    """What a user of such a model has to know, asked of the model and of the architecture's default config."""
-    support, default = trainer._support, CONFIG_MAPPING[trainer.model.config.model_type]()
+    """Restrictions that a user of the architecture should know, from the model and from the default config."""
+    support, default = trainer.model_support, CONFIG_MAPPING[trainer.model.config.model_type]()
     if not support.shares:
         yield f"prefixes are not shared: {support.reason}"
     try:
@@ -218,11 +228,11 @@ def notes(name: str, dtype: torch.dtype, trainer: MISOSFTTrainer, tokenizer: Any
     follows = trainer.args.output_positions == "successive"
     windowed = {"sliding_window": 4} if follows and hasattr(trainer.model.config, "sliding_window") else {}
     short = make_trainer(make_model(name, dtype, **windowed), tokenizer, folder) if windowed else trainer
-    if short._support.window:
+    if short.model_support.window:
         error, _ = worst_error(short, "para", "successive", short.data_collator.share_prefixes)
         yield f"para with a window of 4 tokens that binds: {'equal' if error < TOLERANCE[dtype] else 'NOT EQUAL'} ({error:.0e})"
         try:
-            guards.check_positions(short.args, "succ", name, short._support)
+            guards.check_positions(short.args, "succ", name, short.model_support)
         except ValueError:
             yield "succ within the window only"
     size = max(map(head_dim, getattr(default, "per_layer_config", [default])))
@@ -233,10 +243,10 @@ def notes(name: str, dtype: torch.dtype, trainer: MISOSFTTrainer, tokenizer: Any
 
 
 def shortened(error: Exception) -> str:
-    """What was got, of an error in the project's words; else its beginning."""
+    """The part after "Got" of an error in this project's form; of other errors, the beginning."""
     text = " ".join(str(error).split())
-    found = re.match(r"Got (.*?)[.,;:]? \(?[Ee]xpected ", text)
-    text = found[1] if found else f"{type(error).__name__}: {text}"
+    match = re.match(r"Got (.*?)[.,;:]? \(?[Ee]xpected ", text)
+    text = match[1] if match else f"{type(error).__name__}: {text}"
     return textwrap.shorten(text, 150, placeholder=" ...").replace("|", "/")
 
 
@@ -260,7 +270,9 @@ def document(findings: list[Finding]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="MODEL_TYPE", help="print the lines of these, and write nothing")
+    parser.add_argument(
+        "--only", nargs="+", metavar="MODEL_TYPE", help="print the lines of these architectures; write nothing"
+    )
     only = parser.parse_args().only
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

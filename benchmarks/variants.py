@@ -1,4 +1,4 @@
-"""The trainers that `step.py` compares, a stopwatch for one of their steps, and the work in a batch."""
+"""The trainers that `step.py` compares, a timer of their steps, and the work in a batch."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,10 @@ from trl_miso.segments.packed import PackedSegments
 
 @dataclass(frozen=True)
 class Variant:
-    """A trainer and its settings; `rows` batches one row per context, `pairs` takes the pairs form of the mixture."""
+    """A trainer and its settings.
+
+    `plain` is TRL's SFTTrainer; `rows` batches one row per context; `pairs` uses the pairs form of the mixture.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
@@ -53,12 +56,12 @@ VARIANTS = {
 def build(
     name: str, model: PreTrainedModel, rows: Dataset, tokenizer: Any, folder: str, device: str, max_length: int
 ) -> SFTTrainer:
-    """A trainer whose epochs are one optimizer step over all rows."""
+    """A trainer whose epoch is one optimizer step over all rows."""
     variant = VARIANTS[name]
     common = {
         "output_dir": folder,
         "num_train_epochs": 1,
-        "gradient_accumulation_steps": 10**6,  # the epoch ends first
+        "gradient_accumulation_steps": 10**6,  # the epoch ends before, and with it the step
         "per_device_train_batch_size": 1,
         "max_length": max_length,
         "learning_rate": 1e-5,
@@ -70,7 +73,8 @@ def build(
         "disable_tqdm": True,
     }
     config, kind = (SFTConfig, SFTTrainer) if variant.plain else (MISOSFTConfig, MISOSFTTrainer)
-    common |= {} if variant.plain else {"verify": False}  # measured is a step
+    if not variant.plain:
+        common["verify"] = False  # checks before the first step are not part of a step
     trainer = (RowsTrainer if variant.rows else kind)(
         model, config(**common | variant.options), train_dataset=rows, processing_class=tokenizer
     )
@@ -79,24 +83,30 @@ def build(
         trainer.data_collator = RowsCollator(tokenizer.pad_token_id)
         trainer.model.set_attn_implementation("benchmark_rows")
     if variant.pairs:
-        trainer.data_collator.window = 1  # which makes the pairs form's fields
+        trainer.data_collator.window = 1  # so that batches have the fields of the pairs form
     return trainer
 
 
 class RowsTrainer(MISOSFTTrainer):
-    compute_loss = SFTTrainer.compute_loss  # whose batches need no MISO attention
+    """MISOSFTTrainer on batches of `RowsCollator`, which need no MISO attention."""
+
+    compute_loss = SFTTrainer.compute_loss
 
 
-class Watch(TrainerCallback):
-    """Takes and times steps of a trainer: `seconds` of data, forward, backward and optimizer; `outside`, those of them in
-    which neither the model nor the optimizer runs (data, collation, metadata, metrics).
+class StepTimer(TrainerCallback):
+    """Run and time optimizer steps of a trainer.
 
-    On a GPU that can be told only by waiting for each part: steps are slower `apart`.
+    Attributes:
+        seconds: Of the last step: data, forward, backward and optimizer.
+        outside: Seconds of the last step in which neither the model nor the optimizer ran (data, collation, metadata, metrics).
+        shares: Seconds of the last step spent on logging shares of attention.
+        by_part: Whether `outside` and `shares` are measured. On a GPU that synchronizes around each part, which slows the
+            step down.
     """
 
     def __init__(self, trainer: SFTTrainer, variant: Variant, device: str):
-        self.trainer, self.device, self.apart = trainer, device, device == "cpu"
-        self.form = mixture._Pairs if variant.pairs else mixture._Split
+        self.trainer, self.device, self.by_part = trainer, device, device == "cpu"
+        self.form = mixture.PairsForm if variant.pairs else mixture.SplitForm
         self.seconds = self.outside = self.shares = self._started = self._left = 0.0
         trainer.add_callback(self)
         trainer.model.register_forward_pre_hook(lambda *_: self._enter())
@@ -114,24 +124,24 @@ class Watch(TrainerCallback):
         """One optimizer step over all rows."""
         self.outside = self.shares = 0.0
         with (
-            patch.object(mixture, "_Split", self.form),
+            patch.object(mixture, "SplitForm", self.form),
             patch.object(Shares, "add", self._counted(Shares.add)),
             patch.object(Shares, "means", self._counted(Shares.means)),
         ):
             self.trainer.train()
 
     def _counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`work`, whose seconds are those of logging shares of attention, told apart as `outside` is."""
+        """Wrap `work` so that its seconds count as `shares`."""
 
         def counted(*args: Any) -> Any:
-            if not self.apart:
+            if not self.by_part:
                 return work(*args)
             synchronize(self.device)
             start = time.perf_counter()
-            made = work(*args)
+            result = work(*args)
             synchronize(self.device)
             self.shares += time.perf_counter() - start
-            return made
+            return result
 
         return counted
 
@@ -144,18 +154,20 @@ class Watch(TrainerCallback):
         self.seconds = time.perf_counter() - self._started
 
     def _enter(self) -> None:
-        if self.apart:
+        """The model begins to run."""
+        if self.by_part:
             synchronize(self.device)
             self.outside += time.perf_counter() - self._left
 
     def _leave(self) -> None:
-        if self.apart:
+        """The model has run."""
+        if self.by_part:
             synchronize(self.device)
             self._left = time.perf_counter()
 
 
 def batch_work(batch: dict[str, Any]) -> tuple[int, int]:
-    """Tokens that a model computes on in a batch, padding among them, and query-key pairs that attention scores a layer."""
+    """Tokens that a model computes on in a batch, padding included, and query-key pairs that attention scores per layer."""
     tokens = batch["input_ids"].numel()
     if "miso_cu_seqlens_q" in batch:
         packed = PackedSegments.from_batch(batch)
@@ -169,7 +181,7 @@ def batch_work(batch: dict[str, Any]) -> tuple[int, int]:
 
 @dataclass
 class RowsCollator:
-    """One example a batch: a row for each context, followed by its own copy of the output, padded on the right."""
+    """One example per batch: one row per context, each followed by its own copy of the output and padded on the right."""
 
     pad_token_id: int
 
@@ -182,21 +194,23 @@ class RowsCollator:
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         contexts = [ids[s : s + n] for s, n in zip(starts, lengths, strict=True)][: len(example.branches) or 1]
         width = max(map(len, contexts)) + len(output)
-        made = torch.full((len(contexts), width), self.pad_token_id)
-        learned = torch.full((len(contexts), width), -100)
+        input_ids = torch.full((len(contexts), width), self.pad_token_id)
         for i, context in enumerate(contexts):
-            made[i, : len(context) + len(output)] = torch.tensor(context + output)
-        spoken = labels[-lengths[-1] :]
-        learned[0, len(contexts[0]) + len(output) - len(spoken) : len(contexts[0]) + len(output)] = torch.tensor(spoken)
+            input_ids[i, : len(context) + len(output)] = torch.tensor(context + output)
+        # The copies of the output have the same logits: only the first carries labels.
+        row_labels = torch.full((len(contexts), width), -100)
+        output_labels = labels[-lengths[-1] :]
+        end = len(contexts[0]) + len(output)
+        row_labels[0, end - len(output_labels) : end] = torch.tensor(output_labels)
         if output:
-            learned[0, len(contexts[0])] = -100  # as packing does: it is predicted from a token of another segment
-        at = torch.arange(width).expand(len(contexts), -1)
-        batch = {"input_ids": made, "labels": learned, "position_ids": at}
-        return batch | {"rows_lengths": [len(c) for c in contexts], "rows_output": len(output)}
+            row_labels[0, len(contexts[0])] = -100  # as packing does: it is predicted from a token of another segment
+        positions = torch.arange(width).expand(len(contexts), -1)
+        batch = {"input_ids": input_ids, "labels": row_labels, "position_ids": positions}
+        return batch | {"rows_lengths": [len(context) for context in contexts], "rows_output": len(output)}
 
 
 def _rows_attention(module, query, key, value, mask, scaling=None, rows_lengths=None, rows_output=0, **kwargs):
-    """Causal attention of each row; the copies of each output token take the mean of theirs (uniform weighting)."""
+    """Causal attention per row, then the mean over the copies of each output token (uniform weighting)."""
     out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     out = out.transpose(1, 2)
     if rows_output:

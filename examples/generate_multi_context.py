@@ -1,11 +1,11 @@
 """
-One answer from several input contexts at once: the case of the paper's Appendix A (Table 4).
+One answer from several input contexts at once: the example of the paper's Appendix A (Table 4).
 
-A multiple-choice question, each choice in a context of its own, and one answer that attends to all of them, by each weighting:
+Each choice of a multiple-choice question is a context of its own. One answer attends to all of them, once per weighting:
 
     python examples/generate_multi_context.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct
 
-The paper shows "vanilla" (set-prompt's single softmax, eq. 4) failing to write a sentence where "fid" (eq. 7) does. With no arguments a
+In the paper "vanilla" (set-prompt's single softmax, eq. 4) fails to write a sentence where "fid" (eq. 7) succeeds. Without arguments a
 tiny random model writes gibberish, offline, in a few seconds: a check that everything runs.
 """
 
@@ -29,9 +29,9 @@ CHOICES = [
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="any causal language model; a tiny random one by default")
+    parser.add_argument("--model_name_or_path", help="any causal language model (default: a tiny random one)")
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--do_sample", action="store_true", help="sample instead of taking the likeliest token")
+    parser.add_argument("--do_sample", action="store_true", help="sample instead of taking the most likely token")
     return parser.parse_args()
 
 

@@ -1,18 +1,18 @@
 """
 Mixture-of-Contexts (MISO) fine-tuning on multi-constraint instructions.
 
-With no arguments, an embedded default: generated rows in Crab's schema and a small Llama, on a CPU in about a minute.
+Without arguments it trains a small Llama on generated rows in Crab's schema, on a CPU in about a minute:
 
     accelerate launch examples/train_crab.py
 
-The paper's experiments on Crab (Tables 1 and 2), one recipe each, from the repository's root:
+Each of the paper's experiments on Crab (Tables 1 and 2) has a recipe. From the repository's root:
 
     accelerate launch examples/train_crab.py --config examples/configs/llama3_8b_para.yaml
 
-`--dry_run` checks a recipe without a GPU or weights: options, model, the first rows and their statistics. `--dataset_name`
-takes a hub id, a folder, or a .jsonl, .json, .csv or .parquet file in any row format of trl_miso.data.contexts. Every field of
-MISOSFTConfig (context_mode, context_weighting, ...), ModelConfig (use_peft, ...) and RecipeArguments (source,
-global_batch_size, ...) is an option, and a key of a recipe.
+`--dry_run` checks a recipe without a GPU or weights: options, model, and the first rows with their statistics. `--dataset_name`
+takes an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file in any row format of trl_miso.data.contexts. Every
+field of MISOSFTConfig (context_mode, context_weighting, ...), ModelConfig (use_peft, ...) and RecipeArguments (source,
+global_batch_size, ...) is an option here and a key of a recipe.
 """
 
 import torch
@@ -40,13 +40,14 @@ EMBEDDED_ARGUMENTS = {
 
 
 def parse_arguments() -> tuple[RecipeArguments, MISOSFTConfig, ModelConfig]:
-    arguments = parse_recipe()
-    # The toy model's defaults; whatever was given stays.
-    return arguments if arguments[2].model_name_or_path else parse_recipe(**EMBEDDED_ARGUMENTS)
+    recipe, args, model_args = parse_recipe()
+    if not model_args.model_name_or_path:
+        return parse_recipe(**EMBEDDED_ARGUMENTS)  # the toy model's defaults; options that were given take precedence
+    return recipe, args, model_args
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> str:
-    """Greedy answer by standard inference: the plain model on the plain prompt."""
+    """Answer greedily by standard inference: the plain model on the plain prompt."""
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
         out = model.eval().generate(**inputs.to(model.device), max_new_tokens=40, do_sample=False)
@@ -54,9 +55,10 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: l
 
 
 def show(title: str, text: str, constraints: list[str]) -> None:
-    marks = check_constraints(constraints, text)
+    """Print an answer and which of the constraints it satisfies."""
     print(f"\n{title}: {text}")
-    print("\n".join(f"  {'[x]' if mark else '[ ]'} {c}" for mark, c in zip(marks, constraints, strict=True)))
+    for constraint, satisfied in zip(constraints, check_constraints(constraints, text), strict=True):
+        print(f"  {'[x]' if satisfied else '[ ]'} {constraint}")
 
 
 def main(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> None:
@@ -69,10 +71,10 @@ def main(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) 
         train(trainer, recipe)
         return
     held_out = crab_row(load_rows(recipe, recipe.dataset_test_split)[0])
-    ask = trainer.model, trainer.processing_class, held_out["full_prompt"]
-    before = answer(*ask)
+    question = trainer.model, trainer.processing_class, held_out["full_prompt"]
+    before = answer(*question)
     train(trainer, recipe)
-    after = answer(*ask)  # by every process, which may hold a part of the model each
+    after = answer(*question)  # on every process, since each may hold a part of the model
     if trainer.is_world_process_zero():
         print(f"\nA held-out instruction: {held_out['full_prompt'][-1]['content']}")
         show("Before", before, held_out["constraints"])

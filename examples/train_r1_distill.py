@@ -1,17 +1,17 @@
 """
-MISO-succ on answers distilled with their thinking (paper, section 5.2): the instruction and the thinking are the input, cut
-into successive chunks, and the response is the output.
+MISO-succ on responses distilled with their thinking (paper, section 5.2): the input, instruction and thinking, is cut into
+successive chunks; the response is the output.
 
     accelerate launch examples/train_r1_distill.py --config examples/configs/llama3_8b_r1_succ.yaml
 
-Other data sets by their columns, for instance thinking and answer in one text:
+Other data sets need the names of their columns. With thinking and answer in one text, for instance:
 
     accelerate launch examples/train_r1_distill.py --config examples/configs/llama3_8b_r1_succ.yaml \
         --dataset_name open-r1/OpenR1-Math-220k \
         --instruction_column problem --response_column generations --thinking_column none
 
-Look at the rows first, `trl-miso preview` takes the same options: public readers disagree which column holds the answer.
-Other options, and `--dry_run`, are those of train_crab.py.
+Look at the rows first with `trl-miso preview`, which takes the same options: published code disagrees on which column holds the
+answer. Other options, and `--dry_run`, are those of train_crab.py.
 """
 
 from trl_miso.cli.preview import dry_run

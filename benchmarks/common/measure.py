@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in a line, a ceiling, peak memory, tables."""
+"""Shared by the benchmarks: description of the machine, timing, matrix-product rate, peak memory, tables."""
 
 import ctypes
 import json
@@ -21,7 +21,7 @@ WIDTH = 132
 
 
 def machine(device: str) -> str:
-    """The command, versions, device and date of a run."""
+    """Command, versions, device and date of a run, for the head of its output."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, trl))
     module = ".".join(Path(os.path.relpath(sys.argv[0])).with_suffix("").parts).removesuffix(".__main__")
@@ -34,7 +34,7 @@ def synchronize(device: str) -> None:
 
 
 def timed(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds that `work()` takes, on the device too."""
+    """Seconds of `work()`, including the device's part of it."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -47,14 +47,20 @@ def median(values: list[float]) -> float:
 
 
 def ceiling(device: str, dtype: torch.dtype, size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of a product of two square matrices: what a step is compared with."""
+    """FLOP/s of a product of two `size` x `size` matrices, the rate that other figures are compared with."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = [timed(lambda: a @ b, device) for _ in range(repeats)]
     return 2 * size**3 / median(seconds[1:])
 
 
 def peak_memory(work: Callable[[], Any], device: str) -> int | None:
-    """Bytes that `work()` adds at its worst: torch's own count on CUDA, resident memory elsewhere (Linux with glibc, or None)."""
+    """Peak memory of `work()` above what is in use before it, in bytes.
+
+    On CUDA torch's own count; elsewhere resident memory, measured on Linux with glibc only.
+
+    Returns:
+        The bytes, or None where they cannot be measured (`work()` runs all the same).
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -69,15 +75,15 @@ def peak_memory(work: Callable[[], Any], device: str) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-    # Freed blocks go back to the system at once, so that none that the run takes was resident before it.
-    trim_threshold, mmap_threshold = -1, -3  # as in malloc.h
+    # Return freed blocks to the system at once. Otherwise the run would reuse resident ones, and these would not count.
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
     libc.mallopt(mmap_threshold, 1 << 16)
     libc.malloc_trim(0)
-    reset.write_text("5")  # sets the peak to what is resident now
+    reset.write_text("5")  # resets VmHWM to the current VmRSS
     before = resident("VmRSS")
     work()
     peak = resident("VmHWM") - before
-    libc.mallopt(mmap_threshold, 1 << 25)  # where glibc's own adaptation arrives when large blocks come and go
+    libc.mallopt(mmap_threshold, 1 << 25)  # the value that glibc adapts to when large blocks come and go
     libc.mallopt(trim_threshold, 1 << 26)
     return peak
 

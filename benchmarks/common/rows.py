@@ -1,4 +1,4 @@
-"""Rows for benchmarks: in Crab's schema and shape, and long ones as of R1's distillation."""
+"""Rows for benchmarks: in Crab's schema and shape, and long ones like those distilled from R1."""
 
 import json
 import random
@@ -16,29 +16,34 @@ _CONSTRAINTS = 7
 
 
 def texts(prose: Path | None = None) -> list[dict[str, Any]]:
-    """`{"prompt", "constraints", "completion"}` from a .jsonl file, or generated ones of about Crab's lengths: a request of
-    60 tokens, constraints of 20, an answer of 300."""
+    """`{"prompt", "constraints", "completion"}` rows of a .jsonl file, or generated ones.
+
+    Generated rows have about Crab's lengths: a request of 60 tokens, constraints of 20, an answer of 300.
+    """
     if prose is not None:
         return [json.loads(line) for line in prose.read_text().splitlines()]
     rows = [crab_row(row) for row in synthetic_rows(3200, seed=7)]
     answers = [row["completion"][0]["content"] for row in rows]
-    constraints = sorted({c for row in rows for c in row["constraints"]})
-    return [
-        {
-            "prompt": f"{row['prompt'][-1]['content']} {answers[i - 1]}",
-            "constraints": [
-                " ".join(constraints[(i + j) % len(constraints)] for j in (0, 97)) for i in range(i, i + 7)
-            ],
-            "completion": " ".join(answers[i : i + 7]),
-        }
-        for i, row in islice(enumerate(rows), 0, len(rows) - 7, 8)
-    ]
+    sentences = sorted({constraint for row in rows for constraint in row["constraints"]})
+    joined = []
+    # Generated texts are short: join several of them.
+    for start in range(0, len(rows) - 7, 8):
+        constraints = []
+        for i in range(start, start + 7):
+            constraints.append(f"{sentences[i % len(sentences)]} {sentences[(i + 97) % len(sentences)]}")
+        prompt = f"{rows[start]['prompt'][-1]['content']} {answers[start - 1]}"
+        completion = " ".join(answers[start : start + 7])
+        joined.append({"prompt": prompt, "constraints": constraints, "completion": completion})
+    return joined
 
 
 def crab_shaped_rows(
     n: int, material: list[dict[str, Any]], seed: int = 0, demonstrations: bool = True
 ) -> list[dict[str, Any]]:
-    """`n` forward rows with 7 constraints drawn from all of the material, half of them after 1 to 3 exchanges if wanted."""
+    """`n` forward rows in Crab's schema, each with 7 constraints drawn from all of the material.
+
+    With `demonstrations`, half of the rows have 1 to 3 exchanges before the request.
+    """
     rng = random.Random(seed)
     constraints = sorted({c for text in material for c in text["constraints"] if "\n" not in c})
 
@@ -57,12 +62,12 @@ def crab_shaped_rows(
 
 
 def adapt(rows: Dataset) -> Dataset:
-    """Rows in Crab's schema as prompt, constraints, completion and full_prompt."""
+    """Apply Crab's adapter: columns prompt, constraints, completion, full_prompt and miso_status."""
     return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
 
 
 def full_prompts(adapted: Dataset) -> Dataset:
-    """What plain SFT trains on: the full prompt and the completion."""
+    """The columns that plain SFT trains on: the full prompt as `prompt`, and the completion."""
     unused = [name for name in adapted.column_names if name not in ("prompt", "completion")]
     return adapted.map(lambda row: {"prompt": row["full_prompt"]}, remove_columns=unused)
 
@@ -70,7 +75,7 @@ def full_prompts(adapted: Dataset) -> Dataset:
 def long_rows(
     n: int, material: list[dict[str, Any]], tokenizer: Any, inputs: int, outputs: int
 ) -> list[dict[str, list[dict[str, str]]]]:
-    """`n` rows with a prompt of about `inputs` tokens and a completion of about `outputs`, cut from joined answers."""
+    """`n` rows with a prompt of about `inputs` tokens and a completion of about `outputs` tokens, cut from joined answers."""
     stream = _tokens(material, tokenizer)
     rows = []
     for _ in range(n):
@@ -83,6 +88,7 @@ def long_rows(
 
 
 def _tokens(material: list[dict[str, Any]], tokenizer: Any) -> Iterator[int]:
+    """Token ids of the material's answers, over and over."""
     for i in count():
         text = material[i % len(material)]["completion"]
         yield from tokenizer(text + "\n", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Standard inference of a checkpoint: one context, greedy; which constraints its answers satisfy, and where they look."""
+"""Standard inference of a checkpoint (one context, greedy): constraints that answers satisfy, attention that they pay them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from benchmarks.miniature.language import (
     satisfied,
     well_formed,
 )
+from trl_miso.evaluation.greedy import greedy_responses
 
 SETS = ("IFE", "Flat", "Dense")
 BATCH = 256
@@ -23,60 +24,62 @@ Rows = list[dict[str, Any]]
 
 
 def examination(split: str, few: int, dense: int) -> dict[str, Rows]:
-    """Rows of each set: IFE (1 to 3 constraints), Flat (each of IFE's constraints alone), Dense (3 to 7)."""
+    """The rows of each set: IFE (1 to 3 constraints), Flat (each of IFE's constraints alone), Dense (3 to 7).
+
+    Args:
+        few: Number of IFE rows.
+        dense: Number of Dense rows.
+    """
     ife = draw_rows(split, "IFE", [1 + i % 3 for i in range(few)])
     flat = [row | {"constraints": [constraint]} for row in ife for constraint in row["constraints"]]
     return {"IFE": ife, "Flat": flat, "Dense": draw_rows(split, "Dense", [3 + i % 5 for i in range(dense)])}
 
 
 def examine(folder: Path, rows: dict[str, Rows], device: str) -> dict[str, dict[str, Any]]:
-    """Of each set: `verdicts`, a string of 0 and 1 a prompt, a character a constraint; `malformed`, a character a prompt;
-    `mass`, see `attention_mass`.
+    """Answer each set's prompts with the model in `folder` and check the answers.
+
+    Returns:
+        Per set: `verdicts`, one string per prompt with one character, 0 or 1, per constraint; `malformed`, one string with one
+        such character per prompt; `mass`, see `attention_mass`.
     """
     model = LlamaForCausalLM.from_pretrained(folder).to(device).eval()
-    watched = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").to(device).eval()
-    found = {}
+    eager = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").to(device).eval()
+    results = {}
     for name, members in rows.items():
-        texts = answers(model, members, device)
-        found[name] = {
-            "verdicts": [
-                "".join(str(int(satisfied(constraint, text))) for constraint in row["constraints"])
-                for row, (text, _) in zip(members, texts, strict=True)
-            ],
-            "malformed": "".join(
-                str(int(not (ended and well_formed(text, row["topic"]))))
-                for row, (text, ended) in zip(members, texts, strict=True)
-            ),
-            "mass": attention_mass(watched, members, device),
-        }
-    return found
+        verdicts, malformed = [], ""
+        for row, (text, ended) in zip(members, answers(model, members), strict=True):
+            verdicts.append("".join(str(int(satisfied(constraint, text))) for constraint in row["constraints"]))
+            malformed += str(int(not (ended and well_formed(text, row["topic"]))))
+        mass = attention_mass(eager, members, device)
+        results[name] = {"verdicts": verdicts, "malformed": malformed, "mass": mass}
+    return results
 
 
 @torch.inference_mode()
-def answers(model: LlamaForCausalLM, rows: Rows, device: str) -> list[tuple[str, bool]]:
-    """The text that the model writes for each row's full prompt, greedily, and whether it came to an end."""
+def answers(model: LlamaForCausalLM, rows: Rows) -> list[tuple[str, bool]]:
+    """Per row, the model's greedy answer to the full prompt, and whether the answer ended with the eos token."""
     tokenizer = build_tokenizer()
-    made: dict[int, tuple[str, bool]] = {}
-    order = sorted(range(len(rows)), key=lambda i: len(prompt(rows[i])))
+    by_row: dict[int, tuple[str, bool]] = {}
+    order = sorted(
+        range(len(rows)), key=lambda i: len(prompt(rows[i]))
+    )  # batches of similar lengths need little padding
     for at in range(0, len(order), BATCH):
         part = order[at : at + BATCH]
-        prompts = [messages("user", prompt(rows[i])) for i in part]
-        batch = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-        ).to(device)
-        out = model.generate(**batch, do_sample=False, max_new_tokens=MAX_TOKENS)[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-        ended = (out == tokenizer.eos_token_id).any(1).tolist()
-        made |= dict(zip(part, zip(texts, ended, strict=True), strict=True))
-    return [made[i] for i in range(len(rows))]
+        chats = [messages("user", prompt(rows[i])) for i in part]
+        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+        responses = greedy_responses(model, tokenizer, ids, MAX_TOKENS)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for i, text, response in zip(part, texts, responses, strict=True):
+            by_row[i] = text, tokenizer.eos_token_id in response
+    return [by_row[i] for i in range(len(rows))]
 
 
 @torch.inference_mode()
 def attention_mass(model: LlamaForCausalLM, rows: Rows, device: str) -> float:
-    """The share of attention that the tokens of the rows' own texts give to all constraints' tokens under standard inference,
-    the mean over texts' tokens, layers and heads. `model` has eager attention.
+    """The attention on the constraints' tokens under standard inference, from 0 to 1.
 
-    The texts are the rows', not the model's, so that every model is asked about the same tokens.
+    It is the sum over all constraints' tokens and the mean over the text's tokens, layers and heads. The texts are those of the
+    rows, not the model's answers, so that all models are compared on the same tokens. `model` must have eager attention.
     """
     tokenizer = build_tokenizer()
     total = count = 0.0
@@ -87,11 +90,12 @@ def attention_mass(model: LlamaForCausalLM, rows: Rows, device: str) -> float:
             dialogues, padding=True, padding_side="right", return_dict=True, return_tensors="pt"
         ).to(device)
         attentions = model(**batch, output_attentions=True).attentions
-        mean = torch.stack(attentions).mean((0, 2)).double()  # (rows, queries, keys), over layers and heads
+        mean = torch.stack(attentions).mean((0, 2)).double()  # mean over layers and heads: (rows, queries, keys)
         for row, weights in zip(part, mean, strict=True):
-            first = 1 + len(row["request"].split())
-            last = first + len(" ".join(row["constraints"]).split())
-            spoken = slice(last + 1, last + 1 + len(row["text"].split()))
-            total += float(weights[spoken, first:last].sum())
-            count += spoken.stop - spoken.start
+            # <|user|> request constraints <|assistant|> text, one token per word
+            start = 1 + len(row["request"].split())
+            end = start + len(" ".join(row["constraints"]).split())
+            text = slice(end + 1, end + 1 + len(row["text"].split()))
+            total += float(weights[text, start:end].sum())
+            count += text.stop - text.start
     return total / count

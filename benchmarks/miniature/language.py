@@ -1,7 +1,7 @@
-"""A language small enough for a model of a million parameters: texts, constraints that can be checked, a tokenizer, splits.
+"""A language that a model of a million parameters can learn: texts, constraints that can be checked, a tokenizer, splits.
 
 A text has one to three clauses about one of eight topics, such as `dark owl hunts deer , fern hides log ?`. Constraints
-are read from the finished text, as Crab's are, so they are true of it; 14 kinds, at most one of each in a prompt.
+are derived from the finished text, as Crab's are, so the text satisfies them. There are 14 kinds, at most one of each in a prompt.
 """
 
 import hashlib
@@ -62,9 +62,9 @@ NUMBERS = [
     "twenty-one",
     "twenty-two",
 ]
-MAX_TOKENS = 3 * 6 + 1  # of a text and its end
+MAX_TOKENS = 3 * 6 + 1  # of the longest text and the eos token
 
-# Each kind's wording, and whether a text, given as its tokens, satisfies it.
+# The wording of each kind of constraint, and the check of a text, given as its tokens.
 CHECKS: dict[str, Callable[..., bool]] = {
     r"mention (\S+) \.": lambda text, word: word in text,
     r"avoid (\S+) \.": lambda text, word: word not in text,
@@ -86,10 +86,10 @@ SPLITS = {"test": (0,), "dev": (1,), "train": (2, 3, 4, 5, 6, 7)}  # eighths of 
 
 
 def satisfied(constraint: str, text: str) -> bool:
-    """Whether `text` satisfies `constraint`, read from its wording; an empty text satisfies none.
+    """Whether `text` satisfies `constraint`, by the constraint's wording. An empty text satisfies no constraint.
 
     Raises:
-        ValueError: a wording that is none of `CHECKS`.
+        ValueError: If no wording in `CHECKS` matches.
     """
     for wording, check in CHECKS.items():
         if match := re.fullmatch(wording, constraint):
@@ -98,13 +98,14 @@ def satisfied(constraint: str, text: str) -> bool:
 
 
 def well_formed(text: str, topic: str) -> bool:
-    """Whether `text` is one to three clauses of the topic's words, with marks where they belong."""
+    """Whether `text` is one to three clauses of the topic's words, each with its punctuation mark."""
     kinds = {word: letter for letter, words in zip("nva", TOPICS[topic], strict=True) for word in words}
     shape = "".join(kinds.get(token, token if token in (",", ".", "?", "!") else "x") for token in text.split())
     return re.fullmatch(r"(a?nva?n[,.]){0,2}a?nva?n[.?!]", shape) is not None
 
 
 def draw_text(rng: random.Random, topic: str) -> str:
+    """A text of one to three clauses about the topic."""
     nouns, verbs, adjectives = TOPICS[topic]
     tokens: list[str] = []
     for _ in range(rng.choices((1, 2, 3), (3, 4, 3))[0]):
@@ -116,7 +117,7 @@ def draw_text(rng: random.Random, topic: str) -> str:
 
 
 def true_constraints(rng: random.Random, topic: str, text: str) -> list[str]:
-    """One constraint of each kind that can be true of the text."""
+    """One constraint of each kind; `satisfied` tells which of them the text satisfies."""
     tokens = text.split()
     words = _words(tokens)
     unused = [word for kind in TOPICS[topic] for word in kind if word not in words]
@@ -142,14 +143,15 @@ def true_constraints(rng: random.Random, topic: str, text: str) -> list[str]:
 
 
 def belongs(content: str, split: str) -> bool:
+    """Whether a text, or a set of constraints, is of the split, by its hash."""
     return hashlib.sha256(content.encode()).digest()[0] % 8 in SPLITS[split]
 
 
 def draw_rows(split: str, seed: str, counts: list[int]) -> list[dict[str, Any]]:
-    """A row for each number of constraints in `counts`: request, topic, constraints, text.
+    """One row per number of constraints in `counts`: request, topic, constraints, text.
 
-    No text is in two splits, and no set of several constraints: both belong to a split by their content. A row depends on
-    (split, seed, its place) alone.
+    No text and no set of several constraints occurs in two splits, since the content decides the split. A row depends on the
+    split, the seed and its index only.
     """
     return [_draw_row(random.Random(f"{split}-{seed}-{i}"), split, count) for i, count in enumerate(counts)]
 
@@ -160,27 +162,30 @@ def _draw_row(rng: random.Random, split: str, count: int) -> dict[str, Any]:
         text = draw_text(rng, topic)
         if not belongs(text, split):
             continue
-        known = [statement for statement in true_constraints(rng, topic, text) if satisfied(statement, text)]
-        if len(known) < count:
+        candidates = [statement for statement in true_constraints(rng, topic, text) if satisfied(statement, text)]
+        if len(candidates) < count:
             continue
         for _ in range(50):
-            constraints = rng.sample(known, count)
+            constraints = rng.sample(candidates, count)
             if count < 2 or belongs(" ".join([topic, *sorted(constraints)]), split):
                 request = rng.choice(REQUESTS).format(topic)
                 return {"request": request, "topic": topic, "constraints": constraints, "text": text}
 
 
 def prompt(row: dict[str, Any]) -> str:
-    """The full instruction, written as `trl_miso.data.contexts` writes it."""
-    return "\n\n".join([row["request"], "\n".join(row["constraints"])]) if row["constraints"] else row["request"]
+    """The full instruction, joined as `trl_miso.data.contexts` joins it."""
+    if not row["constraints"]:
+        return row["request"]
+    return "\n\n".join([row["request"], "\n".join(row["constraints"])])
 
 
 def messages(role: str, content: str) -> list[dict[str, str]]:
+    """A conversation of one turn."""
     return [{"role": role, "content": content}]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word. Turns begin with a token of their role, the assistant's end with the eos token."""
+    """A tokenizer of whole words. A turn begins with a token of its role; the assistant's ends with the eos token."""
     roles = ["<|user|>", "<|assistant|>"]
     wordings = " ".join(re.sub(r"\(\S+?\)|\\", " ", wording) for wording in CHECKS)
     words = " ".join([wordings, *REQUESTS, *NUMBERS, *TOPICS, "copy . ? ! ,"]).replace("{}", " ").split()

@@ -1,17 +1,15 @@
-"""A base model: a small Llama, trained by a plain loop on exchanges in the language."""
+"""The base model: a small Llama, trained on exchanges in the language by a plain loop."""
 
 import math
-import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.miniature.folders import atomic_folder
 from benchmarks.miniature.language import WORDS, build_tokenizer, draw_rows, messages, prompt
 
 # hidden size, intermediate size, layers, heads, key-value heads
@@ -21,15 +19,15 @@ SIZES = {
     "1m": (128, 384, 4, 4, 2),
     "30m": (512, 1536, 10, 8, 4),
 }
-# Of the exchanges of the first 40 % of the steps half ask to copy words, from which a model of this size learns to read at all.
+# During the first 40 % of the steps, half of the exchanges ask to copy words. Without these a model this small never learns to read.
 ECHO, ECHOING = 0.5, 0.4
-# Shares of exchanges with 0, 1, 2, 3 constraints: a base that never saw two together does not learn to read several.
+# Shares of exchanges with 0, 1, 2, 3 constraints. A base that never saw two together does not learn to read several.
 COUNTS = (0.05, 0.55, 0.3, 0.1)
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Steps of `batch` exchanges each, the answers learnt, AdamW with warm-up and cosine decay."""
+    """`steps` steps of `batch` exchanges each, loss on the answers, AdamW with warm-up and cosine decay."""
 
     size: str
     steps: int
@@ -60,7 +58,7 @@ def build_model(size: str, seed: int) -> LlamaForCausalLM:
 
 
 def pretrain(settings: Pretraining, folder: Path, device: str, advance: Callable[[], None]) -> None:
-    """Write a base model to `folder`. `advance` is called after every step."""
+    """Train a base model and write it to `folder`; call `advance` after every step."""
     model = build_model(settings.size, settings.seed).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, settings.steps // 20)
@@ -78,12 +76,12 @@ def pretrain(settings: Pretraining, folder: Path, device: str, advance: Callable
         schedule.step()
         optimizer.zero_grad()
         advance()
-    with whole(folder) as made:
-        model.save_pretrained(made)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
 
 
 def _pretraining_batches(settings: Pretraining) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of exchanges of like lengths, padded on the right; drawn in pools of 16 batches."""
+    """(input_ids, labels) of exchanges of similar length, padded on the right; sorted by length in pools of 16 batches."""
     tokenizer = build_tokenizer()
     assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     for at in range(0, settings.steps, 16):
@@ -93,7 +91,7 @@ def _pretraining_batches(settings: Pretraining) -> Iterator[tuple[torch.Tensor, 
         counts = rng.choices(range(len(COUNTS)), COUNTS, k=batches * settings.batch)
         rows = draw_rows("train", f"pretraining-{settings.seed}-{at}", counts)
         exchanges = [_echo(rng) if rng.random() < echo else (prompt(row), row["text"]) for row in rows]
-        dialogues = [messages("user", asked) + messages("assistant", said) for asked, said in exchanges]
+        dialogues = [messages("user", request) + messages("assistant", answer) for request, answer in exchanges]
         pool = tokenizer(tokenizer.apply_chat_template(dialogues, tokenize=False), add_special_tokens=False).input_ids
         pool.sort(key=len)
         parts = [pool[i * settings.batch : (i + 1) * settings.batch] for i in range(batches)]
@@ -106,19 +104,6 @@ def _pretraining_batches(settings: Pretraining) -> Iterator[tuple[torch.Tensor, 
 
 
 def _echo(rng: random.Random) -> tuple[str, str]:
+    """A request to copy words, and the answer."""
     words = " ".join(rng.choices(WORDS, k=rng.randint(2, 10)))
     return f"copy {words}", words
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name when all of it is written."""
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

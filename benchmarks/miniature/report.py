@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.miniature.evaluate import SETS
-from benchmarks.miniature.grid import BASE, METHODS, SFT, Grid
+from benchmarks.miniature.grid import Grid
 from benchmarks.miniature.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
+from benchmarks.miniature.study import BASE, METHODS, SFT
 from benchmarks.miniature.training import Run
 
 LEVELS = {
@@ -27,13 +28,13 @@ Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 @dataclass
 class Result:
-    """A method's runs at its learning rate, examined on the test split, a record a seed; the base model's one."""
+    """A method's runs at its learning rate and their records on the test split, one per seed; for the base model one record."""
 
     runs: list[Run]
     records: list[dict[str, Any]]
     works: list[dict[str, float]]
-    dev: dict[float, float]  # score by learning rate; the base model's rate is 0
-    quickest: dict[str, float]  # of the works at all learning rates, which cost the same
+    dev: dict[float, float]  # dev score by learning rate; the base model counts as rate 0
+    quickest: dict[str, float]  # the quickest work over all learning rates, which all cost the same
 
     def verdicts(self, name: str) -> list[list[str]]:
         return [record["sets"][name]["verdicts"] for record in self.records]
@@ -43,7 +44,7 @@ class Result:
         return reading(self.verdicts(name))
 
     def counted(self, count: int) -> Sample:
-        """Constraints satisfied in IFE's and Dense's prompts that have `count` of them."""
+        """Constraints satisfied in the IFE and Dense prompts with `count` constraints."""
         both = [few + dense for few, dense in zip(self.verdicts("IFE"), self.verdicts("Dense"), strict=True)]
         return instruction_level(with_constraints(both, count))
 
@@ -56,7 +57,7 @@ class Result:
 
 
 class Report:
-    """All results of a finished grid."""
+    """The results of a finished grid, as tables, numbers and a figure."""
 
     def __init__(self, grid: Grid):
         study = grid.workshop.study
@@ -74,40 +75,34 @@ class Report:
         return Resamples.draw(self.resamples, self.seeds, len(sample.totals)).interval(sample, other)
 
     def tables(self) -> list[Table]:
-        """What two runs of the same study on the same machine have in common, bit for bit."""
-        made = []
+        """The tables that are equal, bit for bit, in every run of a study on the same machine."""
+        tables = []
         for mix, methods in self.mixes.items():
             rows = {BASE: self.base} | methods
-            made += [
-                _accuracies(f"Accuracy, %, {mix}", rows),
-                _counts(f"Constraints satisfied, %, by their number in the prompt, {mix}", rows),
-                _behaviour(f"Malformed answers, %, and attention on the constraints, %, {mix}", rows),
-                *(
-                    self._differences(f"Difference to {reference}, points, with 95 % intervals, {mix}", rows, reference)
-                    for reference in REFERENCES
-                    if reference in methods
-                ),
-                _choices(f"Mean of dev IFE I and Dense I, %, by learning rate, {mix}", rows),
-            ]
-        return made
+            tables.append(_accuracies(f"Accuracy, %, {mix}", rows))
+            tables.append(_counts(f"Constraints satisfied, %, by their number in the prompt, {mix}", rows))
+            tables.append(_behaviour(f"Malformed answers, %, and attention on the constraints, %, {mix}", rows))
+            for reference in REFERENCES:
+                if reference in methods:
+                    title = f"Difference to {reference}, points, with 95 % intervals, {mix}"
+                    tables.append(self._differences(title, rows, reference))
+            tables.append(_choices(f"Mean of dev IFE I and Dense I, %, by learning rate, {mix}", rows))
+        return tables
 
     def costs(self) -> list[Table]:
-        """Seconds, which no two runs have in common: of each method's quickest, which other work on the machine held up least."""
-        return [
-            (
-                f"Seconds of training, a method's quickest run, {mix}",
-                ["", "seconds", "ms/1000 tokens"],
-                [
-                    [method, f"{work['seconds']:.1f}", f"{1e6 * work['seconds'] / work['tokens']:.0f}"]
-                    for method, result in methods.items()
-                    for work in [result.quickest]
-                ],
-            )
-            for mix, methods in self.mixes.items()
-        ]
+        """Tables of seconds, which differ between runs. A method's quickest run is the one that other work disturbed least."""
+        tables = []
+        for mix, methods in self.mixes.items():
+            rows = []
+            for method, result in methods.items():
+                seconds, tokens = result.quickest["seconds"], result.quickest["tokens"]
+                rows.append([method, f"{seconds:.1f}", f"{1e6 * seconds / tokens:.0f}"])
+            title = f"Seconds of training, a method's quickest run, {mix}"
+            tables.append((title, ["", "seconds", "ms/1000 tokens"], rows))
+        return tables
 
     def _differences(self, title: str, rows: dict[str, Result], reference: str) -> Table:
-        made = []
+        lines = []
         for method, result in rows.items():
             if method == reference:
                 continue
@@ -116,32 +111,32 @@ class Report:
                 ours, theirs = result.level(level), rows[reference].level(level)
                 low, high = self.interval(ours, theirs)
                 cells.append(f"{100 * (ours.accuracy - theirs.accuracy):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
-            made.append([method, *cells])
-        return title, ["", *LEVELS], made
+            lines.append([method, *cells])
+        return title, ["", *LEVELS], lines
 
     def numbers(self) -> dict[str, Any]:
-        """Everything in the tables and the figure, not rounded."""
-        made: dict[str, Any] = {}
+        """All figures of the tables and the picture, unrounded."""
+        numbers: dict[str, Any] = {}
         for mix, methods in self.mixes.items():
-            made[mix] = {}
-            for method, result in ({BASE: self.base} | methods).items():
-                samples = {level: result.level(level) for level in LEVELS}
-                samples |= {f"{count} constraints": result.counted(count) for count in COUNTS}
-                samples |= {f"malformed {name}": result.malformed(name) for name in SETS}
-                reference = methods.get(SFT)
-                made[mix][method] = {
-                    "learning_rate": result.runs[0].learning_rate if result.runs else None,
-                    "dev": result.dev,
-                    "accuracy": {name: self._sample(sample) for name, sample in samples.items()},
-                    "difference_to_sft": {
-                        level: self._difference(samples[level], reference.level(level)) for level in LEVELS
-                    }
-                    if reference
-                    else None,
-                    "mass": {name: result.mass(name) for name in SETS},
-                    "work": result.works,
-                }
-        return made
+            rows = {BASE: self.base} | methods
+            numbers[mix] = {method: self._numbers(result, methods.get(SFT)) for method, result in rows.items()}
+        return numbers
+
+    def _numbers(self, result: Result, reference: Result | None) -> dict[str, Any]:
+        samples = {level: result.level(level) for level in LEVELS}
+        samples |= {f"{count} constraints": result.counted(count) for count in COUNTS}
+        samples |= {f"malformed {name}": result.malformed(name) for name in SETS}
+        differences = None
+        if reference:
+            differences = {level: self._difference(samples[level], reference.level(level)) for level in LEVELS}
+        return {
+            "learning_rate": result.runs[0].learning_rate if result.runs else None,
+            "dev": result.dev,
+            "accuracy": {name: self._sample(sample) for name, sample in samples.items()},
+            "difference_to_sft": differences,
+            "mass": {name: result.mass(name) for name in SETS},
+            "work": result.works,
+        }
 
     def _sample(self, sample: Sample) -> dict[str, Any]:
         error = sample.standard_error
@@ -156,7 +151,7 @@ class Report:
         return {"mean": sample.accuracy - other.accuracy, "interval": self.interval(sample, other)}
 
     def draw(self, file: Path) -> None:
-        """Accuracy by number of constraints, with 95 % intervals, a panel a mix."""
+        """Draw accuracy by number of constraints with 95 % intervals, one panel per mix. Needs matplotlib."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -199,46 +194,39 @@ def markdown(tables: list[Table]) -> str:
 
 
 def digest(tables: list[Table]) -> str:
+    """A short hash, by which tables of two runs are compared."""
     return hashlib.sha256(markdown(tables).encode()).hexdigest()[:16]
 
 
 def _accuracies(title: str, rows: dict[str, Result]) -> Table:
-    made = [
-        [
-            method,
-            f"{result.runs[0].learning_rate:.2g}" if result.runs else "",
-            *(_percent(result.level(level)) for level in LEVELS),
-            f"{_mean(result.works, 'tokens') / 1e3:.0f}" if result.works else "",
-        ]
-        for method, result in rows.items()
-    ]
-    return title, ["", "lr", *LEVELS, "1000 tokens"], made
+    lines = []
+    for method, result in rows.items():
+        rate = f"{result.runs[0].learning_rate:.2g}" if result.runs else ""
+        tokens = f"{_mean(result.works, 'tokens') / 1e3:.0f}" if result.works else ""
+        lines.append([method, rate, *(_percent(result.level(level)) for level in LEVELS), tokens])
+    return title, ["", "lr", *LEVELS, "1000 tokens"], lines
 
 
 def _counts(title: str, rows: dict[str, Result]) -> Table:
-    made = [[method, *(_percent(result.counted(count)) for count in COUNTS)] for method, result in rows.items()]
-    return title, ["", *map(str, COUNTS)], made
+    lines = [[method, *(_percent(result.counted(count)) for count in COUNTS)] for method, result in rows.items()]
+    return title, ["", *map(str, COUNTS)], lines
 
 
 def _behaviour(title: str, rows: dict[str, Result]) -> Table:
-    made = [
-        [
-            method,
-            *(_percent(result.malformed(name)) for name in SETS),
-            *(f"{100 * sum(result.mass(name)) / len(result.mass(name)):.1f}" for name in SETS),
-        ]
-        for method, result in rows.items()
-    ]
-    return title, ["", *(f"malformed {name}" for name in SETS), *(f"attention {name}" for name in SETS)], made
+    lines = []
+    for method, result in rows.items():
+        malformed = [_percent(result.malformed(name)) for name in SETS]
+        attention = [f"{100 * sum(result.mass(name)) / len(result.mass(name)):.1f}" for name in SETS]
+        lines.append([method, *malformed, *attention])
+    return title, ["", *(f"malformed {name}" for name in SETS), *(f"attention {name}" for name in SETS)], lines
 
 
 def _choices(title: str, rows: dict[str, Result]) -> Table:
     rates = sorted({rate for result in rows.values() for rate in result.dev})
-    made = [
-        [method, *(f"{100 * result.dev[rate]:.1f}" if rate in result.dev else "" for rate in rates)]
-        for method, result in rows.items()
-    ]
-    return title, ["", *(f"{rate:.2g}" for rate in rates)], made
+    lines = []
+    for method, result in rows.items():
+        lines.append([method, *(f"{100 * result.dev[rate]:.1f}" if rate in result.dev else "" for rate in rates)])
+    return title, ["", *(f"{rate:.2g}" for rate in rates)], lines
 
 
 def _percent(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""Fine-tuning by `MISOSFTTrainer`, which leaves an ordinary checkpoint."""
+"""Fine-tuning of the base model with `MISOSFTTrainer`, to an ordinary checkpoint."""
 
 import logging
 import tempfile
@@ -13,8 +13,8 @@ import transformers
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PrinterCallback
 
+from benchmarks.miniature.folders import atomic_folder
 from benchmarks.miniature.language import build_tokenizer, draw_rows, messages
-from benchmarks.miniature.pretraining import whole
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 
 
@@ -22,7 +22,7 @@ from trl_miso import MISOSFTConfig, MISOSFTTrainer
 class Run:
     """One fine-tuning on `rows` rows with 3 to 7 constraints and `plain` requests without any, both drawn from `seed`.
 
-    `options` are MISOSFTConfig's, what makes the method.
+    `options`: the MISOSFTConfig options that define the method.
     """
 
     method: str
@@ -36,7 +36,7 @@ class Run:
 
 
 def tuning_rows(run: Run) -> Dataset:
-    """Columns prompt, constraints, completion: the same for every method with this seed."""
+    """Columns prompt, constraints, completion. Rows depend on the seed, not on the method."""
     counts = [3 + i % 5 for i in range(run.rows)] + [0] * run.plain
     rows = [
         {
@@ -50,10 +50,13 @@ def tuning_rows(run: Run) -> Dataset:
 
 
 def finetune(base: Path, run: Run, folder: Path, device: str) -> dict[str, float]:
-    """Write `base`, fine-tuned, to `folder`; steps, tokens computed on (padding there is none) and seconds of training.
+    """Fine-tune `base` and write it to `folder`.
 
-    What `train` verifies before its first step is verified here for seed 0 only, and outside of the seconds: the runs are
-    short, and differ by their seed alone.
+    The checks before the first step run for seed 0 only, and their time does not count: the runs are short, and those of a
+    method and learning rate differ in their seed alone.
+
+    Returns:
+        Steps, tokens computed on (batches hold no padding), and seconds of training.
     """
     model = LlamaForCausalLM.from_pretrained(base)
     with tempfile.TemporaryDirectory() as output:
@@ -67,7 +70,7 @@ def finetune(base: Path, run: Run, folder: Path, device: str) -> dict[str, float
             "seed": run.seed,
             "bf16": device == "cuda",
             "use_cpu": device == "cpu",
-            "gradient_checkpointing": False,  # which saves memory, at the price of time
+            "gradient_checkpointing": False,  # memory is no concern here, and recomputing takes time
             "save_strategy": "no",
             "logging_strategy": "no",
             "report_to": "none",
@@ -90,13 +93,13 @@ def finetune(base: Path, run: Run, folder: Path, device: str) -> dict[str, float
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        with whole(folder) as made:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(made)
+        with atomic_folder(folder) as temporary:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
     return {"steps": trainer.state.global_step, "tokens": sum(tokens), "seconds": seconds}
 
 
 def silence() -> None:
-    """Hundreds of runs say the same."""
+    """Turn off logs, warnings and progress bars: hundreds of runs would print the same."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

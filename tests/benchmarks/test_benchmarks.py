@@ -1,4 +1,7 @@
-"""The benchmarks run, and what they compare computes the same. Their figures are not tested: `test_work.py` counts."""
+"""The benchmarks run, and their variants compute the same losses.
+
+Times are not tested; `tests/attention/test_work.py` counts the work instead.
+"""
 
 import json
 import os
@@ -38,9 +41,9 @@ def test_the_operator_alone(device, tmp_path):
         pytest.skip("needs a CUDA device")
     file = tmp_path / "figures.json"
     run("attention", "--device", device, "--quick", "--repeats", 1, "--patience", 0.01, "--json", file)
-    found = json.loads(file.read_text())
-    assert {record["length"] for record in found["lengths"]} == {1024, 2048, 4096}
-    chunks = [record["pairs"] for record in found["chunks"]]
+    figures = json.loads(file.read_text())
+    assert {record["length"] for record in figures["lengths"]} == {1024, 2048, 4096}
+    chunks = [record["pairs"] for record in figures["chunks"]]
     assert chunks == sorted(chunks, reverse=True)
 
 

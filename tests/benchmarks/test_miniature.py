@@ -1,6 +1,6 @@
-"""The miniature study: its language says what it means, its intervals are right, its grid is complete, resumes and repeats.
+"""The miniature study: checks of the language, bootstrap intervals, a grid that is complete, resumes and repeats.
 
-What it finds is not tested: a model this small, trained for seconds, has no accuracy to speak of.
+Accuracies are not tested: a model this small, trained for seconds, has learnt nothing.
 """
 
 import itertools
@@ -15,10 +15,11 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.miniature import __main__ as mini_repro
+from benchmarks.miniature import __main__ as miniature
 from benchmarks.miniature import language
 from benchmarks.miniature.evaluate import examination
-from benchmarks.miniature.grid import METHODS, Grid, Ledger, Workshop, alone
+from benchmarks.miniature.folders import exclusive_lock
+from benchmarks.miniature.grid import Grid, Ledger, Workshop
 from benchmarks.miniature.language import (
     CHECKS,
     TOPICS,
@@ -31,6 +32,7 @@ from benchmarks.miniature.language import (
 )
 from benchmarks.miniature.report import Report
 from benchmarks.miniature.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
+from benchmarks.miniature.study import METHODS
 
 TEXT = "oak hunts wolf , dark owl finds wolf . deer hides path ?"
 TRUE_AND_MUTATED = {
@@ -52,8 +54,8 @@ TRUE_AND_MUTATED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _heard_again():
-    """What runs here silences its process."""
+def _restore_logs():
+    """The study turns off logs and progress bars of its process: turn them on again."""
     threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
     yield
     torch.set_num_threads(threads)
@@ -93,22 +95,24 @@ def test_rows_are_true_and_splits_are_apart():
         for row in members:
             assert all(satisfied(constraint, row["text"]) for constraint in row["constraints"])
             assert belongs(row["text"], split)
-            said = " ".join([row["topic"], *sorted(row["constraints"])])
-            assert len(row["constraints"]) < 2 or belongs(said, split)
+            content = " ".join([row["topic"], *sorted(row["constraints"])])
+            assert len(row["constraints"]) < 2 or belongs(content, split)
         several = {(row["topic"], *sorted(row["constraints"])) for row in members if len(row["constraints"]) > 1}
         seen[split] = {row["text"] for row in members} | several
     assert all(seen[a].isdisjoint(seen[b]) for a, b in itertools.combinations(seen, 2))
-    assert draw_rows("dev", "0", [3, 3])[1] == draw_rows("dev", "0", [7, 3])[1]  # by its place alone
+    assert (
+        draw_rows("dev", "0", [3, 3])[1] == draw_rows("dev", "0", [7, 3])[1]
+    )  # a row depends on its index, not on other rows
     kinds = {
         next(w for w in CHECKS if language.re.fullmatch(w, c)) for row in rows["train"] for c in row["constraints"]
     }
     assert kinds == set(CHECKS)
 
 
-def test_what_cannot_be_said_of_a_text_is_not_said():
+def test_constraints_without_a_wording_are_not_drawn():
     rng = random.Random(0)
-    said = [statement for _ in range(200) for statement in true_constraints(rng, "sea", draw_text(rng, "sea"))]
-    assert "close with . ." not in said and len({s.split()[0] for s in said}) > 8
+    drawn = [statement for _ in range(200) for statement in true_constraints(rng, "sea", draw_text(rng, "sea"))]
+    assert "close with . ." not in drawn and len({s.split()[0] for s in drawn}) > 8
 
 
 def test_flat_asks_each_constraint_of_ife():
@@ -135,7 +139,7 @@ def test_bootstrap_of_constructed_data():
     assert drawn.interval(better, one) == pytest.approx((0.5, 0.5))  # paired: the same on every prompt
     low, high = drawn.interval(better)
     assert low < better.accuracy < high
-    base = Sample(hits[:1], totals)  # as if all seeds had it
+    base = Sample(hits[:1], totals)  # counts as every seed's
     assert drawn.interval(base, Sample(hits[[0, 0, 0]], totals)) == pytest.approx((0.0, 0.0))
 
 
@@ -158,20 +162,23 @@ def test_a_line_half_written_is_written_again(tmp_path):
     ledger = Ledger(file)
     ledger.add({"key": "a"})
     ledger.add({"key": "b"})
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-4])
+    complete = file.read_bytes()
+    file.write_bytes(complete[:-4])
     again = Ledger(file)
     assert set(again.records) == {"a"}
     again.add({"key": "b"})
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == complete
     with pytest.raises(ValueError, match="a second record b"):
         again.add({"key": "b"})
 
 
 def test_the_learning_rate_best_on_dev_is_chosen(tmp_path):
-    """Over seeds and both sets; of equal ones the smallest. The test split has no say. Costs are of the quickest run."""
+    """The score is the mean over seeds and both sets; of equal scores the smallest rate wins; the test split does not count.
+
+    Costs are those of the quickest run.
+    """
     rates = (1e-3, 2e-3, 4e-3, 8e-3)
-    study = replace(mini_repro.SMOKE, learning_rates=rates, seeds=2, methods={"mix": ("SFT",)})
+    study = replace(miniature.SMOKE, learning_rates=rates, seeds=2, methods={"mix": ("SFT",)})
     grid = Grid(Workshop(study, tmp_path, "cpu"), Ledger(tmp_path / "ledger.jsonl"), 1, print)
 
     def add(run, split, few, dense, seconds=0):
@@ -190,7 +197,7 @@ def test_the_learning_rate_best_on_dev_is_chosen(tmp_path):
         2e-3: ("110", "11", "111", "10"),
         4e-3: ("111", "10", "110", "11"),
         8e-3: ("111", "00", "110", "10"),
-    }  # IFE and Dense of seed 0, of seed 1
+    }  # verdicts on IFE and Dense of seed 0, then of seed 1
     for i, run in enumerate(runs):
         few, dense = dev[run.learning_rate][2 * run.seed :][:2]
         add(run, "dev", [few], [dense], 9 - i)
@@ -209,16 +216,16 @@ def test_the_learning_rate_best_on_dev_is_chosen(tmp_path):
 
 def command(folder, *more):
     arguments = ["--smoke", "--workers", 1, "--folder", folder, "--markdown", folder.with_suffix(".md")]
-    mini_repro.main([*map(str, arguments), *map(str, more)])
+    miniature.main([*map(str, arguments), *map(str, more)])
     return folder.with_suffix(".md").read_text().split("### Seconds")[0]
 
 
 def records(folder):
-    """The ledger's, but for the seconds."""
-    made = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    for record in made:
+    """The ledger's records without their seconds."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    for record in lines:
         record.get("work", {}).pop("seconds", None)
-    return made
+    return lines
 
 
 def runs_in(records, split):
@@ -227,10 +234,10 @@ def runs_in(records, split):
 
 def test_every_method_is_trained_and_examined_once(tmp_path):
     command(tmp_path / "all", "--json", tmp_path / "numbers.json")
-    made = records(tmp_path / "all")
+    ledger = records(tmp_path / "all")
     expected = [(method, 1.5e-3, 0) for method in METHODS]
-    assert runs_in(made, "dev") == runs_in(made, "test") == expected  # one learning rate: each run is chosen
-    assert len(made) == 2 * (len(METHODS) + 1) == len({record["key"] for record in made})
+    assert runs_in(ledger, "dev") == runs_in(ledger, "test") == expected  # one learning rate: each run is chosen
+    assert len(ledger) == 2 * (len(METHODS) + 1) == len({record["key"] for record in ledger})
     assert not list((tmp_path / "all").glob("run-*"))
     numbers = json.loads((tmp_path / "numbers.json").read_text())["mixes"]["mix"]
     assert set(numbers) == {"base", *METHODS}
@@ -241,15 +248,15 @@ def test_every_method_is_trained_and_examined_once(tmp_path):
     assert tokens["SFT"] == tokens["MISO-succ"] <= tokens["para_prob 1/4"] <= tokens["MISO-para"] < tokens["no MISO"]
 
 
-def test_killed_it_goes_on_to_the_same_tables(tmp_path, monkeypatch):
-    """And so does a second run from the beginning: the same ledger and, bit for bit, the same tables."""
-    study = replace(mini_repro.SMOKE, learning_rates=(1e-3, 3e-3), seeds=2, methods={"mix": ("SFT", "MISO-para")})
-    monkeypatch.setattr(mini_repro, "SMOKE", study)
-    text = command(tmp_path / "whole")
-    made = records(tmp_path / "whole")
+def test_a_killed_study_resumes_to_the_same_tables(tmp_path, monkeypatch):
+    """A run that was killed, and a second run from the beginning, give the same ledger and the same tables bit for bit."""
+    study = replace(miniature.SMOKE, learning_rates=(1e-3, 3e-3), seeds=2, methods={"mix": ("SFT", "MISO-para")})
+    monkeypatch.setattr(miniature, "SMOKE", study)
+    text = command(tmp_path / "complete")
+    ledger = records(tmp_path / "complete")
     every = [(method, rate, seed) for method in ("SFT", "MISO-para") for rate in (1e-3, 3e-3) for seed in (0, 1)]
-    assert runs_in(made, "dev") == every
-    assert len(runs_in(made, "test")) == 4 and set(runs_in(made, "test")) < set(every)
+    assert runs_in(ledger, "dev") == every
+    assert len(runs_in(ledger, "test")) == 4 and set(runs_in(ledger, "test")) < set(every)
 
     add, died = Ledger.add, 4
 
@@ -261,16 +268,16 @@ def test_killed_it_goes_on_to_the_same_tables(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Ledger, "add", dying)
         command(tmp_path / "killed")
-    assert records(tmp_path / "killed") == made[:died]
+    assert records(tmp_path / "killed") == ledger[:died]
     assert command(tmp_path / "killed") == text
-    assert records(tmp_path / "killed") == made
+    assert records(tmp_path / "killed") == ledger
     assert command(tmp_path / "killed") == text  # nothing is left to do
     file = tmp_path / "killed" / "ledger.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
-    assert command(tmp_path / "killed") == text  # trained again for its examination: its weights were removed
-    assert records(tmp_path / "killed") == made
+    assert command(tmp_path / "killed") == text  # fine-tuned again for its examination: its checkpoint was removed
+    assert records(tmp_path / "killed") == ledger
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
-    with alone(tmp_path), pytest.raises(SystemExit, match="another run works in"):
+    with exclusive_lock(tmp_path), pytest.raises(SystemExit, match="another run works in"):
         command(tmp_path)

@@ -1,4 +1,4 @@
-"""The example as a user runs it: no arguments, a local file of each kind, a recipe."""
+"""train_crab.py as a user runs it: without arguments, with a local file of each kind, with a recipe."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_parquet_and_recipe(train_crab, tmp_path):
 
 
 def test_string_rows_of_every_format_become_chat_rows(train_crab, tmp_path):
-    """Constraints with a verbatim full prompt, contexts with a prompt: the toy model is a chat model."""
+    """Constraints with a verbatim full prompt, and contexts with a prompt, since the toy model is a chat model."""
     rows = {
         "constraints": {"prompt": "Sing", "constraints": ["Rhyme."], "full_prompt": "Sing. Rhyme.", "completion": "La"},
         "contexts": {"prompt": "a and b", "contexts": ["a", "b!"], "completion": "c"},
@@ -87,7 +87,7 @@ def test_string_rows_of_every_format_become_chat_rows(train_crab, tmp_path):
 
 
 def test_readme_example_runs(tmp_path, para_dataset, tokenizer, monkeypatch):
-    """The README's Python block as it stands, on a local model and file, on a CPU."""
+    """The README's first Python block, verbatim except for the model, the file and options for a CPU."""
     text = (REPOSITORY / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     tiny_model("llama").save_pretrained(tmp_path / "model")

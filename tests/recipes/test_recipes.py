@@ -1,4 +1,4 @@
-"""Recipes: every one passes its dry run on local rows, with the paper's hyperparameters; options that recipes bring."""
+"""Recipes have the paper's hyperparameters and pass their dry runs on local rows; options of recipes; loading of rows."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "examples" / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
-# the paper's, Appendices B and C
+# hyperparameters of the paper's Appendices B and C
 LLAMA = {"model_name_or_path": "meta-llama/Meta-Llama-3-8B", "max_length": 4096, "num_train_epochs": 3}
 MISTRAL = {"model_name_or_path": "mistralai/Mistral-7B-v0.3", "max_length": 2048, "num_train_epochs": 4}
 CRAB = {"learning_rate": 5e-6, "warmup_steps": 0.1, "global_batch_size": 256, "per_device_train_batch_size": 1}
@@ -48,7 +48,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, tokenizer):
-    """A folder with a tokenizer without a chat template and a config, no weights; rows of Crab's and of R1's schema."""
+    """A model folder with a config and a tokenizer without a chat template, no weights; rows in Crab's and in R1's schema."""
     folder = tmp_path_factory.mktemp("local")
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
@@ -105,7 +105,7 @@ def test_dry_runs_of_the_scripts(script, recipe, local):
         assert "train dataset: 19 of 20 rows were split; not split: 1 no_thinking." in done.stderr
 
 
-def test_a_dry_run_refuses_what_training_would(local, monkeypatch):
+def test_a_dry_run_refuses_what_training_refuses(local, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(ValueError, match="Unknown arguments from config file"):
         bad = local / "bad.yaml"
@@ -122,14 +122,14 @@ def test_a_dry_run_refuses_what_training_would(local, monkeypatch):
         dry_run(*parse_recipe(arguments(local, "mistral_7b_succ", "--model_name_or_path", str(windowed))))
 
 
-def test_a_template_that_is_not_there_is_named(local, tmp_path, monkeypatch):
+def test_a_missing_template_is_named(local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"chat_template_path='examples/configs/tulu\.jinja', which is no file.*Fix"):
         parse_recipe(arguments(local, "llama3_8b_para"))
 
 
 class _Processes(MISOSFTConfig):
-    """A config that believes in several processes."""
+    """A config that reports `processes` processes."""
 
     processes = 1
 
@@ -144,7 +144,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(processes, 
     args.processes = processes
     set_global_batch_size(args, 256)
     assert args.gradient_accumulation_steps == steps
-    set_global_batch_size(args, 256)  # what was computed may be asked for again
+    set_global_batch_size(args, 256)  # the computed number of steps is accepted
     args.gradient_accumulation_steps = steps + 1
     with pytest.raises(ValueError, match=f"needs {steps} of {processes * per_device} rows.*Fix"):
         set_global_batch_size(args, 256)
@@ -163,8 +163,8 @@ def test_a_global_batch_that_cannot_be_kept_is_an_error(processes, per_device, t
 
 def test_sources_are_recognised(tmp_path):
     conversations = [{"id": "a", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
-    made = adapt_rows(Dataset.from_list(conversations), RecipeArguments(), chat=True)
-    assert made[0]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    adapted = adapt_rows(Dataset.from_list(conversations), RecipeArguments(), chat=True)
+    assert adapted[0]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert "miso_status" in adapt_rows(Dataset.from_list(synthetic_rows(2)), RecipeArguments(), chat=True).column_names
     plain = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     assert adapt_rows(plain, RecipeArguments(), chat=False)[0] == plain[0]
@@ -212,7 +212,7 @@ def test_a_column_of_mixed_types_is_refused_with_row_and_column(local, tmp_path)
         main([str(tmp_path / "rows.jsonl")])
 
 
-# The preview command (its data and renderings have files of their own)
+# The preview command (tests of its data and renderings are in tests/preview and tests/cli)
 
 
 def test_preview_command(local, tmp_path, monkeypatch, capsys, wide_terminal):

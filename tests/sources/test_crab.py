@@ -1,4 +1,4 @@
-"""Crab's user turns back to base instruction and constraints, on rows laid out as Crab's two public generators do."""
+"""Crab's user turns are split into base instruction and constraints, on rows in the layouts of Crab's two public generators."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ CLAUSES = (
     "Wrap the title in double angular brackets, such as <<poem of joy>>.",
 )
 
-# Crab's framings: openings and closings shortened, labels as they are. A framed list stands four spaces in.
+# Crab's framings, with openings and closings shortened and labels verbatim. A framed list is indented by four spaces.
 MET = "\n\nWhen answering, please ensure that the following constraints are also met."
 FRAMED = [
     "Please do as told.\n\nInstructions: {base}\n\nAdditional Constraints: {list}",
@@ -68,21 +68,21 @@ def material(request):
         pytest.skip(f"needs {REAL.name} of real multi-constraint rows beside the repository")
     rows = [json.loads(line) for line in REAL.read_text(encoding="utf-8").splitlines()]
     texts = {text.strip(): None for row in rows for text in row["constraints"]}
-    # Crab's are sentences of one line, as in its published sample; some of these show a layout of several lines, and
-    # some lack their full stop
+    # Crab's constraints are sentences of one line, as its published sample shows. Some of these rows' constraints have several
+    # lines, and some lack their full stop.
     constraints = [text if not text[-1].isalnum() else text + "." for text in texts if "\n" not in text]
     return [row["prompt"] for row in rows], [row["completion"] for row in rows], constraints
 
 
 class Simulator:
-    """Crab's forward rows, with the truth: text is put together from parts, never taken apart."""
+    """Crab's forward rows with the expected result: texts are composed of parts, never split."""
 
     def __init__(self, material, vintage, seed=0):
         self.requests, self.passages, self.constraints = material
         self.vintage, self.rng = vintage, random.Random(f"{vintage}-{seed}")
 
     def base(self, long):
-        """An instruction; WizardLM's and OASST's are one request, Alpaca's and Orca's come with a text."""
+        """An instruction: one request, like WizardLM's and OASST's, or one with a text, like Alpaca's and Orca's."""
         request, passage = self.rng.choice(self.requests), self.rng.choice(self.passages)
         if long:
             return self.rng.choice(
@@ -94,7 +94,7 @@ class Simulator:
         return self.rng.choice([f"{request}\n\n### Input:\n{other}", f"You are an AI assistant.\n\n{request}\n{other}"])
 
     def style(self):
-        """(framing, marker) of a whole row; the marker `None` joins by spaces, `{i}. ` numbers."""
+        """(framing, marker) of a row. The marker None joins constraints by spaces; `{i}. ` numbers them."""
         plain = [PLAIN] if self.vintage == 1 else [PLAIN, SECOND[2]]
         if self.rng.random() < 0.85:
             return self.rng.choice(plain), self.rng.choice(MARKERS[: 1 if self.vintage == 1 else None])
@@ -143,14 +143,14 @@ def test_constraints_are_recovered_exactly_in_95_percent(material, vintage):
         out = crab_row(row)
         assert out["full_prompt"] == row["messages"][:-1] and out["prompt"][:-1] == row["messages"][:-2]
         assert out["completion"] == row["messages"][-1:]
-        # whitespace around the base is the template's as much as the instruction's
+        # whitespace around the base may be the template's or the instruction's
         exact = (out["prompt"][-1]["content"], out["constraints"]) == (base.strip(), constraints)
         outcomes["none" if out["miso_status"] != "split" else "exact" if exact else "wrong"] += 1
     assert outcomes["exact"] >= 0.95 * outcomes.total() and outcomes["wrong"] <= 0.03 * outcomes.total(), outcomes
 
 
-def test_rows_that_ask_for_no_constraints_are_never_split(material):
-    """Reverse, few-shot and ShareGPT rows, their turns exactly those of forward rows."""
+def test_rows_without_constraints_to_follow_are_never_split(material):
+    """Reverse, few-shot and ShareGPT rows keep their turns, even turns that look exactly like those of forward rows."""
     for vintage in (1, 2):
         simulator = Simulator(material, vintage, seed=1)
         for i in range(600):
@@ -168,7 +168,7 @@ def test_rows_that_ask_for_no_constraints_are_never_split(material):
         "Name a river.",
         "Name a river.\n\nUse one word\nUse no comma",  # no punctuation: prose or code, not constraints
         "Name a river.\n\nChoose one.\n- Nile.\n- Rhine.",  # marked and unmarked lines
-        "\n\n- Use one word.",  # constraints of nothing
+        "\n\n- Use one word.",  # constraints without an instruction
         "Name a river.\n\nRivers flow. The Nile is one.",  # prose
         "Name a river.\nUse one word. Use no comma.",  # joined by spaces, as all below
         "Name a river." + MET + "Use one word. Use no comma.",
@@ -187,7 +187,7 @@ def test_text_without_a_list_is_not_split(text):
         (framing, marker)
         for framing in (PLAIN, *SECOND.values(), *FRAMED, *LONG)
         for marker in (*MARKERS, "{i}. ")
-        if framing != LONG[0] or marker in MARKERS[1:]  # else nothing tells where the constraints end
+        if framing != LONG[0] or marker in MARKERS[1:]  # otherwise nothing marks the end of the constraints
     ],
 )
 def test_every_framing_and_marker(framing, marker):
@@ -216,8 +216,8 @@ def test_lists_of_other_looks(text, base, constraints):
 
 
 @pytest.mark.parametrize("start", ["", "a\n\n", "Instructions: ", "Instructions: a\nkeep in mind:", "- "])
-def test_long_texts_take_time_in_proportion(start):
-    began = time.perf_counter()
+def test_time_is_proportional_to_length(start):
+    began = time.process_time()
     for piece in (
         "a",
         " ",
@@ -230,7 +230,7 @@ def test_long_texts_take_time_in_proportion(start):
     ):
         for end in ("", "a\n\nb\nc\n\nd"):
             read_constraints(start + piece * (2**20 // len(piece)) + end)
-    assert time.perf_counter() - began < 20  # about 1; quadratic, hours
+    assert time.process_time() - began < 20  # seconds; linear time takes about 1, quadratic time takes hours
 
 
 def test_synthetic_rows_are_recovered_and_kept_verbatim():

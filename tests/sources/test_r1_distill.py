@@ -1,4 +1,4 @@
-"""Instruction, thinking and answer: which column or tag holds which."""
+"""Which columns and tags hold the instruction, the thinking and the answer."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_columns(thinking, response):
     assert r1_distill_row(renamed, "a", "b", "c") == result("Q?\n\nHm.", "A.")
 
 
-def test_texts_in_columns_of_their_own_are_kept_as_they_are():
+def test_texts_in_separate_columns_are_kept_verbatim():
     assert r1_distill_row(columns("Hm.", " A.\n", " Q?\n")) == result(" Q?\n\n\nHm.", " A.\n")
 
 
@@ -64,7 +64,7 @@ def test_thinking_inside_the_response(response):
         (
             "<think>a</think>draft<think>b</think>A.",
             result("Q?\n\nadraftb", "A."),
-        ),  # interleaved: the last part answers
+        ),  # interleaved: the last part is the answer
         ("<think>close with </think> at the end</think>A.", result("Q?\n\nclose with  at the end", "A.")),
         ("<think>a</think>A. <think>more", result("Q?", None, "no_response")),
         ("<think>a</think> \n", result("Q?", None, "no_response")),

@@ -1,4 +1,4 @@
-"""ShareGPT conversations: speakers, what is left out, what a row that cannot be used is called."""
+"""ShareGPT conversations: speakers, turns that are removed, statuses of unusable rows."""
 
 import pytest
 
@@ -26,25 +26,25 @@ def test_speakers_become_roles(user, assistant):
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        # cut within a conversation: an answer whose request is gone
+        # cut within a conversation: an answer without its request
         ([("gpt", "and so on."), ("human", "Hi"), ("gpt", "Hello")], HI),
         (
             [("system", "Be brief."), ("gpt", "..."), ("human", "Hi"), ("gpt", "Hello")],
             messages(("system", "Be brief.")) + HI,
         ),
-        # nothing to learn after the last answer
+        # turns after the last answer
         ([("human", "Hi"), ("gpt", "Hello"), ("human", "So?"), ("system", "End.")], HI),
         ([("human", "Hi"), ("gpt", "Hello"), ("human", "So?"), ("gpt", "")], HI),
-        # no text
+        # turns without text
         ([("human", "Hi"), ("gpt", " \n"), ("gpt", None), ("tool", ""), ("gpt", "Hello")], HI),
-        # what is left is not merged, and verbatim
+        # the other turns are verbatim and not merged
         (
             [("human", " Hi\n"), ("human", "Hi"), ("gpt", "a"), ("gpt", "b")],
             messages(("user", " Hi\n"), ("user", "Hi"), ("assistant", "a"), ("assistant", "b")),
         ),
     ],
 )
-def test_turns_that_are_left_out(turns, expected):
+def test_turns_that_are_removed(turns, expected):
     assert sharegpt_row(conversation(*turns)) == {"messages": expected, "miso_status": "split"}
 
 

@@ -1,4 +1,4 @@
-"""What all sources have in common, and the synthetic rows, tokenizer and model made for the examples."""
+"""Properties that all sources share; the synthetic rows, tokenizer and model of the examples."""
 
 import copy
 from collections import Counter
@@ -14,7 +14,7 @@ from trl_miso.sources.sharegpt import sharegpt_features, sharegpt_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, check_constraints, synthetic_rows
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
-# (source, features, rows), of which the first fills the fewest columns
+# (source, features, rows); the first row fills the fewest columns
 SOURCES = [
     pytest.param(
         crab_row,
@@ -52,7 +52,7 @@ def tokenizer(rows):
 
 @pytest.fixture(scope="module")
 def answered(rows):
-    """(constraints, answer) of every forward row, read without the code under test: the template is known."""
+    """(constraints, answer) of every forward row, read by the template's layout instead of the code under test."""
     pairs = []
     for row in rows:
         if row["id"].endswith("_forward"):
@@ -63,7 +63,7 @@ def answered(rows):
 
 @pytest.mark.parametrize(("source", "features", "few"), SOURCES)
 def test_maps_are_alike_and_mutate_nothing(source, features, few):
-    """In memory, streamed, by two processes; the first 1,000 rows, from which datasets would take types, say little."""
+    """In memory, streamed and in two processes; the first 1,000 rows, from which datasets would infer types, are almost empty."""
     raw = few[:1] * 1001 + few
     before = copy.deepcopy(raw)
     expected = [source(row) for row in raw]
@@ -121,7 +121,7 @@ def test_long_texts(source, features, few):
 
 
 def check(source, features, row):
-    """The columns of `features` with its types, or a ValueError that says what to do."""
+    """A row gives the columns of `features` with their types, or a ValueError that tells the fix."""
     try:
         out = source(row)
     except ValueError as error:
@@ -150,14 +150,14 @@ def test_constraints_look_like_crab(rows, answered):
     assert len({row["id"] for row in rows}) == len(rows)
 
 
-def test_rows_depend_on_seed_and_index_alone(rows):
+def test_rows_depend_on_seed_and_index_only(rows):
     assert synthetic_rows(600) == rows
     assert synthetic_rows(10) == rows[:10]
     assert synthetic_rows(10, seed=1) != rows[:10]
 
 
 def test_every_constraint_can_fail(answered):
-    """Judged against other rows' answers, every wording in use is false at least once: no check is vacuous."""
+    """On other rows' answers every wording in use fails at least once, so no check is vacuous."""
     held = {}
     for index, (constraints, _) in enumerate(answered):
         for constraint in constraints:
@@ -220,7 +220,7 @@ def test_prompt_is_a_prefix_of_the_conversation_and_eos_ends_each_answer(rows, t
             assert ids[: len(prompt)] == prompt and ids[: len(through)] == through
             assert through[-1] == tokenizer.eos_token_id
             answers += range(len(prompt), len(through))
-        # the mask is the answers with their eos, and nothing else
+        # the mask covers the answers with their eos tokens only
         assert [i for i, on in enumerate(mask) if on] == answers
         assert ids.count(tokenizer.eos_token_id) == len(messages) // 2
 
