@@ -80,27 +80,41 @@ def miso_attention(
     if not packed.num_mixed:
         return _Causal.apply(q_THD, k_TGD, v_TGD, packed, kernel, options)
     if 0 < options.window < packed.longest:
-        _check_window(packed, options)
+        check_window(
+            f"a sliding window of {options.window} tokens and a context with its output of {packed.longest}",
+            bool(packed.gap),
+            WEIGHTINGS[packed.weighting],
+            "set max_length to at most the window",
+        )
+        assert packed.pair_kv_index is not None, "the collator was not given the window"
         return PairsForm.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, shares)
     options = KernelOptions(options.scale, options.causal, 0, options.softcap)
     return SplitForm.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, shares)
 
 
-def _check_window(packed: PackedSegments, options: KernelOptions) -> None:
-    got = f"a sliding window of {options.window} tokens and a context with its output of {packed.longest}"
-    if packed.gap:
-        raise ValueError(
-            f"Got {got} in a layout in which contexts do not end where their output begins (succ chunks, or "
-            "output_positions='after_longest'): the window would count the wrong tokens. Expected every context and "
-            "its output within the window. Fix: set max_length to at most the window, or use para contexts with "
-            "output_positions='successive'."
+def check_window(window: str, has_gap: bool, weighting: str, fix: str) -> None:
+    """Raise ValueError if the mixture cannot honour a sliding window that binds: asked by settings, requests and batches.
+
+    Args:
+        window: The window and what exceeds it, for the message.
+        has_gap: Whether some context does not end where its output begins (succ, `output_positions="after_longest"`).
+        weighting: One of `WEIGHTINGS`.
+        fix: How the caller gets a window that does not bind.
+    """
+    if has_gap:
+        obstacle = (
+            "contexts that do not end where their output begins (succ chunks, or output_positions='after_longest'): the "
+            "window would count the wrong tokens"
         )
-    if WEIGHTINGS[packed.weighting] == "vanilla":
-        raise ValueError(
-            f"Got {got} with context_weighting='vanilla', expected a window that does not bind: one softmax over all "
-            "contexts has no pairs form. Fix: set max_length to at most the window, or use 'uniform' or 'fid'."
-        )
-    assert packed.pair_kv_index is not None, "the collator was not given the window"
+        other = "para contexts with output_positions='successive'"
+    elif weighting == "vanilla":
+        obstacle = "weighting 'vanilla': one softmax over all contexts cannot honour a window"
+        other = "weighting 'uniform' or 'fid'"
+    else:
+        return
+    raise ValueError(
+        f"Got {window}, with {obstacle}. Expected every context and its output within the window. Fix: {fix}, or use {other}."
+    )
 
 
 class _Causal(torch.autograd.Function):

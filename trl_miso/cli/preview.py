@@ -91,7 +91,9 @@ def preview_recipe(
     if why_not_share(None, config, args.neftune_noise_alpha, dropout):
         args = copy(args)
         args.share_prefixes = False  # as in training
-    return preview_dataset(rows, tokenizer, args, shape, name=recipe.dataset_name or "generated rows", rows=num_rows, complete=complete), config
+    return preview_dataset(
+        rows, tokenizer, args, shape, name=recipe.dataset_name or "generated rows", rows=num_rows, complete=complete
+    ), config
 
 
 def _check_model(config: PreTrainedConfig, args: MISOSFTConfig, mode: str) -> None:

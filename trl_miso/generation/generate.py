@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_miso.attention.mixture import check_window
 from trl_miso.attention.rotation import Rotation, rotation_of, set_rotation
 from trl_miso.attention.support import (
     ModelSupport,
@@ -331,15 +332,15 @@ def _check(
 
 def _check_window(model: PreTrainedModel, examples: list[Example], weighting: str, support: ModelSupport) -> None:
     """Raise ValueError for layouts and weightings that a sliding window cannot honour, as training does."""
-    gap = bool(pack(examples, weighting)[2].gap)
-    mixes = any(len(example.branches) > 1 for example in examples)
-    if support.window and mixes and (gap or weighting == "vanilla"):
-        reason = "contexts that do not end where the output begins" if gap else "one softmax over all contexts"
-        raise ValueError(
-            f"Got a {model.config.model_type} model with a sliding window of {support.window} tokens, which a context with its output "
-            f"can exceed, and {reason}, which cannot honour the window. Expected a context and max_new_tokens within the window. "
-            "Fix: set max_new_tokens, and lower, or output_positions='successive' and weighting='uniform' or 'fid'."
-        )
+    if not support.window or not any(len(example.branches) > 1 for example in examples):
+        return
+    check_window(
+        f"a {model.config.model_type} model with a sliding window of {support.window} tokens, which a context with its output can "
+        "exceed",
+        bool(pack(examples, weighting)[2].gap),
+        weighting,
+        "set max_new_tokens, and lower",
+    )
 
 
 def _empty(reason: Any) -> ValueError:

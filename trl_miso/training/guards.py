@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import KernelOptions, resolve_kernel
+from trl_miso.attention.mixture import check_window
 from trl_miso.attention.support import ModelSupport, check_adapters, check_config, check_relative, head_dim
 from trl_miso.config import MISOSFTConfig
 
@@ -99,19 +100,10 @@ def check_positions(args: MISOSFTConfig, mode: str, model_type: str, support: Mo
         return
     if mode == "para" and args.output_positions == "successive":
         check_relative(model_type, support)
-    if not support.window:
-        return
-    if args.context_weighting == "vanilla":
-        raise ValueError(
-            f"Got context_weighting='vanilla' with a {model_type} model, whose sliding window of {support.window} tokens is shorter "
-            f"than max_length={args.max_length}: a single softmax over all contexts cannot honour the window. Expected max_length <= "
-            f"{support.window}. Fix: set max_length={support.window}, or context_weighting='uniform' or 'fid'."
-        )
-    if mode == "succ" or args.output_positions == "after_longest":
-        layout = "succ chunks" if mode == "succ" else "after_longest positions"
-        raise ValueError(
-            f"Got a {model_type} model with a sliding window of {support.window} tokens and max_length={args.max_length}, with "
-            f"{layout}: where a context does not end at the beginning of its output, a window shorter than a row cannot be honoured. "
-            f"Expected max_length <= {support.window}. Fix: set max_length={support.window}, or train on para contexts with "
-            "output_positions='successive'."
+    if support.window:
+        check_window(
+            f"a {model_type} model with a sliding window of {support.window} tokens and max_length={args.max_length}",
+            mode == "succ" or args.output_positions == "after_longest",
+            args.context_weighting,
+            f"set max_length <= {support.window}",
         )

@@ -70,6 +70,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
     Attributes:
         training_mode: The mode of the training rows: `"para"`, `"succ"`, `"single"` or `"augment"`.
         verification: The results of the last checks, by `train` before its first step or by `verify`.
+        model_support: What the model allows, such as shared prefixes and windows; see `attention.support.ModelSupport`.
         dropped_rows: For each prepared dataset the numbers of its dropped rows, by reason (of a stream, among the rows that
             were counted).
 
@@ -153,15 +154,15 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
         guards.check_parallelism(self.accelerator.parallelism_config)
         implementation = base_implementation(base_model.config.get_text_config()._attn_implementation)
         registered = register_miso_attention(implementation, args.attention_kernel)
-        self._support = prepare_model(base_model, registered, args.max_length)
+        self.model_support = prepare_model(base_model, registered, args.max_length)
         mode = self.training_mode or "para"  # rows that the user prepared may have several contexts
         guards.check_kernel(args, base_model, implementation, self.accelerator.device)
-        guards.check_positions(args, mode, base_model.config.model_type, self._support)
+        guards.check_positions(args, mode, base_model.config.model_type, self.model_support)
         self.data_collator = MISODataCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             weighting=args.context_weighting,
             share_prefixes=self._share_prefixes(args, mode),
-            window=self._support.window,
+            window=self.model_support.window,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
 
@@ -171,8 +172,8 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
             return args.share_prefixes
         obstacle = why_not_share(self.model, self.model.config, args.neftune_noise_alpha)
         rotates_keys = mode == "para" and args.output_positions == "successive"
-        if rotates_keys and not self._support.shares:
-            obstacle = obstacle or self._support.reason
+        if rotates_keys and not self.model_support.shares:
+            obstacle = obstacle or self.model_support.reason
         if not obstacle:
             return True
         consequence = "Every context gets its own copy of its tokens."
@@ -233,7 +234,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
         for name, value in shares.means(packed).items():
             metrics[name].append(value)
         if probe is not None:
-            check_probe(probe, self._support.layers, self.accelerator.unwrap_model(self.model))
+            check_probe(probe, self.model_support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
         return loss
 
