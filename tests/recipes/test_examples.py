@@ -94,7 +94,7 @@ def test_readme_example_runs(tmp_path, para_dataset, tokenizer, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     para_dataset.select_columns(["prompt", "constraints", "completion"]).to_json(tmp_path / "rows.jsonl")
     monkeypatch.chdir(tmp_path)
-    cpu = "max_steps=2, bf16=False, use_cpu=True, report_to=[], save_strategy='no', output_dir="
+    cpu = "max_steps=2, use_cpu=True, report_to=[], save_strategy='no', output_dir="
     assert "meta-llama/Meta-Llama-3-8B-Instruct" in code and code.count("output_dir=") == 1
     exec(code.replace("meta-llama/Meta-Llama-3-8B-Instruct", "model").replace("output_dir=", cpu), {})
     _loads(tmp_path / "Llama-3-8B-MISO")

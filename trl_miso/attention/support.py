@@ -172,7 +172,7 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
     if len(probe.heads) != layers:
         raise ValueError(
             f"Got {model_type}, in which {len(probe.heads)} of {layers} layers pass keyword arguments on to attention: the "
-            "others would ignore the contexts. Expected all of them. Fix: use a supported architecture (see the README)."
+            "others would ignore the contexts. Expected all of them. Fix: use a supported architecture (docs/kernels.md lists them)."
         )
     unmergeable = {
         "sinks": "attention sinks",
@@ -183,7 +183,7 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
         if argument in probe.arguments:
             raise ValueError(
                 f"Got {model_type}, whose attention has {what}, which the mixture does not support. Expected plain softmax "
-                "attention. Fix: use a supported architecture (see the README)."
+                "attention. Fix: use a supported architecture (docs/kernels.md lists them)."
             )
 
 
@@ -286,7 +286,7 @@ def _check_isolation(model: PreTrainedModel, probe: Probe, logits: torch.Tensor)
     if any(_max_relative_distance(x[1:], y[1:]) > _tolerance(x.dtype) for x, y in pairs):
         raise ValueError(
             f"Got {type(model).__name__}, in which tokens see each other outside of attention (recurrent or convolutional layers). "
-            "Expected a pure attention model. Fix: use a supported architecture (see the README)."
+            "Expected a pure attention model. Fix: use a supported architecture (docs/kernels.md lists them)."
         )
 
 
@@ -305,7 +305,7 @@ def _run(model: PreTrainedModel, start: int, first: int = 3) -> tuple[Probe, tor
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"Got {type(model).__name__}, which fails on keyword arguments for attention or uses its mask in a way of its own "
-            f"({error}). Expected a model that passes them on. Fix: use a supported architecture (see the README)."
+            f"({error}). Expected a model that passes them on. Fix: use a supported architecture (docs/kernels.md lists them)."
         ) from error
     finally:
         model.train(training)

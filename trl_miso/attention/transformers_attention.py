@@ -273,7 +273,7 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
     if actual != name:
         raise ValueError(
             f"Got {type(model).__name__}, which does not take a registered attention (it keeps {actual!r}), expected a model on "
-            "transformers' AttentionInterface. Fix: use a supported architecture (see the README)."
+            "transformers' AttentionInterface. Fix: use a supported architecture (docs/kernels.md lists them)."
         )
 
 

@@ -66,7 +66,7 @@ def miso_generate(
     replaced by their weighted mean. The model runs in evaluation mode, and its mode and attention are restored afterwards.
 
     Args:
-        model: A causal language model that training would accept, also with adapters (see the README).
+        model: A causal language model that training would accept, also with adapters (docs/kernels.md lists them).
         tokenizer: The model's tokenizer, with a chat template if contexts are messages.
         contexts: Strings, or lists of messages, to which the chat template adds its generation prompt. For several requests at
             once, a list of such lists.
