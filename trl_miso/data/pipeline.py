@@ -250,7 +250,7 @@ def check_first_row(dataset: AnyDataset | None, assistant_only_loss: bool) -> No
         return
     row = first_row(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset, "train")
     for name in ("messages", "prompt", "completion"):
-        is_empty = name in row and (row[name] is None or row[name] == [])
+        is_empty = name in row and (row[name] is None or (isinstance(row[name], list) and not row[name]))
         if is_empty and assistant_only_loss:
             raise ValueError(
                 f"Row 0: Got {row[name]} in column {name!r} with assistant_only_loss=True, expected messages: the first row "

@@ -82,7 +82,7 @@ def is_given(row: dict[str, Any], column: str) -> bool:
     value = row.get(column)
     if isinstance(value, str):
         return bool(value.strip())
-    return value is not None and value != []
+    return value is not None and not (isinstance(value, list) and not value)
 
 
 def constraints_of(row: dict[str, Any]) -> list[str]:
