@@ -131,7 +131,10 @@ def test_constraints_come_before_the_response_template():
 def test_each_context_is_listed_once():
     # with one constraint the full context is that constraint's
     row = TEXT | {"constraints": ["Rhyme.", "Rhyme."]}
-    assert texts(parallel_row(row, "constraints", DataOptions(include_full=False))) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
+    assert texts(parallel_row(row, "constraints", DataOptions(include_full=False))) == [
+        "Describe the sea.\n\nRhyme.",
+        "Describe the sea.",
+    ]
     row = CHAT | {"constraints": ["Rhyme."]}
     assert texts(parallel_row(row, "constraints")) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
 
@@ -139,7 +142,11 @@ def test_each_context_is_listed_once():
 @pytest.mark.parametrize("constraints", [[], None, ["", " \n"]])
 @pytest.mark.parametrize("include", [True, False])
 def test_a_row_without_constraints_keeps_its_full_context(constraints, include):
-    assert texts(parallel_row(TEXT | {"constraints": constraints}, "constraints", DataOptions(include_full=include, include_bare=include))) == [TEXT["prompt"]]
+    assert texts(
+        parallel_row(
+            TEXT | {"constraints": constraints}, "constraints", DataOptions(include_full=include, include_bare=include)
+        )
+    ) == [TEXT["prompt"]]
 
 
 def test_given_contexts_are_taken_as_given_with_weights_scaled():

@@ -104,7 +104,9 @@ def learned(rows):
 
 def as_prompts(dataset, template=None):
     """What TRL's own trainer is given in comparisons."""
-    return prepare_sft_rows(dataset, SFTRows("constraints", DataOptions(response_template=template)), "train", None)[0].remove_columns("miso_row")
+    return prepare_sft_rows(dataset, SFTRows("constraints", DataOptions(response_template=template)), "train", None)[
+        0
+    ].remove_columns("miso_row")
 
 
 def stream(dataset):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from trl_miso.attention.kernels import attend_on_cpu
+from trl_miso.attention.kernels import KERNELS, KernelOptions
+from trl_miso.attention.rotation import no_rotation, set_rotation
 from trl_miso.generation.context_parts import Parts
-from trl_miso.generation.cpu_paths import DenseParts, Reading, padded_batches
+from trl_miso.generation.decoding import ContextCache
 from trl_miso.segments import parallel, unshare
 from trl_miso.segments.packed import WEIGHTINGS
 
@@ -63,40 +64,23 @@ def dense(q, k, v, causal=False):
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("long", [False, True])
-def test_reading_is_causal_attention_of_every_segment_to_its_path(dtype, long):
-    rng = random.Random(f"{dtype}{long}")
-    sizes = {"shared": (0, 255, 257, 700, 1100), "suffix": (1, 200, 300), "n": 4} if long else {}
-    for _ in range(10 if long else 60):
-        examples = make(rng, rng.choice([1, 1, 2, 3]), **sizes)
-        rows, total = rows_of(examples)
-        generator = torch.Generator().manual_seed(total)
-        q, k, v = (torch.randn(total, heads, D, generator=generator).to(dtype) for heads in (H, G, G))
-        out = Reading(examples).attend(q, k, v, SCALE)
-        assert out.dtype == dtype
-        for example, segments in zip(examples, rows, strict=True):
-            for segment, segment_rows in enumerate(segments):
-                path = np.concatenate([segments[i] for i in example.path(segment)])
-                expected, _ = dense(q[segment_rows], k[path], v[path], causal=True)
-                torch.testing.assert_close(out[segment_rows].double(), expected, rtol=0, atol=ROUNDING[dtype])
-
-
 def drawn(rng, examples, dtype):
-    """The parts; keys and values of the packed rows, of all parts, and of an output."""
+    """Keys and values of the packed rows, and of an output."""
     _, total = rows_of(examples)
     packed = [5 * torch.randn(total, G, D).to(dtype), torch.randn(total, G, D).to(dtype)]
-    parts, seen = Parts(examples), rng.randint(1, 9)
-    output = [torch.randn(seen, G, D).to(dtype) for _ in range(2)]
-    return parts, packed, [x[torch.from_numpy(parts.rows)] for x in packed], output
+    seen = rng.randint(1, 9)
+    return packed, [torch.randn(seen, G, D).to(dtype) for _ in range(2)]
 
 
-def one_token(dense_parts, q, kept, output, weighting):
-    """Attention of the outputs of one request, (C, H, D)."""
-    grouped = q.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
-    o_out, l_out = attend_on_cpu(grouped[None], *(x.transpose(0, 1)[None] for x in output), SCALE)
-    mixed = dense_parts.mix(*dense_parts.attend(grouped[None], kept, SCALE), o_out[0], l_out[0], weighting)
-    return mixed.unflatten(1, (len(q), -1)).transpose(0, 1).flatten(1, 2).double()
+def one_token(examples, q_BHD, packed, output, weighting):
+    """(B, H, D) attention of one new token per output; all have the keys and values `output`. Offsets turn nothing here."""
+    module = torch.nn.Module()
+    set_rotation(module, no_rotation)
+    cache = ContextCache(examples, weighting, before=0, layers=2, windows=False)
+    contexts = torch.zeros(len(packed[0]), H, D, dtype=q_BHD.dtype)
+    assert cache.read(module, contexts, *packed, KERNELS["cpu"], KernelOptions(SCALE)) is None
+    key, value = (x.transpose(0, 1).expand(len(q_BHD), -1, -1, -1) for x in output)
+    return cache.attend(module, q_BHD[:, :, None], key, value)[:, 0].double()
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -107,9 +91,9 @@ def test_parts_make_up_branches(weighting, dtype, where):
     rng = random.Random(f"{weighting}{dtype}{where}")
     for _ in range(40):
         (example,) = examples = make(rng, 1, where)
-        parts, packed, of_parts, output = drawn(rng, examples, dtype)
-        dense_parts, q = DenseParts(parts, dtype), torch.randn(rng.choice([1, 3]), H, D).to(dtype)
-        got = one_token(dense_parts, q, dense_parts.keep(*of_parts), output, weighting)
+        parts, q = Parts(examples), torch.randn(rng.choice([1, 3]), H, D).to(dtype)
+        packed, output = drawn(rng, examples, dtype)
+        got = one_token(examples, q, packed, output, weighting)
         ((*rows,),), keys = rows_of(examples)[0], []
         for branch, view in enumerate(example.branches):
             keys.append(np.concatenate([rows[i] for i in example.path(view.segment)]))
@@ -118,19 +102,19 @@ def test_parts_make_up_branches(weighting, dtype, where):
         torch.testing.assert_close(got, expected, rtol=0, atol=4 * ROUNDING[dtype])
 
 
-def test_queries_meet_the_parts_of_their_request():
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_queries_meet_the_parts_of_their_request(weighting):
     rng = random.Random(7)
     for _ in range(40):
-        examples = make(rng, rng.choice([2, 3]))
-        parts, _, (k, v), _ = drawn(rng, examples, torch.float64)
-        dense_parts, q = DenseParts(parts, torch.float64), torch.randn(len(examples), 2, H, D, dtype=torch.float64)
-        grouped = q.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)
-        o, lse = dense_parts.attend(grouped, dense_parts.keep(k, v), SCALE)
-        for part, (out, l_part) in enumerate(zip(o[dense_parts.place], lse[dense_parts.place], strict=True)):
-            keys = slice(parts.starts[part], parts.starts[part] + parts.lengths[part])
-            expected, l_expected = dense(q[parts.request[part]], k[keys], v[keys])
-            torch.testing.assert_close(out.unflatten(1, (2, -1)).transpose(0, 1).flatten(1, 2), expected)
-            torch.testing.assert_close(l_part.unflatten(1, (2, -1)).transpose(0, 1).flatten(1, 2), l_expected.T)
+        examples, copies = make(rng, rng.choice([2, 3])), rng.choice([1, 2])
+        packed, output = drawn(rng, examples, torch.float64)
+        q = torch.randn(len(examples) * copies, H, D, dtype=torch.float64)
+        got = one_token(examples, q, packed, output, weighting)
+        for request, (example, rows) in enumerate(zip(examples, rows_of(examples)[0], strict=True)):
+            outputs = slice(request * copies, (request + 1) * copies)
+            keys = [np.concatenate([rows[i] for i in example.path(b.segment)]) for b in example.branches]
+            expected = _mixture(q[outputs], *packed, *output, keys, [b.weight for b in example.branches], weighting)
+            torch.testing.assert_close(got[outputs], expected, rtol=0, atol=1e-11)
 
 
 def _span(parts, branch):
@@ -155,14 +139,12 @@ def _mixture(q, k, v, k_out, v_out, keys, weights, weighting):
 def test_far_apart_scores_neither_overflow_nor_vanish():
     """A context whose scores are hundreds below another context's keeps its weight beside an output with scores as low."""
     _, example = parallel([[1, 2, 3], [1, 4, 5]], 1, [0.5, 0.5], "successive")
-    parts, q = Parts([example]), torch.ones(1, H, D)
+    q = torch.ones(1, H, D)
     k = torch.tensor([0.0, 300.0, 300.0, -300.0, -300.0])[:, None, None].expand(5, G, D).contiguous()
     k[0] = -400.0
     v, k_out, v_out = torch.randn(5, G, D), torch.full((2, G, D), -300.0), torch.randn(2, G, D)
-    dense_parts = DenseParts(parts, torch.float32)
-    kept = dense_parts.keep(*(x[torch.from_numpy(parts.rows)] for x in (k, v)))
     for weighting in WEIGHTINGS:
-        got = one_token(dense_parts, q, kept, (k_out, v_out), weighting)
+        got = one_token([example], q, (k, v), (k_out, v_out), weighting)
         expected = _mixture(q, k, v, k_out, v_out, [np.array([0, 1, 2]), np.array([0, 3, 4])], [0.5, 0.5], weighting)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -181,12 +163,3 @@ def test_a_common_prefix_is_one_part_where_contexts_end_alike(where, alike):
             assert parts.lengths.sum() == len({(r, o) for r, o in zip(parts.rows, parts.offset, strict=True)})
         holders = [tuple(parts.branch[parts.part == part]) for part in range(len(parts.lengths))]
         assert len(set(holders)) == len(holders)  # segments that the same branches hold are one part
-
-
-def test_batches_have_little_padding():
-    for lengths in ([180] + [5] * 64, [190] + [1] * 63, [1000, 501, 499, 3, 2], [7] * 30, list(range(300, 0, -1))):
-        batches = padded_batches([np.arange(n) for n in lengths])
-        assert [n for _, batch_lengths in batches for (n,) in batch_lengths] == lengths
-        for index, batch_lengths in batches:
-            padding = index.size - batch_lengths.sum()
-            assert padding <= 192 or 2 * batch_lengths.min() > index.shape[1]

@@ -23,10 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 from tests.support.models import tiny_model
 from tests.support.rows_oracle import NAME, positions_of
 from trl_miso.attention import register_miso_attention
-from trl_miso.attention.kernels import KERNELS
+from trl_miso.attention.kernels import KERNELS, Cpu
 from trl_miso.attention.support import prepare_model
 from trl_miso.data.collator import MISODataCollator
-from trl_miso.generation import cpu_paths, decoding, miso_generate
+from trl_miso.generation import decoding, miso_generate
 from trl_miso.segments import encode, parallel, unshare
 from trl_miso.segments.packed import WEIGHTINGS
 
@@ -177,10 +177,11 @@ def test_half_precision(words):
 def test_the_last_layer_does_not_attend_over_contexts(words, monkeypatch):
     """Outputs read the keys of the last layer's contexts, and nothing reads the attention of these contexts."""
     model, calls = tiny("llama", num_hidden_layers=3), []
-    attend = cpu_paths.Reading.attend
-    monkeypatch.setattr(cpu_paths.Reading, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = KERNELS["cpu"].forward
+    monkeypatch.setattr(Cpu, "forward", lambda self, q, *args: calls.append(len(q)) or attend(q, *args))
+    shared = len(parallel(CONTEXTS, 1, [0.25] * 4, "successive")[0])
     generate(model, words, max_new_tokens=2)
-    assert len(calls) == 2
+    assert calls.count(shared) == 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

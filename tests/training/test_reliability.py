@@ -22,7 +22,9 @@ class PlainTrainer(ReliableTrainer, Trainer):
 
 @pytest.fixture
 def trainer(tmp_path):
-    rows = [{"input_ids": torch.tensor([i, i + 1, i + 2]), "labels": torch.tensor([i, i + 1, i + 2])} for i in range(4, 20)]
+    rows = [
+        {"input_ids": torch.tensor([i, i + 1, i + 2]), "labels": torch.tensor([i, i + 1, i + 2])} for i in range(4, 20)
+    ]
     settings = {"max_steps": 3, "save_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True}
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, **settings)
     return PlainTrainer(tiny_model("llama"), args, train_dataset=rows)
@@ -70,7 +72,9 @@ def test_any_trainer_resumes_from_complete_checkpoints(trainer, tmp_path):
 
 
 def test_any_trainer_stops_before_a_nan_reaches_the_weights(trainer, monkeypatch):
-    monkeypatch.setattr(Trainer, "compute_loss", lambda self, *args, **kwargs: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        Trainer, "compute_loss", lambda self, *args, **kwargs: torch.tensor(float("nan"), requires_grad=True)
+    )
     before = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(NonFiniteError, match="rows without numbers"):
         trainer.train()

@@ -202,15 +202,15 @@ class Cpu:
             parts = []
             for part, causal, mask in _cpu_parts(rows, keys, options, q):
                 part_k, part_v = batched_k[:, :, part], batched_v[:, :, part]
-                parts.append(attend_on_cpu(batched_q[:, :, rows], part_k, part_v, options.scale, causal, mask))
+                parts.append(_attend_on_cpu(batched_q[:, :, rows], part_k, part_v, options.scale, causal, mask))
             merged = parts[0] if len(parts) == 1 else merge_two(*parts)
             batched_out[:, :, rows], batched_lse[:, :, rows] = merged
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, call, options):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        totals = [heads_first(x) for x in (dq, dk, dv)]  # views, which the loop below fills in
-        dout, q, k, v, out = (heads_first(x) for x in (dout, q, k, v, out))
+        totals = [_heads_first(x) for x in (dq, dk, dv)]  # views, which the loop below fills in
+        dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out))
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         for rows, keys in _sequences(call):
             queries = dout[:, :, rows], q[:, :, rows]
@@ -224,7 +224,7 @@ class Cpu:
         return dq, dk, dv
 
 
-def attend_on_cpu(
+def _attend_on_cpu(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -384,7 +384,7 @@ def _batched(x: torch.Tensor, count: int) -> torch.Tensor:
     return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def heads_first(x: torch.Tensor) -> torch.Tensor:
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
     """(T, heads, D) as a (1, heads, T, D) view."""
     return x.transpose(0, 1)[None]
 

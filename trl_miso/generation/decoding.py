@@ -10,7 +10,7 @@ The protocol of a generation, per layer:
 A forward without `miso_cache` (probes, other inputs) uses MISO attention as in training. Nothing here is differentiated.
 
 Shapes: B rows that generate (requests x copies), U = B x new output tokens, Q branch rows, R rows of the parts' call, E pairs of
-a part row and a branch row, H query heads, G key-value heads, M queries of a key-value head, D head dimension.
+a part row and a branch row, H query heads, G key-value heads, D head dimension.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from trl_miso.attention.kernels import KERNELS, Kernel, KernelOptions, attend_on_cpu, resolve_kernel
+from trl_miso.attention.kernels import Kernel, KernelOptions, resolve_kernel
 from trl_miso.attention.merge import (
     attention_shares,
     branch_weights,
@@ -36,7 +36,6 @@ from trl_miso.attention.merge import (
 from trl_miso.attention.rotation import rotation_of
 from trl_miso.attention.transformers_attention import compute_dtype, register_over, score_scale
 from trl_miso.generation.context_parts import KeysAndValues, Parts
-from trl_miso.generation.cpu_paths import DenseParts, Reading
 from trl_miso.segments import Example
 from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, cumulative_lengths, ranges
 
@@ -63,18 +62,15 @@ class ContextCache(DynamicCache):
 
     def __init__(self, examples: Sequence[Example], weighting: str, before: int, layers: int, windows: bool):
         super().__init__()
-        self._examples, self._layers, self._windows = examples, layers, windows
+        self._layers, self._windows = layers, windows
         self._requests, self._weighting, self._before = len(examples), weighting, before
         self._parts = Parts(examples)
         self._lengths = self._parts.branch_lengths
         self._longest = int(self._lengths.max())
-        self._reading: Reading | None = None
         self._calls: dict[torch.device, Varlen] = {}
         self._settings: dict[nn.Module, tuple[Kernel, KernelOptions]] = {}
         self._kept: dict[nn.Module, KeysAndValues] = {}  # of all parts
         self._in_window: dict[nn.Module, KeysAndValues] = {}  # of each branch, as far as its window reaches
-        self._dense: dict[torch.dtype, DenseParts] = {}
-        self._kept_dense: dict[nn.Module, list[KeysAndValues]] = {}
         self._steps: dict[tuple[int, torch.device], _Step] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -92,8 +88,8 @@ class ContextCache(DynamicCache):
         """Keep a layer's keys and values of all contexts, and the kernel and options with which it attends.
 
         Returns:
-            Attention of the contexts, (T, H, D), or None if the caller is to compute it as in training. Zeros for the last layer,
-            whose attention nothing reads.
+            None if the caller is to compute the contexts' attention as in training. For the last layer, whose attention nothing
+            reads, zeros (T, H, D).
 
         Raises:
             ValueError: For a module that attends more than once in a forward.
@@ -110,10 +106,7 @@ class ContextCache(DynamicCache):
         self._settings[module] = kernel, options if self._windows else replace(options, window=0)
         if len(self._settings) == self._layers:
             return torch.zeros_like(q_THD)
-        if kernel is not KERNELS["cpu"] or 0 < options.window < self._longest:
-            return None
-        self._reading = self._reading or Reading(self._examples)
-        return self._reading.attend(q_THD, k_TGD, v_TGD, options.scale)
+        return None
 
     def attend(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of new output tokens: `sum_i w_i softmax(q [K_i, K_out]^T) [V_i, V_out]`, each branch causal and windowed.
@@ -129,8 +122,6 @@ class ContextCache(DynamicCache):
         batch, _, new, _ = query.shape
         # A window binds if the longest context with its output is longer.
         window = options.window if options.window < self._longest + key.shape[2] else 0
-        if new == 1 and not window and kernel is KERNELS["cpu"]:
-            return self._attend_one(module, query[:, :, 0], key, value)[:, None]
         if window:
             # The first new token sees `window` keys, the last of them itself.
             key, value = (x[:, :, -(window + new - 1) :] for x in (key, value))
@@ -142,34 +133,9 @@ class ContextCache(DynamicCache):
             out = _attend_split(q, k, v, self._kept[module], step, kernel, replace(options, window=0))
         return out.unflatten(0, (batch, new))
 
-    def _attend_one(
-        self, module: nn.Module, q_BHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """For one new token the heads of a group become queries of one head, so that each key is read once."""
-        dtype, options = q_BHD.dtype, self._settings[module][1]
-        if dtype not in self._dense:
-            self._dense[dtype] = DenseParts(self._parts, dtype)
-        dense = self._dense[dtype]
-        if module not in self._kept_dense:
-            self._kept_dense[module] = dense.keep(*self._kept[module])
-            if not options.window:  # a window may bind later, which needs the keys of all parts
-                del self._kept[module]
-        q_BGHD = q_BHD.unflatten(1, (key.shape[1], -1))
-        o_out, l_out = attend_on_cpu(q_BGHD, key, value, options.scale)
-        requests = self._requests
-        o_part, l_part = dense.attend(_by_group(q_BGHD, requests), self._kept_dense[module], options.scale)
-        if requests > 1:
-            copies = len(q_BHD) // requests
-            o_part, l_part = (_by_row(x.index_select(0, dense.place), copies).flatten(0, 1) for x in (o_part, l_part))
-            step = self._step(len(q_BHD), 1, key.shape[2], 0, q_BHD.device)
-            return _merge_parts(o_out.flatten(1, 2), l_out.flatten(1), o_part, l_part, step).to(dtype)
-        mixed = dense.mix(o_part, l_part, _by_group(o_out, 1)[0], _by_group(l_out, 1)[0], self._weighting)
-        return _by_row(mixed[None], len(q_BHD))[0].to(dtype)
-
     def _keys_in_window(self, module: nn.Module, window: int) -> KeysAndValues:
         """Keys and values of the branches one after the other, of each branch the last that its window can reach from now on."""
         if module in self._kept:
-            self._kept_dense.pop(module, None)
             k, v = self._kept.pop(module)
             keys = torch.from_numpy(self._parts.last_keys(window)).to(k.device)
             self._in_window[module] = k.index_select(0, keys), v.index_select(0, keys)
@@ -253,20 +219,6 @@ class _Step:
 def _equal_ends(count: int, length: int, device: torch.device) -> torch.Tensor:
     """Cumulative lengths of `count` sequences of the same length."""
     return torch.arange(count + 1, dtype=torch.int32, device=device) * length
-
-
-def _by_group(x_BGH: torch.Tensor, requests: int) -> torch.Tensor:
-    """(B, G, H / G, ...) as (requests, G, M, ...): the queries of all copies and heads that share keys."""
-    if len(x_BGH) == requests:
-        return x_BGH
-    return x_BGH.unflatten(0, (requests, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def _by_row(x_NGM: torch.Tensor, copies: int) -> torch.Tensor:
-    """(N, G, M, ...) as (N, copies, H, ...)."""
-    if copies == 1:
-        return x_NGM.flatten(1, 2)[:, None]
-    return x_NGM.unflatten(2, (copies, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _attend_split(
