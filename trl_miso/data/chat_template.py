@@ -1,8 +1,8 @@
 """Conversations to text by a chat template, and the turns that a template loses.
 
-A row whose turn is missing from the rendered text would be trained on without it, so every turn is looked for. Rendering
-would take half the time of preparing rows: a template that is proved to print text unchanged (`plain_templates.py`) is
-rendered once per sequence of roles, with placeholders for the text of the messages.
+A row whose turn is missing from the rendered text would be trained on without it, so every turn is looked for. Preparation
+would take 1.5 times as long if every conversation were rendered: a template that is proved to print text unchanged
+(`plain_templates.py`) is rendered once per sequence of roles, with placeholders for the text of the messages.
 """
 
 from collections.abc import Iterator, Sequence

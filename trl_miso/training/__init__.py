@@ -1,0 +1,6 @@
+"""`MISOSFTTrainer` and its layers.
+
+`trainer` is the method: rows, collator, attention and loss. `reliability` is a Trainer layer that knows no MISO, built on
+`checkpoints` (atomic checkpoints) and `interruption` (SIGTERM, NaN). `hub` and `model_card` are what is published,
+`verified` checks before the first step, and `guards` refuses what would be trained wrongly.
+"""
