@@ -12,6 +12,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -248,7 +249,7 @@ def _read(model: PreTrainedModel, layouts: list[tuple[list[int], Example]], cach
         "position_ids": torch.from_numpy(positions)[None],
         **packed.to_batch(),
     }
-    batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    batch = send_to_device(batch, model.device)
     model(**batch, use_cache=False, miso_cache=cache, **skip_logits(model))
 
 
