@@ -15,13 +15,22 @@ from trl_miso import MISOSFTConfig
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
-# Files that take longest come first, so that processes which share the files end together.
+# The longest files come first, so that processes that share the files end together.
 LONG = ["distributed", "resume", "benchmarks", "examples", "hub", "fuzz", "callback", "miniature", "report_page"]
+# `-m fast`: files that cover every step from a row to the gradient, in about a minute.
+FAST = {
+    *("the_idea", "rooms", "readme", "config", "segments", "packed"),
+    *("contexts", "plain_templates", "chat_template", "collator"),
+    *("kernels", "work", "context_parts", "reliability", "sharegpt", "r1_distill", "complexbench"),
+}
 
 
 def pytest_collection_modifyitems(items):
     order = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+    for item in items:
+        if item.path.stem.removeprefix("test_") in FAST:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")
