@@ -111,10 +111,7 @@ class Pipeline:
             ValueError: If settings or rows would be trained on wrongly.
         """
         check_dataset(dataset, name)
-        if packing and self.options.max_length is None:
-            raise ValueError(
-                "Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length."
-            )
+        check_packing(packing, self.options.max_length)
         dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
         columns = [self.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
         if "miso_layout" in columns:
@@ -242,6 +239,12 @@ def check_dataset(dataset: AnyDataset, name: str) -> None:
             "columns. Fix: apply the transform with Dataset.map before training."
         )
     first_row(dataset, name)
+
+
+def check_packing(packing: bool, max_length: int | None) -> None:
+    """Refuse to pack into bins without a length."""
+    if packing and max_length is None:
+        raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
 
 
 def check_first_row(dataset: AnyDataset | None, assistant_only_loss: bool) -> None:

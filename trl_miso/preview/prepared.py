@@ -18,7 +18,7 @@ from trl.data_utils import is_conversational
 from trl_miso.attention.support import why_not_share
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import STATUS, AnyDataset, Dropped, count_statuses
-from trl_miso.data.pipeline import Pipeline, check_dataset, first_row
+from trl_miso.data.pipeline import Pipeline, check_dataset, check_packing, first_row
 from trl_miso.data.token_text import token_texts
 from trl_miso.preview.statistics import Baseline, ModelShape, dataset_statistics
 from trl_miso.segments import decode
@@ -81,8 +81,7 @@ def _check(dataset: Dataset, args: MISOSFTConfig, name: str) -> None:
             "dataset it was prepared from, without skip_prepare_dataset."
         )
     check_dataset(dataset, name)
-    if args.packing and args.max_length is None:
-        raise ValueError("Got packing=True with max_length=None, expected a length to pack to. Fix: set max_length.")
+    check_packing(args.packing, args.max_length)
 
 
 def _noise(args: MISOSFTConfig) -> str:
