@@ -299,6 +299,7 @@ def test_what_has_no_rows_to_show_is_refused(rows, train, preview):
         (train(rows).train_dataset, {}, "prepared already.*Fix"),
         (rows, {"dataset_kwargs": {"skip_prepare_dataset": True}}, "without skip_prepare_dataset"),
         (rows, {"packing": True, "max_length": None}, "packing=True with max_length=None.*Fix"),
+        (rows, {"padding_free": True, "max_length": 160}, "padding_free=True without packing.*Fix"),
     ):
         with pytest.raises(ValueError, match=message):
             preview(dataset, **options)

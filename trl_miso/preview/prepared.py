@@ -82,6 +82,11 @@ def _check(dataset: Dataset, args: MISOSFTConfig, name: str) -> None:
         )
     check_dataset(dataset, name)
     check_packing(args.packing, args.max_length)
+    if args.padding_free and not args.packing and args.max_length is not None:
+        raise ValueError(
+            f"Got padding_free=True without packing and max_length={args.max_length}, which TRL does not enforce then. Expected "
+            "packing=True or max_length=None. Fix: leave padding_free out, since MISO's batches have no padding."
+        )
 
 
 def _noise(args: MISOSFTConfig) -> str:
