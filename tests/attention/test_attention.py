@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.answers import answers
 from tests.support.models import rotation
 from trl_miso.attention import mixture
 from trl_miso.attention.kernels import KERNELS, KernelOptions
 from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.reference import mixture_of_contexts, reference_attention
-from trl_miso.segments import parallel, single, successive, unshare
+from trl_miso.segments import lay_out, parallel, single, successive, unshare
 from trl_miso.segments.packed import WEIGHTINGS, pack
 
 H, G, D, SCALE = 4, 2, 8, 0.35
@@ -30,11 +31,13 @@ def examples(draw, contiguous=False):
     batch = []
     for _ in range(draw(st.integers(1, 4))):
         output = draw(st.integers(1, 5))
-        kind = draw(
-            st.sampled_from(["single", "para", "para", "unshared"] + ([] if contiguous else ["succ", "after_longest"]))
-        )
+        kinds = ["single", "para", "para", "unshared", "answers"] + ([] if contiguous else ["succ", "after_longest"])
+        kind = draw(st.sampled_from(kinds))
         if kind == "single":
             batch.append(single(draw(st.integers(1, 8))))
+        elif kind == "answers":
+            positions = ("successive",) if contiguous else ("successive", "after_longest", "chunks")
+            batch.append(lay_out(draw(answers(positions, most=3)))[2])
         elif kind == "succ":
             batch.append(successive(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)), output))
         else:
@@ -129,19 +132,18 @@ def test_shared_equals_unshared(weighting, batch, seed):
     for example in batch:
         rows = list(range(at, at := at + example.num_tokens))
         separate, (copies,) = unshare(example, [rows])
-        # Right-aligned contexts stand `-offset` positions later, the output at the same position.
+        # Right-aligned contexts stand `-offset` positions later, everything else at the same position.
+        offsets = [branch.offset for branch in example.branches]
+        lengths = [segment.length for segment in separate.segments]
+        in_contexts = sorted(separate.contexts())
+        shift = dict(zip(in_contexts, offsets, strict=True))
+        moved = torch.tensor([-shift.get(s, 0) for s, n in enumerate(lengths) for _ in range(n)])
         q, k, v = (x.detach()[copies] for x in leaves)
-        if example.branches:
-            shift = [
-                (-b.offset, sum(example.segments[i].length for i in example.path(b.segment))) for b in example.branches
-            ]
-            moved = torch.tensor([s for s, n in shift for _ in range(n)] + [0] * example.segments[-1].length)
-            q, k = (TURN(x, moved, int(moved.max()) + 1) for x in (q, k))
+        q, k = (TURN(x, moved, int(moved.max()) + 1) for x in (q, k))
         order, _, packed = pack([separate], weighting)
         order = torch.from_numpy(order)
         out = miso_attention(q[order], k[order], v[order], packed, KERNELS["cpu"], KernelOptions(SCALE))
-        size = example.segments[-1].length if example.branches else example.num_tokens
-        torch.testing.assert_close(out[order.argsort()][-size:], shared[rows[-size:]], rtol=0, atol=1e-12)
+        torch.testing.assert_close(out[order.argsort()], shared[copies], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

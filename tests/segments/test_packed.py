@@ -9,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.answers import answers
 from trl_miso.data.bins import plan_bins
 from trl_miso.segments import (
     ROOT,
     Branch,
     Example,
+    Output,
     Segment,
     bits_float,
     float_bits,
+    lay_out,
     parallel,
     single,
     successive,
@@ -89,8 +92,10 @@ def test_fewer_bins_than_first_fit(seed):
 
 
 @st.composite
-def examples(draw, kinds=("single", "parallel", "successive", "unshared")):
+def examples(draw, kinds=("single", "parallel", "successive", "unshared", "answers")):
     kind = draw(st.sampled_from(kinds))
+    if kind == "answers":
+        return lay_out(draw(answers(most=3)))[2]
     output = draw(st.integers(1, 4))
     if kind == "single":
         return single(output)
@@ -138,10 +143,11 @@ def branches(batch):
             e,
             branch,
             tokens_of(batch, e, ancestors(example, branch.segment)),
-            tokens_of(batch, e, [len(example.segments) - 1]),
+            tokens_of(batch, e, [output.segment]),
         )
         for e, example in enumerate(batch)
-        for branch in example.branches
+        for output in example.outputs
+        for branch in output.branches
     ]
 
 
@@ -172,17 +178,20 @@ def test_order_is_a_permutation_with_the_positions_of_its_tokens(batch):
     assert order.dtype == position_ids.dtype == np.int64
     assert packed.num_examples == len(batch)
     assert packed.num_mixed == sum(len(example.branches) > 0 for example in batch)
+    assert packed.num_outputs == sum(len(example.outputs) for example in batch)
 
 
 @bounded
 @given(BATCHES)
-def test_rows_are_contexts_then_outputs_then_single_runs(batch):
+def test_rows_are_contexts_then_outputs_then_other_segments(batch):
     order, _, packed = pack(batch, "uniform")
     tokens = concatenation(batch)
 
     def part(t):
         e, s, _ = tokens[t]
-        return 2 if not batch[e].branches else int(s == len(batch[e].segments) - 1)
+        if any(s in ancestors(batch[e], branch.segment) for branch in batch[e].branches):
+            return 0
+        return 1 if s in [output.segment for output in batch[e].outputs] else 2
 
     parts = [part(t) for t in order]
     assert parts == sorted(parts)
@@ -303,9 +312,7 @@ def test_successive_output_continues_every_context(contexts, output, rest):
 @given(BATCHES)
 def test_longest_path_and_gap(batch):
     _, _, packed = pack(batch, "uniform")
-    runs = [example.num_tokens for example in batch if not example.branches]
-    runs += [len(path) + len(output) for _, _, path, output in branches(batch)]
-    assert packed.longest == max(runs)
+    assert packed.longest == max(example.longest for example in batch)
     tokens = concatenation(batch)
     jumps = [tokens[output[0]][2] + branch.offset - tokens[path[-1]][2] for _, branch, path, output in branches(batch)]
     assert packed.gap == int(any(jump != 1 for jump in jumps))
@@ -367,7 +374,8 @@ def test_unshared_batches_gather_nothing():
 
 def test_branches_out_of_order_gather_their_contexts():
     example = Example(
-        (Segment(2, ROOT, 0), Segment(1, ROOT, 1), Segment(1, ROOT, 2)), (Branch(1, 0, 0.5), Branch(0, 0, 0.5))
+        (Segment(2, ROOT, 0), Segment(1, ROOT, 1), Segment(1, ROOT, 2)),
+        (Output(2, (Branch(1, 0, 0.5), Branch(0, 0, 0.5))),),
     )
     _, _, packed = pack([example], "uniform")
     assert packed.branch_kv_index.tolist() == [2, 0, 1]
@@ -387,6 +395,7 @@ def test_worked_example_with_a_single_run():
         "miso_max_seqlen_k": 4,
         "miso_num_examples": 2,
         "miso_num_mixed": 1,
+        "miso_num_outputs": 1,
         "miso_weighting": 1,
         "miso_longest": 6,
         "miso_gap": 0,

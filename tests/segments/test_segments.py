@@ -11,6 +11,7 @@ from trl_miso.segments import (
     ROOT,
     Branch,
     Example,
+    Output,
     Segment,
     bits_float,
     decode,
@@ -104,7 +105,7 @@ def test_worked_example_unshared():
     separate, (ids, labels) = unshare(example, columns)
     assert separate == Example(
         (Segment(4, ROOT, 0), Segment(3, ROOT, 1), Segment(3, ROOT, 1), Segment(2, ROOT, 4)),
-        (Branch(0, 0, 0.5), Branch(1, 0, 0.25), Branch(2, 0, 0.25)),
+        (Output(3, (Branch(0, 0, 0.5), Branch(1, 0, 0.25), Branch(2, 0, 0.25))),),
     )
     assert ids == [1, 2, 3, 4, 1, 2, 3, 1, 2, 5, 8, 9]
     assert labels == [-100] * 11 + [9]
@@ -215,7 +216,7 @@ def test_order_of_contexts_changes_nothing_but_the_order(contexts, output, posit
 def test_successive_literal():
     assert successive([2, 1, 3], 4) == Example(
         (Segment(2, ROOT, 0), Segment(1, ROOT, 2), Segment(3, ROOT, 3), Segment(4, ROOT, 6)),
-        (Branch(0, 0, 1 / 3), Branch(1, 0, 1 / 3), Branch(2, 0, 1 / 3)),
+        (Output(3, (Branch(0, 0, 1 / 3), Branch(1, 0, 1 / 3), Branch(2, 0, 1 / 3))),),
     )
 
 
@@ -275,7 +276,7 @@ def test_unsharing_leaves_unshared_examples_alone(example):
 def test_code_literal():
     half = 4602678819172646912
     _, example = parallel([[7, 1], [7]], 2, [0.5, 0.5], "successive")
-    code = [3, 2] + [1, -1, 0] + [1, 0, 1] + [2, -1, 2] + [1, 0, half] + [0, -1, half]
+    code = [3, 2] + [1, -1, 0] + [1, 0, 1] + [2, -1, 2] + [2, 1, 0, half] + [2, 0, -1, half]
     assert encode(example) == code
     assert encode(single(4)) == [1, 0, 4, -1, 0]
     assert list(decode(code + [1, 0, 4, -1, 0])) == [example, single(4)]

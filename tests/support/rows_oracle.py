@@ -27,16 +27,21 @@ class Parts(NamedTuple):
 
 
 def parts_of(row) -> Iterator[Parts]:
-    """The examples of a prepared row (`input_ids`, `labels`, `miso_layout`)."""
+    """What a prepared row (`input_ids`, `labels`, `miso_layout`) trains: each output, and each segment with labels."""
     at = 0
     for example in decode(row["miso_layout"]):
         bounds = list(accumulate((s.length for s in example.segments), initial=at))
         runs = [row["input_ids"][start:end] for start, end in pairwise(bounds)]
-        labels = row["labels"][bounds[-2] : bounds[-1]]
-        assert all(label == -100 for label in row["labels"][at : bounds[-2]]), "a context has labels"
+        labels = [row["labels"][start:end] for start, end in pairwise(bounds)]
         at = bounds[-1]
-        contexts = [list(chain.from_iterable(runs[i] for i in example.path(b.segment))) for b in example.branches]
-        yield Parts(contexts or [[]], runs[-1], labels, [branch.weight for branch in example.branches] or [1.0])
+        for output in example.outputs:
+            contexts = [list(chain.from_iterable(runs[i] for i in example.path(b.segment))) for b in output.branches]
+            yield Parts(contexts, runs[output.segment], labels[output.segment], [b.weight for b in output.branches])
+        outputs = {output.segment for output in example.outputs}
+        for s in range(len(runs)):
+            if s not in outputs and any(label != -100 for label in labels[s]):
+                before = list(chain.from_iterable(runs[i] for i in example.path(s)[:-1]))
+                yield Parts([[]], before + runs[s], [-100] * len(before) + labels[s], [1.0])
     assert at == len(row["input_ids"]) == len(row["labels"])
 
 

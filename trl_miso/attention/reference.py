@@ -87,36 +87,33 @@ def reference_attention(
     def attend(s: torch.Tensor, keys: list[int]) -> torch.Tensor:
         return torch.einsum("hqk,khd->qhd", s.softmax(-1), v_THD[keys])
 
-    # Contexts and single runs: every segment causally against its path.
     out = torch.empty_like(q_THD)
-    causal_segments = range(len(tokens) - 1 if example.branches else len(tokens))
-    for i in causal_segments:
-        path = path_tokens(i)
-        out[tokens[i]] = attend(masked(scores(tokens[i], path)), path)
-    if not example.branches:
-        return out
+    output_segments = {output.segment for output in example.outputs}
+    for i, segment_tokens in enumerate(tokens):
+        if i not in output_segments:
+            path = path_tokens(i)
+            out[segment_tokens] = attend(masked(scores(segment_tokens, path)), path)
 
-    output = tokens[-1]
-    to_output = scores(output, output)
-    contexts = [path_tokens(branch.segment) for branch in example.branches]
-    to_context = [
-        scores(output, context, branch.offset) for context, branch in zip(contexts, example.branches, strict=True)
-    ]
+    for output in example.outputs:
+        queries = tokens[output.segment]
+        to_output = scores(queries, queries)
+        contexts = [path_tokens(branch.segment) for branch in output.branches]
+        to_context = [scores(queries, c, branch.offset) for c, branch in zip(contexts, output.branches, strict=True)]
 
-    # Vanilla: one softmax over all contexts and the output (eq. 4).
-    if weighting == "vanilla":
-        keys = [token for context in contexts for token in context] + output
-        out[output] = attend(torch.cat([*to_context, masked(to_output)], -1), keys)
-        return out
+        # Vanilla: one softmax over all contexts and the output (eq. 4).
+        if weighting == "vanilla":
+            keys = [token for context in contexts for token in context] + queries
+            out[queries] = attend(torch.cat([*to_context, masked(to_output)], -1), keys)
+            continue
 
-    # Otherwise one softmax per context, over [K_i, K_out], and the weighted sum (eq. 3).
-    pairs = [masked(torch.cat([s, to_output], -1)) for s in to_context]
-    attended = [attend(s, context + output) for s, context in zip(pairs, contexts, strict=True)]
-    if weighting == "fid":
-        # w_i in proportion to S_i + S_out, the exponentiated scores of branch i (eq. 7).
-        weights = torch.stack([s.logsumexp(-1) for s in pairs]).softmax(0).transpose(1, 2)[..., None]
-    else:
-        weights = torch.tensor([branch.weight for branch in example.branches], dtype=q_THD.dtype)
-        weights = weights[:, None, None, None]
-    out[output] = (weights * torch.stack(attended)).sum(0)
+        # Otherwise one softmax per context, over [K_i, K_out], and the weighted sum (eq. 3).
+        pairs = [masked(torch.cat([s, to_output], -1)) for s in to_context]
+        attended = [attend(s, context + queries) for s, context in zip(pairs, contexts, strict=True)]
+        if weighting == "fid":
+            # w_i in proportion to S_i + S_out, the exponentiated scores of branch i (eq. 7).
+            weights = torch.stack([s.logsumexp(-1) for s in pairs]).softmax(0).transpose(1, 2)[..., None]
+        else:
+            weights = torch.tensor([branch.weight for branch in output.branches], dtype=q_THD.dtype)
+            weights = weights[:, None, None, None]
+        out[queries] = (weights * torch.stack(attended)).sum(0)
     return out

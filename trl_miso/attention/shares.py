@@ -43,6 +43,6 @@ class Shares:
         branch_Q = torch.repeat_interleave(lengths, output_size=len(share_Q))
         contexts = share_Q.new_zeros(len(lengths)).index_add_(0, branch_Q, share_Q) / lengths
         # An output's own share is 1 minus the sum over its contexts.
-        output = 1 - contexts.sum() / packed.num_mixed
+        output = 1 - contexts.sum() / packed.num_outputs
         names = "output_share", "context_share", "min_context_share"
         return dict(zip(names, torch.stack([output, contexts.mean(), contexts.min()]).tolist(), strict=True))

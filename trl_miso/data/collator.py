@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trl_miso.segments import Example, decode, single, unshare
+from trl_miso.segments import Example, decode, single, unshare_row
 from trl_miso.segments.packed import pack
 
 ROWS = "miso_rows"  # numbers of the batch's raw rows, which the trainer removes before the forward pass
@@ -18,7 +18,7 @@ class MISODataCollator:
 
     A prepared row has `input_ids`, `labels` and `miso_layout` (see `segments.encode`); a row without a layout is one
     causal run. The batch has `input_ids`, `labels` and `position_ids` of shape (1, T), and the integer fields of
-    `segments.packed.PackedSegments` under the prefix `miso_`. Its tokens are laid out `[contexts | outputs | single runs]`.
+    `segments.packed.PackedSegments` under the prefix `miso_`. Its tokens are laid out `[contexts | outputs | others]`.
     If every row has the number of its raw row in `miso_row`, the batch lists these numbers in `miso_rows`.
 
     Args:
@@ -79,13 +79,13 @@ class MISODataCollator:
             start = 0
             for example in row_examples:
                 end = start + example.num_tokens
-                columns = [row_ids[start:end], row_labels[start:end]]
+                example_ids, example_labels = row_ids[start:end], row_labels[start:end]
                 start = end
                 if not self.share_prefixes:
-                    example, columns = unshare(example, columns)
+                    example, example_ids, example_labels = unshare_row(example, example_ids, example_labels)
                 examples.append(example)
-                input_ids += columns[0]
-                labels += columns[1]
+                input_ids += example_ids
+                labels += example_labels
             if not row_ids or start != len(row_ids) or len(row_labels) != len(row_ids):
                 raise ValueError(
                     f"Got a row of {len(row_ids)} tokens and {len(row_labels)} labels whose layout has {start} tokens, expected equal "

@@ -46,7 +46,7 @@ class Varlen:
 class PackedSegments:
     """Segment metadata of one packed batch: integers and integer tensors only, made on the CPU by the collator.
 
-    The rows are `[contexts | outputs | single runs]`; `output_start:output_end` are the mixing outputs. Three kernel calls:
+    The rows are `[contexts | outputs | other segments]`; `output_start:output_end` are the outputs. Three kernel calls:
 
     - self call: each segment against its own path root..self, causal (the fields without a prefix).
     - cross call: each output once per branch, against the path of the branch (`branch_`). `branch_q_index` counts rows from
@@ -63,7 +63,8 @@ class PackedSegments:
     max_seqlen_q: int
     max_seqlen_k: int
     num_examples: int
-    num_mixed: int
+    num_mixed: int  # examples with an output
+    num_outputs: int = 0
     weighting: int = 0
     longest: int = 0  # tokens of the longest path with its output; a window of at least this length does not bind
     gap: int = 0  # 1 if some context does not end where its output begins (succ, after_longest)
@@ -128,7 +129,7 @@ class PackedSegments:
 
 
 def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[np.ndarray, np.ndarray, PackedSegments]:
-    """Pack examples into one row `[contexts | outputs | single runs]`.
+    """Pack examples into one row `[contexts | outputs | other segments]`.
 
     Args:
         examples: Examples whose tokens are concatenated in this order, each in its own segment order.
@@ -159,7 +160,8 @@ def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[
         max_seqlen_q=int(lengths.max()),
         max_seqlen_k=int(kv_lengths.max()),
         num_examples=len(examples),
-        num_mixed=sum(bool(example.branches) for example in examples),
+        num_mixed=sum(bool(example.outputs) for example in examples),
+        num_outputs=sum(len(example.outputs) for example in examples),
         weighting=WEIGHTINGS.index(weighting),
         longest=int(kv_lengths.max()),
         kv_index=kv_index,
@@ -179,20 +181,17 @@ class _Placed(NamedTuple):
 
 
 def _place(examples: Sequence[Example]) -> list[_Placed]:
-    """All segments in packed order: contexts, outputs, single runs."""
-    contexts, outputs, single_runs = [], [], []
+    """All segments in packed order: those in contexts, outputs, others."""
+    contexts, outputs, others = [], [], []
     source = 0
     for e, example in enumerate(examples):
+        in_contexts = example.contexts()
+        output_segments = {output.segment for output in example.outputs}
         for s, segment in enumerate(example.segments):
-            placed = _Placed(e, s, segment, source)
-            if not example.branches:
-                single_runs.append(placed)
-            elif s == len(example.segments) - 1:
-                outputs.append(placed)
-            else:
-                contexts.append(placed)
+            zone = contexts if s in in_contexts else outputs if s in output_segments else others
+            zone.append(_Placed(e, s, segment, source))
             source += segment.length
-    return contexts + outputs + single_runs
+    return contexts + outputs + others
 
 
 def _pack_branches(
@@ -211,13 +210,15 @@ def _pack_branches(
     """
     outputs, paths, offsets, weights = [], [], [], []  # one entry per branch
     for e, example in enumerate(examples):
-        for branch in example.branches:
-            outputs.append(place[e, len(example.segments) - 1])
-            paths.append([place[e, i] for i in example.path(branch.segment)])
-            offsets.append(branch.offset)
-            weights.append(float_bits(branch.weight))
-            # Without a gap the context's end, in the output's view, is the output's beginning.
-            packed.gap |= int(example.end(branch.segment) - branch.offset != example.segments[-1].start)
+        for output in example.outputs:
+            for branch in output.branches:
+                outputs.append(place[e, output.segment])
+                paths.append([place[e, i] for i in example.path(branch.segment)])
+                offsets.append(branch.offset)
+                weights.append(float_bits(branch.weight))
+                # Without a gap the context's end, in the output's view, is the output's beginning.
+                context_end = example.end(branch.segment) - branch.offset
+                packed.gap |= int(context_end != example.segments[output.segment].start)
     q_lengths = lengths[outputs]
     path_lengths = np.array([lengths[path].sum() for path in paths])
     packed.output_start = int(starts[min(outputs)])

@@ -1,10 +1,11 @@
-"""Segments and branches: every example, in every mode, is one small prefix tree.
+"""Segments, branches and outputs: every row, in every mode, is a forest of token runs.
 
 - A **segment** is a contiguous token run with a start position and at most one parent segment. Its tokens see all tokens of
   their ancestors, and each other causally.
-- A **branch** is the output's view of one context: the path root..segment, a query offset (see below) and a weight.
-- The **output** is the last segment. With two or more branches it has no parent and mixes over the branches. An example with
-  a single context has no branch: it is one ordinary causal run, exactly as in plain SFT.
+- An **output** is a segment without a parent that mixes over its branches. A **branch** is the output's view of one context:
+  the path root..segment, a query offset (see below) and a weight.
+- An answer with a single context is no output: it is labelled where it stands, in a segment of the forest, exactly as in plain
+  SFT. A conversation whose answers all have one context is one segment, or a tree where later turns see another history.
 
 Worked example. Contexts `[1 2 3 4]` (full), `[1 2 3]`, `[1 2 5]` and output `[8 9]`, prefixes shared, `successive`:
 
@@ -20,25 +21,19 @@ is stored at `P + t`. Rotary attention depends on position differences only, so 
 `len_i - P`. Attention turns the context's keys by minus the offset instead, since contexts have fewer rows and heads.
 Without sharing, the same example is three root segments, right-aligned to end at P, with all offsets 0.
 
-A batch of several examples is laid out as `[all contexts | all outputs | all single runs]`, so that the mixing outputs are
-one slice (`packed.py`). No label crosses a segment boundary: the first token of each segment is never labelled.
+A batch of several examples is laid out as `[contexts | outputs | other segments]`, so that the outputs are one slice
+(`packed.py`). No label crosses a segment boundary: the first token of each segment is never labelled.
 """
 
 import struct
+import sys
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
 
-ROOT = -1
-
-
-class Segment(NamedTuple):
-    """A run of `length` tokens at positions `start, start + 1, ...` below segment `parent` (`ROOT` for none)."""
-
-    length: int
-    parent: int
-    start: int
+from trl_miso.segments.forest import ROOT, Segment, grow
 
 
 class Branch(NamedTuple):
@@ -49,11 +44,23 @@ class Branch(NamedTuple):
     weight: float
 
 
+class Output(NamedTuple):
+    """A segment without a parent whose attention is mixed over two or more branches."""
+
+    segment: int
+    branches: tuple[Branch, ...]
+
+
 class Example(NamedTuple):
-    """Segments in token order, the output last; `branches` is empty for a single causal run."""
+    """A row: its segments in token order, the outputs last, and what each output mixes."""
 
     segments: tuple[Segment, ...]
-    branches: tuple[Branch, ...] = ()
+    outputs: tuple[Output, ...] = ()
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of all outputs, in order."""
+        return tuple([branch for output in self.outputs for branch in output.branches])
 
     @property
     def num_tokens(self) -> int:
@@ -61,13 +68,17 @@ class Example(NamedTuple):
 
     @property
     def num_unshared_tokens(self) -> int:
-        """Number of tokens if every context had its own copy of its path; `num_tokens` for a single causal run."""
-        if not self.branches:
-            return self.num_tokens
-        count = self.segments[-1].length
-        for branch in self.branches:
-            count += sum(self.segments[i].length for i in self.path(branch.segment))
-        return count
+        """Number of tokens if every context and every causal run had its own copy of its path."""
+        return sum(self.segments[i].length for copy in self.copies() for i in copy)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path, an output counted with its longest context."""
+        lengths = [self.path_length(i) for i in range(len(self.segments))]
+        for output in self.outputs:
+            longest = max(self.path_length(branch.segment) for branch in output.branches)
+            lengths.append(longest + self.segments[output.segment].length)
+        return max(lengths)
 
     def path(self, index: int) -> list[int]:
         """Segment indices from the root to `index`."""
@@ -76,9 +87,103 @@ class Example(NamedTuple):
             path.append(parent)
         return path[::-1]
 
+    def path_length(self, index: int) -> int:
+        """Number of tokens from the root to the end of segment `index`."""
+        return sum(self.segments[i].length for i in self.path(index))
+
     def end(self, index: int) -> int:
         """Position after the last token of a segment."""
         return self.segments[index].start + self.segments[index].length
+
+    def contexts(self) -> set[int]:
+        """The segments that some output attends to."""
+        return {i for branch in self.branches for i in self.path(branch.segment)}
+
+    def copies(self) -> list[list[int]]:
+        """The example without sharing, as lists of segments: each output's contexts and the output, then each causal run.
+
+        A causal run is the path to a segment that is in no context and has no child.
+        """
+        copies = []
+        for output in self.outputs:
+            copies += [self.path(branch.segment) for branch in output.branches]
+            copies.append([output.segment])
+        covered = {i for copy in copies for i in copy}
+        parents = {segment.parent for i, segment in enumerate(self.segments) if i not in covered}
+        copies += [self.path(i) for i in range(len(self.segments)) if i not in covered and i not in parents]
+        return copies
+
+
+class Answer(NamedTuple):
+    """An output with its contexts, before its tokens are laid out.
+
+    Attributes:
+        contexts: Token ids of n >= 1 contexts, none empty if n > 1.
+        output: Token ids. labels: one per token of the output, -100 for no loss. The first has no loss.
+        weights: n weights that sum to 1; none for one context and its output as a causal run.
+        positions: `"successive"`: the output follows every context (offset `len_i - P`). `"after_longest"`: it stands at P, the
+            length of the longest context, for all contexts (offset 0). `"chunks"`: the contexts are chunks of one input, at
+            the positions that they have in it, and the output follows the last (MISO-succ).
+    """
+
+    contexts: Sequence[Sequence[int]]
+    output: Sequence[int]
+    labels: Sequence[int]
+    weights: Sequence[float] = ()
+    positions: str = "successive"
+
+
+def lay_out(answers: Sequence[Answer]) -> tuple[list[int], list[int], Example]:
+    """Lay out the answers of a row as one example in which common prefixes are stored once (paper, section 4.1).
+
+    Equal to one row per answer and context, in the loss and in every gradient. Causal runs are labelled in the forest of
+    contexts and runs. All other answers become outputs.
+
+    Returns:
+        Token ids and labels in segment order, and the example.
+    """
+    paths: list[Sequence[int]] = []
+    labels: list[Sequence[int]] = []
+    chunks: list[Sequence[int]] = []  # those that do not begin their input, and so stand in no tree
+    for answer in answers:
+        if not answer.weights:
+            (context,) = answer.contexts
+            paths.append([*context, *answer.output])
+            labels.append([-100] * len(context) + list(answer.labels))
+        else:
+            in_tree = answer.contexts[:1] if answer.positions == "chunks" else answer.contexts
+            paths += in_tree
+            labels += [()] * len(in_tree)
+            chunks += answer.contexts[len(in_tree) :]
+    tree = grow(paths, labels)
+    tokens, token_labels, segments = tree.tokens, tree.labels, tree.segments
+    leaves = iter(tree.leaves)
+    chunk_segments = iter(range(len(segments), len(segments) + len(chunks)))
+    output_segments = iter(range(len(segments) + len(chunks), sys.maxsize))
+
+    late_segments, outputs, output_tokens, output_labels = [], [], [], []
+    for answer in answers:
+        lengths = list(map(len, answer.contexts))
+        if not answer.weights:
+            next(leaves)
+            continue
+        are_chunks = answer.positions == "chunks"
+        end = sum(lengths) if are_chunks else max(lengths)
+        branches = []
+        for i, (length, weight) in enumerate(zip(lengths, answer.weights, strict=True)):
+            segment = next(chunk_segments) if are_chunks and i else next(leaves)
+            branches.append(Branch(segment, length - end if answer.positions == "successive" else 0, weight))
+        if are_chunks:
+            for context, start in zip(answer.contexts[1:], accumulate(lengths), strict=False):
+                segments.append(Segment(len(context), ROOT, start))
+                tokens += context
+                token_labels += [-100] * len(context)
+        outputs.append(Output(next(output_segments), tuple(branches)))
+        late_segments.append(Segment(len(answer.output), ROOT, end))
+        output_tokens += answer.output
+        output_labels += answer.labels
+    example = Example((*segments, *late_segments), tuple(outputs))
+    return tokens + output_tokens, token_labels + output_labels, example
 
 
 def single(length: int) -> Example:
@@ -89,120 +194,85 @@ def single(length: int) -> Example:
 def parallel(
     contexts: Sequence[Sequence[int]], output_length: int, weights: Sequence[float], output_positions: str
 ) -> tuple[list[int], Example]:
-    """Lay out contexts that each start at position 0, with common prefixes stored once (MISO-para; paper, section 4.1).
-
-    Args:
-        contexts: Token ids of n >= 2 contexts, none empty.
-        output_length: Tokens of the output.
-        weights: n weights that sum to 1.
-        output_positions: `"successive"`: the output follows every context (offset `len_i - P`). `"after_longest"`: the
-            output stands at P, the length of the longest context, for all contexts (offset 0).
+    """Lay out contexts and one output; see `Answer`.
 
     Returns:
         The context tokens in segment order, and the example. Its output segment comes after these tokens.
     """
-    tokens, segments, leaves = _prefix_tree(contexts)
-    longest = max(map(len, contexts))
-    branches = []
-    for leaf, context, weight in zip(leaves, contexts, weights, strict=True):
-        offset = len(context) - longest if output_positions == "successive" else 0
-        branches.append(Branch(leaf, offset, weight))
-    return tokens, Example((*segments, Segment(output_length, ROOT, longest)), tuple(branches))
+    output = [0] * output_length
+    tokens, _, example = lay_out([Answer(contexts, output, [-100] * output_length, weights, output_positions)])
+    return tokens[: len(tokens) - output_length], example
 
 
 def successive(chunk_lengths: Sequence[int], output_length: int) -> Example:
     """Lay out chunks of one input at their positions in the input, mixed uniformly (MISO-succ; paper, sections 4.1 and 4.2)."""
-    starts = np.cumsum([0, *chunk_lengths]).tolist()
-    segments = [Segment(n, ROOT, start) for n, start in zip(chunk_lengths, starts, strict=False)]
-    branches = tuple(Branch(i, 0, 1 / len(segments)) for i in range(len(segments)))
-    return Example((*segments, Segment(output_length, ROOT, starts[-1])), branches)
+    chunks = [[0] * length for length in chunk_lengths]
+    output = [0] * output_length
+    weights = [1 / len(chunks)] * len(chunks)
+    return lay_out([Answer(chunks, output, [-100] * output_length, weights, "chunks")])[2]
 
 
 def unshare(example: Example, columns: Sequence[list[int]]) -> tuple[Example, list[list[int]]]:
-    """Give every context its own copy of its tokens: the same computation without shared prefixes and query offsets.
+    """Give every context and every causal run its own copy of its tokens: the same computation without sharing.
 
-    Positions are right-aligned: context i moves by `-offset_i`, so that it ends where the output begins.
+    Positions are right-aligned: context i moves by `-offset_i`, so that it ends where its output begins.
 
     Args:
-        columns: The example's per-token lists (ids, labels).
+        columns: The example's per-token lists. A label on a shared token would count once per copy: see `unshare_row`.
 
     Returns:
         The new example, and the columns in its token order.
     """
-    if not example.branches:
+    copies = example.copies()
+    if len(copies) == 1:  # a single causal run
         return example, list(columns)
-    segments, source_segments = [], []
-    for branch in example.branches:
-        path = example.path(branch.segment)
-        length = sum(example.segments[i].length for i in path)
-        segments.append(Segment(length, ROOT, example.segments[path[0]].start - branch.offset))
-        source_segments += path
-    segments.append(example.segments[-1])
-    source_segments.append(len(example.segments) - 1)
+    segments, outputs, branches = [], [], []
+    offsets = iter([branch.offset for branch in example.branches])
+    output_of = {output.segment: output for output in example.outputs}
+    for copy in copies:
+        length = sum(example.segments[i].length for i in copy)
+        start = example.segments[copy[0]].start
+        if copy[0] in output_of:
+            outputs.append(Output(len(segments), tuple(branches)))
+            branches = []
+        elif len(outputs) < len(example.outputs):
+            start -= next(offsets)
+            weight = example.outputs[len(outputs)].branches[len(branches)].weight
+            branches.append(Branch(len(segments), 0, weight))
+        segments.append(Segment(length, ROOT, start))
 
     bounds = np.cumsum([0, *(segment.length for segment in example.segments)]).tolist()
-    copies = []
+    copied = []
     for column in columns:
-        copy = []
-        for i in source_segments:
-            copy += column[bounds[i] : bounds[i + 1]]
-        copies.append(copy)
-    branches = tuple(Branch(i, 0, branch.weight) for i, branch in enumerate(example.branches))
-    return Example(tuple(segments), branches), copies
+        new: list[int] = []
+        for i in chain.from_iterable(copies):
+            new += column[bounds[i] : bounds[i + 1]]
+        copied.append(new)
+    return Example(tuple(segments), tuple(outputs)), copied
 
 
-def _prefix_tree(contexts: Sequence[Sequence[int]]) -> tuple[list[int], list[Segment], list[int]]:
-    """Build the compressed prefix tree in depth-first order: tokens, segments, and the segment in which each context ends."""
-    tokens: list[int] = []
-    segments: list[Segment] = []
-    leaves = [0] * len(contexts)
-    # The contexts of a stack entry agree on everything before `start`. Each pop emits the run on which they still agree.
-    stack = [(members, ROOT, 0) for members in _groups(contexts, range(len(contexts)), 0)[::-1]]
-    while stack:
-        members, parent, start = stack.pop()
-        first = contexts[members[0]]
-        end = min((common_prefix(first, contexts[m], start) for m in members[1:]), default=len(first))
-        tokens += first[start:end]
-        segments.append(Segment(end - start, parent, start))
-        node = len(segments) - 1
-        for m in members:
-            leaves[m] = node  # overwritten by a deeper segment unless the context ends here
-        deeper = [m for m in members if len(contexts[m]) > end]
-        stack += [(group, node, end) for group in _groups(contexts, deeper, end)[::-1]]
-    return tokens, segments, leaves
-
-
-def _groups(contexts: Sequence[Sequence[int]], members: Sequence[int], at: int) -> list[list[int]]:
-    """Group contexts by their token at index `at`, in order of first appearance."""
-    groups: dict[int, list[int]] = {}
-    for m in members:
-        groups.setdefault(contexts[m][at], []).append(m)
-    return list(groups.values())
-
-
-def common_prefix(a: Sequence, b: Sequence, start: int = 0) -> int:
-    """Length of the common prefix of `a` and `b`, which agree up to `start`."""
-    low, high = start, min(len(a), len(b))
-    while low < high:  # bisection: comparing slices is fast, a Python step per element is not
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def unshare_row(example: Example, input_ids: list[int], labels: list[int]) -> tuple[Example, list[int], list[int]]:
+    """`unshare` token ids and labels. A label stays on the first copy of its token alone, so that it counts once."""
+    unshared, (ids, labels, sources) = unshare(example, [input_ids, labels, list(range(len(input_ids)))])
+    if len(ids) > len(input_ids):
+        first_copies = set(np.unique(sources, return_index=True)[1].tolist())
+        labels = [label if i in first_copies else -100 for i, label in enumerate(labels)]
+    return unshared, ids, labels
 
 
 def encode(example: Example) -> list[int]:
-    """Flatten an example to integers for a dataset column: `[S, B, S x (length, parent, start), B x (segment, offset, weight bits)]`.
+    """Flatten an example to integers for a dataset column.
 
-    The code is self-delimiting, so a bin of packed examples is the concatenation of their codes. The weight is the bit pattern
-    of a float64, which datasets and engines that cast floats (DeepSpeed does, to bf16) cannot change.
+    `[S, B, S x (length, parent, start), B x (output, segment, offset, weight bits)]`, for S segments and B branches. The code is
+    self-delimiting, so a bin of packed examples is the concatenation of their codes. The weight is the bit pattern of a float64,
+    which datasets and engines that cast floats (DeepSpeed does, to bf16) cannot change.
     """
     flat = [len(example.segments), len(example.branches)]
     for segment in example.segments:
         flat += segment
-    for branch in example.branches:
-        flat += [branch.segment, branch.offset, float_bits(branch.weight)]
+    for output in example.outputs:
+        for branch in output.branches:
+            flat += [output.segment, branch.segment, branch.offset, float_bits(branch.weight)]
     return flat
 
 
@@ -216,17 +286,20 @@ def decode(flat: Sequence[int]) -> Iterator[Example]:
     while start < len(flat):
         num_segments = flat[start]
         num_branches = flat[start + 1] if start + 1 < len(flat) else 0
-        first = start + 2
-        end = first + 3 * (num_segments + num_branches)
+        branches_start = start + 2 + 3 * num_segments
+        end = branches_start + 4 * num_branches
         if end > len(flat) or not num_segments:
             raise ValueError(
                 f"Got a layout that ends within an example ({len(flat)} integers), expected the output of `encode`. Fix: prepare the "
                 "dataset again."
             )
-        triples = [flat[i : i + 3] for i in range(first, end, 3)]
-        segments = tuple(Segment(*triple) for triple in triples[:num_segments])
-        branches = tuple(Branch(segment, offset, bits_float(bits)) for segment, offset, bits in triples[num_segments:])
-        yield Example(segments, branches)
+        segments = [Segment(*flat[i : i + 3]) for i in range(start + 2, branches_start, 3)]
+        branches: dict[int, list[Branch]] = {}  # by output
+        for i in range(branches_start, end, 4):
+            output, segment, offset, bits = flat[i : i + 4]
+            branches.setdefault(output, []).append(Branch(segment, offset, bits_float(bits)))
+        outputs = [Output(output, tuple(members)) for output, members in branches.items()]
+        yield Example(tuple(segments), tuple(outputs))
         start = end
 
 
