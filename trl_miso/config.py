@@ -7,6 +7,7 @@ from trl import SFTConfig
 
 from trl_miso.attention.kernels import KERNELS
 from trl_miso.data.contexts import MODES
+from trl_miso.data.turns import TRAIN_TURNS
 from trl_miso.segments.packed import WEIGHTINGS
 
 
@@ -36,6 +37,11 @@ class MISOSFTConfig(SFTConfig):
         chunk_probs (`list[float]`, *optional*, defaults to `[0.55, 0.15, 0.15, 0.15]`):
             Probabilities of splitting the input into 1, 2, 3, ... chunks in succ (paper, Appendix C). The number is
             drawn per row from the seed.
+        train_turns (`str`, *optional*, defaults to `"auto"`):
+            Which answers of a row are trained: `"last"` (the last answer, or the completion), `"all"` (the earlier assistant
+            turns of conversations, prompts and demonstrations too, each seeing what inference would show before it), or
+            `"auto"` (all of a conversation, the completion alone of a row with a prompt, unless the row's column
+            `train_turns` says otherwise).
         response_template (`str`, *optional*):
             Text that begins the output of plain-text rows. Needed where the contexts of a row end differently. Chat
             templates bring their own.
@@ -103,6 +109,16 @@ class MISOSFTConfig(SFTConfig):
         metadata={
             "help": "Probabilities of splitting the input into 1, 2, 3, ... chunks in succ (paper, Appendix C). The "
             "number is drawn per row from the seed."
+        },
+    )
+    train_turns: str = field(
+        default="auto",
+        metadata={
+            "help": "Which answers of a row are trained: 'last' (the last answer, or the completion), 'all' (the earlier "
+            "assistant turns of conversations, prompts and demonstrations too, each seeing what inference would show before "
+            "it), or 'auto' (all of a conversation, the completion alone of a row with a prompt, unless the row's column "
+            "`train_turns` says otherwise).",
+            "choices": list(TRAIN_TURNS),
         },
     )
     response_template: str | None = field(

@@ -25,7 +25,7 @@ from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
 REAL = Path(__file__).parents[3] / "shared/data/multi_constraint/rows.jsonl"
 COLUMNS = ["input_ids", "labels", "miso_layout", "miso_row"]
-PREPARED = [*COLUMNS, "miso_cut"]
+PREPARED = [*COLUMNS, "miso_cut", "miso_notes"]
 
 
 def user(text):
@@ -223,7 +223,8 @@ def test_messages_for_trl_need_no_answer_at_the_end_but_a_message(caplog):
 @pytest.mark.parametrize("mode", ["succ", "single"])
 def test_messages_without_an_answer(mode, tok, train):
     made = train([{"messages": m} for m in MESSAGES], context_mode=mode)
-    expected = MESSAGES[:1] if mode == "succ" else [MESSAGES[0], MESSAGES[2], MESSAGES[4]]
+    answered = MESSAGES[2][:2]  # a turn after the last answer is not read
+    expected = [MESSAGES[0], answered] if mode == "succ" else [MESSAGES[0], MESSAGES[2], MESSAGES[4]]
     assert [row["input_ids"] for row in made] == [tok.apply_chat_template(m, return_dict=False) for m in expected]
 
 
@@ -258,7 +259,8 @@ def test_columns_have_types_even_if_the_first_thousand_rows_are_dropped(num_proc
     rows = [{"prompt": "the sea", "completion": ""}] * 1100 + [{"prompt": "the sea", "completion": " is blue"}]
     made = prepare(rows, tok, "prompt", "succ", num_proc)
     assert len(made) == 1
-    assert made.features == Features({name: List(Value("int64")) for name in PREPARED})
+    numbers = {name: List(Value("int64")) for name in PREPARED[:-1]}
+    assert made.features == Features(numbers | {"miso_notes": List(Value("string"))})
 
 
 def test_streams_say_once_what_they_drop(tok, caplog):
@@ -323,10 +325,9 @@ def test_errors_of_the_chat_template_name_the_row(tok):
 
 def test_nulls_and_other_columns_do_no_harm(tok):
     """What concatenating data sets of different columns leaves."""
-    tools = json.dumps([{"type": "function", "function": {"name": "sail"}}])
     rows = [
         GOOD | {"id": 1, "text": None, "tools": None, "chat_template_kwargs": None, "full_prompt": None},
-        GOOD | {"id": None, "text": "x", "tools": tools, "chat_template_kwargs": {"a": True}, "constraints": None},
+        GOOD | {"id": None, "text": "x", "tools": "[]", "chat_template_kwargs": {"a": True}, "constraints": None},
         GOOD | {"id": 2, "full_prompt": [user("Describe the sea. Rhyme.")], "score": 0.5},
     ]
     made = prepare(rows, tok)

@@ -168,7 +168,7 @@ def laid_out(tokenized, mode, make):
     made = []
     for one in tokenized:
         try:
-            prepared = make(one, mode, None)
+            prepared = make([one], mode, [None])
         except RowDropped:
             continue
         made.append((prepared["input_ids"], prepared["labels"]))
@@ -399,7 +399,7 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
             [[user("<|im_start|> <|eos|>x"), user(c)] for c in ("the <|eos|>sea", "the <|eos|>ship")], [assistant("b")]
         )
     )
-    rendered = tokenizer._render(made, [{"tools": None}] * len(made))
+    rendered = [[t.whole, t.before, *t.prompts] for t in tokenizer._render(made, [{"tools": None}] * len(made))]
     expected = [[chat_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in rendered]
     assert list(tokenizer.token_ids(rendered, add_special_tokens=False)) == expected
 
@@ -457,7 +457,7 @@ def test_ids_of_texts_in_parts_are_those_of_each_text_in_one_piece(tokenizer, te
 def test_truncation_cuts_the_end_of_the_output_to_the_longest_path():
     tokenized = Tokenized([[1, 5], [1, 2, 3, 4], [1, 2, 6]], [7, 8, 9], [-100, 8, 9])
     for max_length, output in ((7, [7, 8, 9]), (6, [7, 8])):
-        prepared = layout(max_length=max_length)(tokenized, "para", None)
+        prepared = layout(max_length=max_length)([tokenized], "para", [None])
         assert prepared["input_ids"] == [1, 5, 2, 3, 4, 6, *output]
         assert prepared["labels"] == [-100] * 7 + output[1:]
         example = example_of(prepared)
@@ -465,10 +465,10 @@ def test_truncation_cuts_the_end_of_the_output_to_the_longest_path():
         assert max(paths) + example.segments[-1].length <= max_length
     for max_length in (5, 4, 1):
         with pytest.raises(RowDropped, match="no label left within max_length"):
-            layout(max_length=max_length)(tokenized, "para", None)
+            layout(max_length=max_length)([tokenized], "para", [None])
     with pytest.raises(RowDropped, match="^no label$"):
-        layout()(Tokenized([[1]], [2], [-100]), "para", None)
-    assert layout(max_length=None)(tokenized, "para", None)["input_ids"][-3:] == [7, 8, 9]
+        layout()([Tokenized([[1]], [2], [-100])], "para", [None])
+    assert layout(max_length=None)([tokenized], "para", [None])["input_ids"][-3:] == [7, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -483,12 +483,12 @@ def test_truncation_cuts_the_end_of_the_output_to_the_longest_path():
 )
 def test_weights(full_context_weight, given, expected):
     tokenized = Tokenized([[1, 2], [3], [1, 4]], [5, 6], [-100, 6])
-    prepared = layout(full_context_weight=full_context_weight)(tokenized, "para", given)
+    prepared = layout(full_context_weight=full_context_weight)([tokenized], "para", [given])
     assert [branch.weight for branch in example_of(prepared).branches] == pytest.approx(expected)
 
 
 def test_one_context_of_para_is_a_plain_causal_run():
-    prepared = layout(full_context_weight=0.5)(Tokenized([[1, 2]], [5, 6], [-100, 6]), "para", [1.0])
+    prepared = layout(full_context_weight=0.5)([Tokenized([[1, 2]], [5, 6], [-100, 6])], "para", [[1.0]])
     example = example_of(prepared)
     assert not example.branches
     assert len(example.segments) == 1
@@ -500,7 +500,7 @@ def test_one_context_of_para_is_a_plain_causal_run():
 def test_chunks_are_cut_as_array_split_cuts(length, chunks):
     probs = tuple(float(i == chunks - 1) for i in range(4))
     tokens = list(range(1, length + 1))
-    prepared = layout(chunk_probs=probs)(Tokenized([tokens], [1001, 1002], [-100, 1002]), "succ", None)
+    prepared = layout(chunk_probs=probs)([Tokenized([tokens], [1001, 1002], [-100, 1002])], "succ", [None])
     example = example_of(prepared)
     expected = [part.tolist() for part in np.array_split(tokens, min(chunks, length))]
     assert prepared["input_ids"] == [*tokens, 1001, 1002]
@@ -518,7 +518,7 @@ def test_chunks_are_cut_as_array_split_cuts(length, chunks):
 
 
 def chunks_of(make, tokens, output=(1, 2)):
-    example = example_of(make(Tokenized([list(tokens)], list(output), [-100, *output[1:]]), "succ", None))
+    example = example_of(make([Tokenized([list(tokens)], list(output), [-100, *output[1:]])], "succ", [None]))
     return max(1, len(example.branches))
 
 
@@ -560,5 +560,5 @@ def test_para_draws_follow_para_prob_and_the_row():
 
 
 def test_columns_are_those_of_the_dataset():
-    prepared = layout()(Tokenized([[1, 2]], [3], [3]), "single", None)
-    assert prepared == columns([1, 2, 3], [-100, -100, 3], example_of(prepared)) | {"miso_cut": [0]}
+    prepared = layout()([Tokenized([[1, 2]], [3], [3])], "single", [None])
+    assert prepared == columns([1, 2, 3], [-100, -100, 3], example_of(prepared)) | {"miso_cut": [0], "miso_notes": []}

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trl_miso.data.plain_templates import prints_content
-from trl_miso.data.schema import TEMPLATE_ROLES, message_texts
+from trl_miso.data.schema import REASONING, TEMPLATE_ROLES, message_texts
 
 Conversation = list[dict[str, Any]]
 Roles = tuple[str, ...]
@@ -69,6 +69,25 @@ class ChatRenderer:
         if checked_from is not None:
             _check_patterns(patterns, dict(zip(roles, conversations, strict=True)))
         return texts
+
+    def lost_reasoning(self, messages: Conversation, text: str, start: int, kwargs: dict[str, Any]) -> bool:
+        """Whether the reasoning of a turn from `start` on is missing from the rendered `text`."""
+        for i in range(start, len(messages)):
+            for part, changed in _reasoning_parts(messages[i]):
+                if part in text and len(part) > _LONG_ENOUGH:
+                    continue
+                if self([[*messages[:i], changed, *messages[i + 1 :]]], kwargs) == [text]:
+                    return True
+        return False
+
+    def check_tools(self, conversation: Conversation, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError if the template leaves out the tools of a row."""
+        tools = kwargs.get("tools")
+        if tools and self([conversation], kwargs) == self([conversation], kwargs | {"tools": None}):
+            raise ValueError(
+                f"Got {len(tools)} tools in column 'tools', which the chat template leaves out. Expected a template that renders tools. "
+                "Fix: remove the column, or set chat_template_path to another template."
+            )
 
     def _apply(self, conversations: list[Conversation], template: Any, options: dict[str, Any]) -> list[str]:
         if not conversations:
@@ -165,3 +184,16 @@ def _changed_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             changed = call | {"function": function | {"name": function["name"] + "x"}}
             yield function["name"], message | {"tool_calls": [*calls[:i], changed, *calls[i + 1 :]]}
+
+
+def _reasoning_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each reasoning of a message, under a key of its own or before `</think>`, with the message in which it is replaced."""
+    for name in REASONING:
+        text = message.get(name)
+        if isinstance(text, str) and text.strip():
+            yield text.strip(), message | {name: text + " x"}
+    content = message.get("content")
+    if message.get("role") == "assistant" and isinstance(content, str) and "</think>" in content:
+        text = content.partition("</think>")[0].rpartition("<think>")[2]
+        if text.strip():
+            yield text.strip(), message | {"content": content.replace(text, text + " x", 1)}

@@ -13,6 +13,7 @@ from trl_miso.data.schema import (
     check_prompt,
     constraints_of,
     context_weights_of,
+    has_content,
     is_given,
     list_column,
     to_messages,
@@ -67,8 +68,10 @@ def full_row(row: dict[str, Any], kind: str, options: DataOptions = DEFAULTS) ->
     """The row with its full context alone: what standard inference sees."""
     if kind == "messages":
         messages = to_messages(row)
-        if not messages or messages[-1]["role"] != "assistant":
-            raise RowDropped("no output: the conversation does not end in an assistant turn")
+        while messages and not (messages[-1]["role"] == "assistant" and has_content(messages[-1])):
+            messages.pop()  # turns after the last answer
+        if not messages:
+            raise RowDropped("no output: the conversation has no answer")
         return _with_completion(check_prompt(messages[:-1], "messages"), messages[-1:], "messages")
     if kind == "contexts" and not is_given(row, "prompt"):
         column = "contexts"

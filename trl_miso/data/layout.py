@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -10,7 +11,9 @@ from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped
 from trl_miso.data.tokenization import Tokenized
-from trl_miso.segments import Example, encode, parallel, single, successive
+from trl_miso.segments import Answer, Example, encode, lay_out
+
+NOT_FITTING = "an answer has no label within max_length and is left out"
 
 
 @dataclass(frozen=True)
@@ -23,34 +26,52 @@ class Layout:
 
     options: DataOptions
 
-    def __call__(self, tokenized: Tokenized, mode: str, weights: list[float] | None) -> dict[str, list[int]]:
+    def __call__(
+        self, tokenized: Sequence[Tokenized], mode: str, weights: Sequence[list[float] | None]
+    ) -> dict[str, list]:
         """The prepared columns of one row, without its row number.
 
         Args:
+            tokenized: The answers of the row.
             mode: `"para"`, `"succ"` or `"single"`.
-            weights: The row's own context weights; None for the weights of the config.
+            weights: For each answer the row's own context weights; None for the weights of the config.
 
         Returns:
-            `input_ids` and `labels` (one per token), `miso_layout` (see `segments.encode`), and `miso_cut`, the number of
-            output tokens that truncation removed.
+            `input_ids` and `labels` (one per token), `miso_layout` (see `segments.encode`), `miso_cut`, the number of output
+            tokens that truncation removed, and `miso_notes`, what the user should know about the row.
 
         Raises:
             RowDropped: If truncation leaves no label.
         """
+        answers: list[Answer] = []
+        notes: dict[str, None] = {}
+        cut = 0
+        for answer, own_weights in zip(tokenized, weights, strict=True):
+            output, labels = self._truncated(answer)
+            cut += len(answer.output) - len(output)
+            if any(label != -100 for label in labels):
+                answers.append(self._answer(answer, output, labels, mode, own_weights))
+                notes |= dict.fromkeys(answer.notes)
+            elif any(label != -100 for label in answer.labels):
+                notes[NOT_FITTING] = None
+        if not answers:
+            raise RowDropped("no label left within max_length" if NOT_FITTING in notes else "no label")
+        ids, labels, example = lay_out(answers)
+        return columns(ids, labels, example) | {"miso_cut": [cut], "miso_notes": list(notes)}
+
+    def _answer(
+        self, tokenized: Tokenized, output: list[int], labels: list[int], mode: str, weights: list[float] | None
+    ) -> Answer:
         contexts = tokenized.contexts
-        output, labels = self._truncated(tokenized)
-        chunks = self._num_chunks(contexts[0], tokenized.output) if mode == "succ" else 1
         if mode == "para" and len(contexts) > 1:
             weights = weights or context_weights(len(contexts), self.options.full_context_weight)
-            tokens, example = parallel(contexts, len(output), weights, self.options.output_positions)
-        elif chunks > 1:
-            tokens = contexts[0]
-            example = successive(_even_lengths(len(tokens), chunks), len(output))
-        else:
-            tokens = contexts[0]
-            example = single(len(tokens) + len(output))
-        row = columns(tokens + output, [-100] * len(tokens) + labels, example)
-        return row | {"miso_cut": [len(tokenized.output) - len(output)]}
+            return Answer(contexts, output, labels, weights, self.options.output_positions)
+        chunks = self._num_chunks(contexts[0], tokenized.output) if mode == "succ" else 1
+        if chunks == 1:
+            return Answer(contexts[:1], output, labels)
+        ends = list(accumulate(_even_lengths(len(contexts[0]), chunks), initial=0))
+        parts = [contexts[0][start:end] for start, end in pairwise(ends)]
+        return Answer(parts, output, labels, [1 / chunks] * chunks, "chunks")
 
     def is_mixed(self, full: ContextRow) -> bool:
         """Whether a row that can be para is presented as para: a draw with `para_prob` from (seed, full context, completion)."""
@@ -64,9 +85,6 @@ class Layout:
         if self.options.max_length is not None:
             room = max(self.options.max_length - max(map(len, tokenized.contexts)), 0)
             output, labels = output[:room], labels[:room]
-        if all(label == -100 for label in labels):
-            had_labels = any(label != -100 for label in tokenized.labels)
-            raise RowDropped("no label left within max_length" if had_labels else "no label")
         return output, labels
 
     def _num_chunks(self, tokens: Sequence[int], output: Sequence[int]) -> int:

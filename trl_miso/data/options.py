@@ -17,6 +17,7 @@ class DataOptions:
     include_bare: bool = True
     para_prob: float = 1.0
     chunk_probs: tuple[float, ...] = (0.55, 0.15, 0.15, 0.15)
+    train_turns: str = "auto"
     response_template: str | None = None
     full_context_weight: float | None = None
     output_positions: str = "successive"

@@ -17,12 +17,15 @@ from trl_miso.data.mapping import REASON, KeepRow, check_not_empty, map_rows, na
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped, template_kwargs
 from trl_miso.data.tokenization import RowTokenizer, Tokenized
+from trl_miso.data.turns import each_completion, earlier_answers
 from trl_miso.segments import encode, single
 
 # The columns that the collator reads. `miso_row` is a list, since a bin holds several rows.
 COLUMNS = ["input_ids", "labels", "miso_layout", "miso_row"]
 # Declared rather than inferred: if the first rows are all dropped, their empty lists have no type.
-_FEATURES = Features({name: List(Value("int64")) for name in [*COLUMNS, "miso_cut"]} | REASON)
+_FEATURES = Features(
+    {name: List(Value("int64")) for name in [*COLUMNS, "miso_cut"]} | {"miso_notes": List(Value("string"))} | REASON
+)
 _BATCH = 250  # rows per batch: many texts per call of the tokenizer, few enough for the processor's cache
 
 
@@ -51,33 +54,45 @@ class RowPreparation:
 
     def _prepare_batch(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = rows_of(batch)
-        context_rows = [self._contexts(row, index) for row, index in zip(rows, indices, strict=True)]
-        kept = [i for i, context_row in enumerate(context_rows) if isinstance(context_row, ContextRow)]
-        tokenized = iter(
-            self._tokenize([context_rows[i] for i in kept], [rows[i] for i in kept], [indices[i] for i in kept])
-        )
-        prepared = []
-        for context_row, index in zip(context_rows, indices, strict=True):
-            prepared.append(_with_reason(self._lay_out, context_row, tokenized, index))
+        answers = [self._answers(row, index) for row, index in zip(rows, indices, strict=True)]
+        # All answers of all rows are tokenized together.
+        flat: list[ContextRow] = []
+        owners: list[int] = []  # the place of each answer's row in the batch
+        for place, own in enumerate(answers):
+            if isinstance(own, list):
+                flat += own
+                owners += [place] * len(own)
+        tokenized = self._tokenize(flat, [rows[i] for i in owners], [indices[i] for i in owners])
+        of_row: list[list[Tokenized | RowDropped]] = [[] for _ in rows]
+        for place, result in zip(owners, tokenized, strict=True):
+            of_row[place].append(result)
+        prepared = [_with_reason(self._lay_out, *row) for row in zip(answers, of_row, indices, strict=True)]
         return _to_columns(prepared, self.vocab_size)
 
-    def _contexts(self, row: dict[str, Any], index: int) -> ContextRow | RowDropped:
+    def _answers(self, row: dict[str, Any], index: int) -> list[ContextRow] | RowDropped:
+        """The answers of a row that are trained, each with its contexts."""
         with naming(index):
             try:
-                full = full_row(row, self.kind, self.options)
-                if self.mode != "para" or not self._layout.is_mixed(full):
-                    return full
-                parallel = parallel_row(row, self.kind, self.options, full)
-                self._check_length(parallel, row)
+                given = each_completion(row)
+                full_rows = [full_row(one, self.kind, self.options) for one in given]
+                answers = earlier_answers(row, self.kind, self.options, full_rows[0])
+                answers += [self._contexts(one, full) for one, full in zip(given, full_rows, strict=True)]
             except RowDropped as reason:
                 return reason
-            has_anchor = self.options.full_context_weight is not None and parallel.weights is None
-            if has_anchor and parallel.contexts[0] != full.contexts[0]:
-                raise ValueError(
-                    "Got full_context_weight and a row whose prompt is not one of its contexts, expected the full context among "
-                    "them. Fix: add the prompt to column 'contexts', or give the row context_weights."
-                )
-            return parallel
+        return answers
+
+    def _contexts(self, row: dict[str, Any], full: ContextRow) -> ContextRow:
+        if self.mode != "para" or not self._layout.is_mixed(full):
+            return full
+        parallel = parallel_row(row, self.kind, self.options, full)
+        self._check_length(parallel, row)
+        has_anchor = self.options.full_context_weight is not None and parallel.weights is None
+        if has_anchor and parallel.contexts[0] != full.contexts[0]:
+            raise ValueError(
+                "Got full_context_weight and a row whose prompt is not one of its contexts, expected the full context among "
+                "them. Fix: add the prompt to column 'contexts', or give the row context_weights."
+            )
+        return parallel
 
     @property
     def _layout(self) -> Layout:
@@ -91,7 +106,7 @@ class RowPreparation:
             (tokenized,) = self.tokenizer([first_context], [template_kwargs(row)])
             if isinstance(tokenized, RowDropped):
                 raise tokenized
-            self._layout(tokenized, "single", None)
+            self._layout([tokenized], "single", [None])
 
     def _tokenize(
         self, context_rows: list[Any], rows: list[dict[str, Any]], indices: list[int]
@@ -110,14 +125,16 @@ class RowPreparation:
             raise
 
     def _lay_out(
-        self, context_row: ContextRow | RowDropped, tokenized: Iterator[Tokenized | RowDropped], index: int
-    ) -> dict[str, list[int]]:
-        if isinstance(context_row, RowDropped):
-            raise context_row
-        tokens = next(tokenized)
-        if isinstance(tokens, RowDropped):
-            raise tokens
-        return self._layout(tokens, self.mode, context_row.weights) | {"miso_row": [index]}
+        self, answers: list[ContextRow] | RowDropped, tokenized: list[Tokenized | RowDropped], index: int
+    ) -> dict[str, list]:
+        if isinstance(answers, RowDropped):
+            raise answers
+        kept = []
+        for answer in tokenized:
+            if isinstance(answer, RowDropped):
+                raise answer
+            kept.append(answer)
+        return self._layout(kept, self.mode, [answer.weights for answer in answers]) | {"miso_row": [index]}
 
 
 def prepare_rows(
@@ -173,7 +190,7 @@ class _CausalRuns:
             raise RowDropped("no label left within max_length" if had_labels else "no label")
         layout = list(chain.from_iterable(encode(single(length)) for length in lengths))
         prepared = {"input_ids": ids[kept], "labels": labels[kept], "miso_layout": layout}
-        return prepared | {"miso_row": [number], "miso_cut": [len(ids) - len(ids[kept])]}
+        return prepared | {"miso_row": [number], "miso_cut": [len(ids) - len(ids[kept])], "miso_notes": []}
 
 
 def _with_reason(prepare: Callable, row: Any, *args: Any) -> dict[str, Any]:
@@ -184,7 +201,8 @@ def _with_reason(prepare: Callable, row: Any, *args: Any) -> dict[str, Any]:
     try:
         return prepare(row, *args) | {"miso_dropped": ""}
     except RowDropped as reason:
-        return columns([], [], single(0)) | {"miso_row": [args[-1]], "miso_cut": [0], "miso_dropped": str(reason)}
+        empty = columns([], [], single(0)) | {"miso_row": [args[-1]], "miso_cut": [0], "miso_notes": []}
+        return empty | {"miso_dropped": str(reason)}
 
 
 def _to_columns(rows: Iterable[dict[str, Any]], vocab_size: int | None) -> dict[str, list]:

@@ -22,6 +22,7 @@ Prompt = str | list[dict[str, Any]]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which messages carry reasoning
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # columns that TRL passes to the chat template
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 # Arguments of `apply_chat_template` itself, which a row cannot pass to its template.
@@ -38,6 +39,8 @@ class RowDropped(Exception):
 def row_format(columns: list[str], text_field: str) -> str:
     """The format of a dataset with these columns, by the table above. Raises ValueError if no format fits."""
     have = set(columns)
+    if "completions" in have:
+        have.add("completion")
     if "input_ids" in have:
         return "tokenized"
     for name, needed in (
@@ -74,7 +77,7 @@ def check_prompt(value: Any, column: str) -> Prompt:
         is_empty = not (value or "").strip()
     if is_empty:
         raise RowDropped("no output: the completion is empty" if column == "completion" else "an empty context")
-    return check_text(value, column)
+    return check_text(list(map(_without_nulls, value)) if isinstance(value, list) else value, column)
 
 
 def is_given(row: dict[str, Any], column: str) -> bool:
@@ -139,7 +142,7 @@ def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     kwargs: Any = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
     if not isinstance(kwargs, dict) or not all(isinstance(k, str) and k not in _RESERVED_ARGUMENTS for k in kwargs):
         raise wrong_type(kwargs, "chat_template_kwargs", "a dict of arguments of the chat template's own")
-    return {"tools": check_text(tools, "tools"), **check_text(kwargs, "chat_template_kwargs")}
+    return {"tools": check_text(without_nulls(tools), "tools"), **check_text(kwargs, "chat_template_kwargs")}
 
 
 def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,13 +155,13 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     for turn in turns or []:
         message = _to_message(turn)
         _check_message(message, column, turn)
-        messages.append(message)
+        messages.append(_without_nulls(message))
     return check_text(messages, column)
 
 
 def has_content(message: dict[str, Any]) -> bool:
     """Whether a message carries anything: text, reasoning or a tool call."""
-    texts = [*message_texts(message), message.get("reasoning_content") or ""]
+    texts = [*message_texts(message), *(message.get(name) or "" for name in REASONING)]
     return bool(message.get("tool_calls")) or any(str(text).strip() for text in texts)
 
 
@@ -184,6 +187,15 @@ def check_text(value: Any, column: str) -> Any:
     return value
 
 
+def without_nulls(value: Any) -> Any:
+    """`value` without the keys of its dicts that are null: Arrow gives all dicts of a column the keys of each."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 def wrong_type(value: Any, column: str, expected: str) -> ValueError:
     """The error for a value of the wrong type in a column."""
     return ValueError(f"Got {value!r:.200} in column {column!r}, expected {expected}. Fix: convert the column.")
@@ -198,6 +210,11 @@ def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(role, str):
         role = ROLES.get(role.strip().lower(), role.strip().lower())
     return {"role": role, "content": turn.get("value")} | extra
+
+
+def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without null keys. Its content stays: templates ask whether it is null."""
+    return {key: without_nulls(item) for key, item in message.items() if item is not None or key == "content"}
 
 
 def _check_message(message: Any, column: str, raw: Any) -> None:

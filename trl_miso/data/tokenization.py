@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice, pairwise
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from trl_miso.data.boundary import answer_start, changed_end, changed_start
 from trl_miso.data.chat_template import ChatRenderer
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.schema import Prompt, RowDropped
 from trl_miso.segments import common_prefix
+
+LOST_REASONING = "the chat template leaves out the reasoning of the answer"
+OTHER_END = "the prompt of inference ends in text that training does not have"
+NO_END = "no label ends the answer's turn, so that the model may not learn to stop"
 
 # Characters tokenized per call: the tokenizer's record of each token takes a hundred times the memory of the text.
 _CHARACTERS = 2_000_000
@@ -31,6 +36,22 @@ class Tokenized:
     contexts: list[list[int]]
     output: list[int]
     labels: list[int]
+    notes: tuple[str, ...] = ()  # what the user should know about a row that is kept
+
+
+class _Rendered(NamedTuple):
+    """The texts of a row.
+
+    Attributes:
+        whole: Context and completion. before: The first context up to the output.
+        start: `whole` up to where the completion begins. prompts: Each context with the generation prompt.
+    """
+
+    whole: str
+    before: str
+    start: str
+    prompts: Sequence[str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,12 +85,23 @@ class RowTokenizer:
         """
         rendered = self._render(rows, template_kwargs)
         is_plain_text = bool(rows) and isinstance(rows[0].completion, str)
+        kept = [texts for texts in rendered if isinstance(texts, _Rendered)]
+        ids = self.token_ids([[t.whole, t.before, t.start, *t.prompts] for t in kept], is_plain_text)
+        end_ids = self._end_ids()
         results: list[Tokenized | RowDropped] = []
-        for row, kwargs, ids in zip(rows, template_kwargs, self.token_ids(rendered, is_plain_text), strict=True):
+        for row, kwargs, texts in zip(rows, template_kwargs, rendered, strict=True):
+            if isinstance(texts, RowDropped):
+                results.append(texts)
+                continue
             try:
-                results.append(self._assemble(row, kwargs, ids))
+                tokenized = self._assemble(row, kwargs, next(ids))
             except RowDropped as reason:
                 results.append(reason)
+                continue
+            labels = [label for label in tokenized.labels if label != -100]
+            ends = not labels or not end_ids.isdisjoint(labels[-3:])
+            tokenized.notes = texts.notes if ends else (*texts.notes, NO_END)
+            results.append(tokenized)
         return results
 
     def check(self, whole: Prompt, prompt: Prompt | None, kwargs: dict[str, Any]) -> None:
@@ -81,7 +113,7 @@ class RowTokenizer:
             kwargs: The row's arguments of the chat template.
 
         Raises:
-            RowDropped: If `assistant_only_loss` is set and there is no assistant turn.
+            RowDropped: If `assistant_only_loss` is set and there is no assistant turn; as `__call__`.
             ValueError: As `__call__`.
         """
         self._check_kinds({isinstance(whole, list)})
@@ -90,9 +122,16 @@ class RowTokenizer:
             return
         if self.assistant_only_loss and all(message["role"] != "assistant" for message in whole):
             raise RowDropped("no output: the conversation has no assistant turn")
-        self._chat([whole], kwargs, checked_from=[0])
+        (text,) = self._chat([whole], kwargs, checked_from=[0])
+        self._chat.check_tools(whole, kwargs)
+        last = len(whole) - 1
         if prompt is not None:
-            self._chat([cast(list, prompt)], kwargs, add_generation_prompt=True)
+            last = len(prompt)
+            (before,) = self._chat([cast(list, prompt)], kwargs)
+            (with_header,) = self._chat([cast(list, prompt)], kwargs, add_generation_prompt=True)
+            self._answer_start(whole, last, before, with_header, text, kwargs)
+        if whole[last]["role"] == "assistant" and self._chat.lost_reasoning(whole, text, last, kwargs):
+            raise RowDropped(LOST_REASONING)
         if self.assistant_only_loss:
             self._assistant_mask(whole, kwargs)
 
@@ -103,13 +142,13 @@ class RowTokenizer:
         and each distinct piece is tokenized once.
         """
         cut = _keep_whole if add_special_tokens else self._cutter()
-        pieces = [[cut(text) for text in texts] for texts in rendered]
-        unique = list(dict.fromkeys(chain.from_iterable(chain.from_iterable(pieces))))
+        pieces = {text: cut(text) for text in chain.from_iterable(rendered)}
+        unique = list(dict.fromkeys(chain.from_iterable(pieces.values())))
         ids: dict[str, list[int]] = {}
         for run in _runs(unique, _CHARACTERS):
             ids |= zip(run, self._encode(run, add_special_tokens), strict=True)
-        for texts in pieces:
-            yield [list(chain.from_iterable(map(ids.__getitem__, text))) for text in texts]
+        for texts in rendered:
+            yield [list(chain.from_iterable(map(ids.__getitem__, pieces[text]))) for text in texts]
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Equal to `self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]`.
@@ -148,8 +187,9 @@ class RowTokenizer:
     def _chat(self) -> ChatRenderer:
         return ChatRenderer(self.tokenizer, self.chat_template)
 
-    def _render(self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
-        """The texts of each row: the whole row, the first context up to the output, then each context's prompt."""
+    def _render(
+        self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]
+    ) -> list[_Rendered | RowDropped]:
         kinds = {isinstance(row.completion, list) for row in rows}
         self._check_kinds(kinds)
         if True in kinds:
@@ -163,8 +203,10 @@ class RowTokenizer:
                 "tokens added. Fix: convert one to the other."
             )
 
-    def _render_chat(self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]) -> list[list[str]]:
-        rendered = []
+    def _render_chat(
+        self, rows: Sequence[ContextRow], template_kwargs: Sequence[dict[str, Any]]
+    ) -> list[_Rendered | RowDropped]:
+        rendered: list[_Rendered | RowDropped] = []
         # Neighbouring rows with equal template arguments are rendered in three calls: whole rows, beginnings, prompts.
         for kwargs, group in groupby(zip(rows, template_kwargs, strict=True), key=itemgetter(1)):
             members = [row for row, _ in group]
@@ -177,20 +219,80 @@ class RowTokenizer:
                 # The whole row is checked, and so are the turns that a context has in common with its first context.
                 first_unchecked += [common_prefix(context, contexts[0]) for context in contexts]
             whole_texts = self._chat(whole_rows, kwargs, checked_from=[0] * len(members))
+            self._chat.check_tools(whole_rows[0], kwargs)
             beginning_texts = self._chat(beginnings, kwargs)
             prompt_texts = iter(self._chat(prompts, kwargs, first_unchecked, add_generation_prompt=True))
-            for row, whole, beginning in zip(members, whole_texts, beginning_texts, strict=True):
-                rendered.append([whole, beginning, *islice(prompt_texts, len(row.contexts))])
+            for row, messages, whole, before in zip(members, whole_rows, whole_texts, beginning_texts, strict=True):
+                own_prompts = list(islice(prompt_texts, len(row.contexts)))
+                try:
+                    rendered.append(self._rendered(row, messages, whole, before, own_prompts, kwargs))
+                except RowDropped as reason:
+                    rendered.append(reason)
         return rendered
 
-    def _render_text(self, row: ContextRow) -> list[str]:
+    def _rendered(
+        self,
+        row: ContextRow,
+        messages: list[dict[str, Any]],
+        whole: str,
+        before: str,
+        prompts: list[str],
+        kwargs: dict[str, Any],
+    ) -> _Rendered:
+        """The texts of a conversation. Raises RowDropped if its prompt or its reasoning is not in them."""
+        size = len(row.contexts[0])
+        start = self._answer_start(messages, size, before, prompts[0], whole, kwargs)
+        if self._chat.lost_reasoning(messages, whole, size, kwargs):
+            raise RowDropped(LOST_REASONING)
+        if start == len(prompts[0]) and whole.startswith(prompts[0]):
+            return _Rendered(whole, before, prompts[0], prompts)
+        lost = prompts[0][common_prefix(prompts[0], whole) :]
+        return _Rendered(whole, before, whole[:start], prompts, (f"{OTHER_END}: {lost!r:.60}",))
+
+    def _answer_start(
+        self,
+        messages: list[dict[str, Any]],
+        size: int,
+        before: str,
+        prompt: str,
+        whole: str,
+        kwargs: dict[str, Any],
+    ) -> int:
+        """`boundary.answer_start` of a conversation whose first `size` messages are the prompt."""
+
+        def answer_at() -> int:
+            changed = [*messages[:size], changed_start(messages[size]), *messages[size + 1 :]]
+            return common_prefix(whole, self._chat([changed], kwargs)[0])
+
+        def end() -> int:
+            last = changed_end(messages[size - 1])
+            if last is None:
+                return len(before)
+            (changed,) = self._chat([[*messages[: size - 1], last]], kwargs)
+            return len(before) - common_prefix(before[::-1], changed[::-1])
+
+        return answer_start(before, prompt, whole, answer_at, end)
+
+    def _render_text(self, row: ContextRow) -> _Rendered:
         self._check_eos()
         eos = self.tokenizer.eos_token
-        completion, contexts = cast(str, row.completion), cast(list[str], row.contexts)
+        completion, contexts = cast(str, row.completion), list(map(self.without_bos, cast(list[str], row.contexts)))
         whole = contexts[0] + completion
         if not completion.endswith(eos):
             whole += eos
-        return [whole, self._before_response(contexts), *contexts]
+        return _Rendered(whole, self._before_response(contexts), contexts[0], contexts)
+
+    def without_bos(self, text: str) -> str:
+        """Plain text without the beginning-of-sequence token that the tokenizer adds itself."""
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos) and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            return text[len(bos) :]
+        return text
+
+    def _end_ids(self) -> set[int]:
+        """The tokens that can end a turn: special ones."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
 
     def _check_eos(self) -> None:
         if not self.tokenizer.eos_token:
@@ -215,10 +317,10 @@ class RowTokenizer:
 
     def _assemble(self, row: ContextRow, kwargs: dict[str, Any], ids: list[list[int]]) -> Tokenized:
         """Find the boundary between contexts and output in a row's token ids."""
-        whole, before, *prompts = ids
+        whole, before, answer_start, *prompts = ids
         first = prompts[0]
-        # 1. The completion begins where prompt and whole row diverge, as in TRL: tokens may merge across the border.
-        completion_start = common_prefix(first, whole)
+        # 1. The completion begins where its beginning and the whole row diverge, as in TRL: tokens may merge across it.
+        completion_start = common_prefix(answer_start, whole)
         if completion_start == 0:
             raise RowDropped("an empty context")
         # 2. The output begins with what the first prompt has after `before` (the generation prompt), and with at least one
@@ -229,8 +331,8 @@ class RowTokenizer:
         for prompt in prompts[1:]:
             head = common_prefix(first[: -head - 1 : -1], prompt[: -head - 1 : -1])
         start = len(first) - head
-        if start >= completion_start:
-            raise self._no_common_head(prompts, len(first) - completion_start + 1, row)
+        if start > min(common_prefix(first, whole), completion_start - 1):
+            raise self._no_common_head(prompts, max(len(first) - completion_start, 0) + 1, row)
         contexts = [prompt[: len(prompt) - head] for prompt in prompts]
         if len(contexts) > 1 and not all(contexts):
             raise RowDropped("an empty context")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trl_miso.segments.tree import Example, Segment, float_bits
+from trl_miso.segments.forest import Segment
+from trl_miso.segments.tree import Example, float_bits
 
 PREFIX = "miso_"
 WEIGHTINGS = ("uniform", "fid", "vanilla")  # the batch carries the index; "uniform" stands for any fixed weights
@@ -182,7 +183,9 @@ class _Placed(NamedTuple):
 
 def _place(examples: Sequence[Example]) -> list[_Placed]:
     """All segments in packed order: those in contexts, outputs, others."""
-    contexts, outputs, others = [], [], []
+    contexts: list[_Placed] = []
+    outputs: list[_Placed] = []
+    others: list[_Placed] = []
     source = 0
     for e, example in enumerate(examples):
         in_contexts = example.contexts()

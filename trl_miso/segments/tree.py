@@ -161,7 +161,10 @@ def lay_out(answers: Sequence[Answer]) -> tuple[list[int], list[int], Example]:
     chunk_segments = iter(range(len(segments), len(segments) + len(chunks)))
     output_segments = iter(range(len(segments) + len(chunks), sys.maxsize))
 
-    late_segments, outputs, output_tokens, output_labels = [], [], [], []
+    late_segments: list[Segment] = []
+    outputs: list[Output] = []
+    output_tokens: list[int] = []
+    output_labels: list[int] = []
     for answer in answers:
         lengths = list(map(len, answer.contexts))
         if not answer.weights:
@@ -226,7 +229,9 @@ def unshare(example: Example, columns: Sequence[list[int]]) -> tuple[Example, li
     copies = example.copies()
     if len(copies) == 1:  # a single causal run
         return example, list(columns)
-    segments, outputs, branches = [], [], []
+    segments: list[Segment] = []
+    outputs: list[Output] = []
+    branches: list[Branch] = []
     offsets = iter([branch.offset for branch in example.branches])
     output_of = {output.segment: output for output in example.outputs}
     for copy in copies:
