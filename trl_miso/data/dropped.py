@@ -2,10 +2,11 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypeAlias
 
+import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
@@ -43,6 +44,28 @@ def report_dropped(dropped: Dropped, rows: int, name: str, streamed: bool = Fals
         )
 
 
+def report_kept(rows: Iterable[Mapping[str, list]], total: int, name: str, streamed: bool = False) -> None:
+    """Log what was cut from rows that are kept, and each note on them once with its count and its first row.
+
+    Args:
+        rows: Prepared rows: `miso_row`, `miso_cut` and `miso_notes` are read.
+    """
+    of = f"the first {total} streamed" if streamed else f"{total}"
+    noted: dict[str, list[int]] = {}
+    cut_rows = cut_tokens = 0
+    for row in rows:
+        cut_rows += row["miso_cut"][0] > 0
+        cut_tokens += row["miso_cut"][0]
+        for note in row["miso_notes"]:
+            noted.setdefault(note, []).append(row["miso_row"][0])
+    if cut_rows:
+        logger.warning(
+            f"Cut {cut_tokens} tokens to max_length from the ends of {cut_rows} of {of} rows of the {name} dataset."
+        )
+    for note, numbers in noted.items():
+        logger.warning(f"{len(numbers)} of {of} rows of the {name} dataset (first: row {numbers[0]}): {note}.")
+
+
 def count_statuses(dataset: AnyDataset) -> Counter[str]:
     """Count the statuses that the source gave the rows; of a stream, those of its first `SAMPLE` rows."""
     rows = dataset.select_columns(STATUS)
@@ -68,15 +91,22 @@ def report_mixture(dataset: AnyDataset, name: str) -> None:
     """Log how many examples mix contexts, and how many tokens shared prefixes save."""
     if not isinstance(dataset, Dataset) or not logger.isEnabledFor(logging.INFO):
         return
-    examples = mixed = contexts = tokens = unshared_tokens = 0
-    for batch in dataset.select_columns("miso_layout").iter(1000):
+    examples = mixed = contexts = tokens = unshared_tokens = answers = 0
+    for batch in dataset.select_columns(["miso_layout", "labels"]).iter(1000):
         for example in chain.from_iterable(map(decode, batch["miso_layout"])):
             examples += 1
-            mixed += bool(example.branches)
+            mixed += bool(example.outputs)
             contexts += len(example.branches)
             tokens += example.num_tokens
             unshared_tokens += example.num_unshared_tokens
+        answers += sum(map(count_answers, batch["labels"]))
     logger.info(
-        f"{name} dataset: {examples} examples, {mixed / max(examples, 1):.0%} with several contexts "
+        f"{name} dataset: {examples} examples with {answers} answers, {mixed / max(examples, 1):.0%} with several contexts "
         f"({contexts / max(mixed, 1):.1f} on average), {tokens} tokens ({unshared_tokens} without shared prefixes)."
     )
+
+
+def count_answers(labels: Sequence[int]) -> int:
+    """The number of runs of labelled tokens."""
+    labelled = np.asarray(labels) != -100
+    return int(labelled[:1].sum() + (labelled[1:] & ~labelled[:-1]).sum())

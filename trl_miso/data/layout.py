@@ -11,7 +11,7 @@ from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped
 from trl_miso.data.tokenization import Tokenized
-from trl_miso.segments import Answer, Example, encode, lay_out
+from trl_miso.segments import Answer, Example, common_prefix, encode, lay_out
 
 NOT_FITTING = "an answer has no label within max_length and is left out"
 
@@ -44,6 +44,7 @@ class Layout:
             RowDropped: If truncation leaves no label.
         """
         answers: list[Answer] = []
+        turns: list[int | None] = []
         notes: dict[str, None] = {}
         cut = 0
         for answer, own_weights in zip(tokenized, weights, strict=True):
@@ -51,12 +52,13 @@ class Layout:
             cut += len(answer.output) - len(output)
             if any(label != -100 for label in labels):
                 answers.append(self._answer(answer, output, labels, mode, own_weights))
+                turns.append(answer.turn)
                 notes |= dict.fromkeys(answer.notes)
             elif any(label != -100 for label in answer.labels):
                 notes[NOT_FITTING] = None
         if not answers:
             raise RowDropped("no label left within max_length" if NOT_FITTING in notes else "no label")
-        ids, labels, example = lay_out(answers)
+        ids, labels, example = lay_out(_as_history(answers, turns))
         return columns(ids, labels, example) | {"miso_cut": [cut], "miso_notes": list(notes)}
 
     def _answer(
@@ -93,6 +95,24 @@ class Layout:
         drawn = _draw(self.options.seed, "chunks", np.asarray([*tokens, *output], dtype=np.int64).tobytes())
         chunks = int(np.searchsorted(np.cumsum(probs), drawn * sum(probs), side="right")) + 1
         return max(1, min(chunks, len(probs), len(tokens)))
+
+
+def _as_history(answers: list[Answer], turns: Sequence[int | None]) -> list[Answer]:
+    """Causal runs, each cut to the part of it that later turns see, if that holds the turn: they then share its tokens.
+
+    What is cut off are tokens that the chat template adds after the last turn of a conversation.
+    """
+    runs = [None if answer.weights else [*answer.contexts[0], *answer.output] for answer in answers]
+    cut = []
+    for i, (answer, run, turn) in enumerate(zip(answers, runs, turns, strict=True)):
+        later = [other for other in runs[i + 1 :] if other is not None]
+        if run is not None and turn is not None and later:
+            start = len(answer.contexts[0])
+            seen = max(common_prefix(run, other) for other in later) - start
+            if seen >= turn:
+                answer = answer._replace(output=answer.output[:seen], labels=answer.labels[:seen])
+        cut.append(answer)
+    return cut
 
 
 def context_weights(n: int, full_context_weight: float | None) -> list[float]:

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from trl.data_utils import get_dataset_column_names
 
 from trl_miso.data.contexts import ContextRow, full_row, parallel_row
-from trl_miso.data.dropped import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped
+from trl_miso.data.dropped import SAMPLE, AnyDataset, Dropped, dropped_rows, report_dropped, report_kept
 from trl_miso.data.layout import Layout, columns
 from trl_miso.data.mapping import REASON, KeepRow, check_not_empty, map_rows, naming, rows_of
 from trl_miso.data.options import DataOptions
@@ -231,12 +231,15 @@ def _drop(dataset: AnyDataset, name: str) -> tuple[AnyDataset, Dropped]:
         reasons = dataset["miso_dropped"][:]
         dropped = dropped_rows(numbers, reasons)
         report_dropped(dropped, len(dataset), name)
+        total = len(dataset)
         if dropped:
             dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
+        report_kept(dataset.select_columns(["miso_row", "miso_cut", "miso_notes"]), total, name)
         return dataset.remove_columns("miso_dropped"), dropped
     sample = list(dataset.take(SAMPLE))
     dropped = dropped_rows((row["miso_row"][0] for row in sample), (row["miso_dropped"] for row in sample))
     report_dropped(dropped, len(sample), name, streamed=True)
+    report_kept((row for row in sample if not row["miso_dropped"]), len(sample), name, streamed=True)
     dataset = dataset.filter(KeepRow(tuple(dropped)), input_columns="miso_dropped")
     check_not_empty(dataset)
     return dataset.remove_columns("miso_dropped"), dropped

@@ -31,12 +31,17 @@ _CHARACTERS = 2_000_000
 
 @dataclass
 class Tokenized:
-    """Token ids of n >= 1 contexts and of their common output, with a label per output token (-100: no loss)."""
+    """Token ids of n >= 1 contexts and of their common output, with a label per output token (-100: no loss).
+
+    `turn` is the length of the output up to the token that ends its turn: templates may add tokens after the last turn.
+    `notes` say what the user should know about a row that is kept.
+    """
 
     contexts: list[list[int]]
     output: list[int]
     labels: list[int]
-    notes: tuple[str, ...] = ()  # what the user should know about a row that is kept
+    turn: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class _Rendered(NamedTuple):
@@ -101,6 +106,7 @@ class RowTokenizer:
             labels = [label for label in tokenized.labels if label != -100]
             ends = not labels or not end_ids.isdisjoint(labels[-3:])
             tokenized.notes = texts.notes if ends else (*texts.notes, NO_END)
+            tokenized.turn = self._turn(tokenized.output, end_ids)
             results.append(tokenized)
         return results
 
@@ -288,6 +294,16 @@ class RowTokenizer:
         if bos and text.startswith(bos) and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
             return text[len(bos) :]
         return text
+
+    def _turn(self, output: list[int], end_ids: set[int]) -> int:
+        """The length of an output up to the first of the special tokens, apart from white space, with which it ends."""
+        turn = len(output)
+        for i in range(len(output) - 1, 0, -1):
+            if output[i] in end_ids:
+                turn = i + 1
+            elif self.tokenizer.decode(output[i]).strip():
+                break
+        return turn
 
     def _end_ids(self) -> set[int]:
         """The tokens that can end a turn: special ones."""
