@@ -117,8 +117,10 @@ def test_labels_are_those_of_sft_with_assistant_only_loss(name, kind):
     sft = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True, **kwargs)
     if list(decode(prepared["miso_layout"])) != [single(len(sft["input_ids"]))]:
         # SFT trains an answer as later turns see it, without its thinking or with another end.
-        first = tokenizer.apply_chat_template(messages[: answers_of(messages)[0] + 1], return_dict=False, **kwargs)
-        assert sft["input_ids"][: len(first)] != first
+        ends = [
+            tokenizer.apply_chat_template(messages[: i + 1], return_dict=False, **kwargs) for i in answers_of(messages)
+        ]
+        assert any(sft["input_ids"][: len(end)] != end for end in ends)
         return
     assert prepared["input_ids"] == sft["input_ids"]
     labelled = [label != -100 for label in prepared["labels"]]
