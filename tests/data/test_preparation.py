@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.data import dropped as report
 from trl_miso.data import mapping
-from trl_miso.data.bins import pack_rows, plan_bins
+from trl_miso.data.bins import ROW_LENGTHS, pack_rows, plan_bins
 from trl_miso.data.dropped import report_mixture
 from trl_miso.data.options import DataOptions
 from trl_miso.data.preparation import RowPreparation, prepare_rows
@@ -382,7 +382,7 @@ def test_streams_are_prepared_as_datasets_are(mode, packing, crab, train):
     expected = train(crab, **options)
     assert train(crab.to_iterable_dataset(), **options) == expected
     assert train(stream(crab), **options) == expected
-    assert all(set(row) == set(COLUMNS if packing else PREPARED) for row in expected)
+    assert all(set(row) == ({*COLUMNS, ROW_LENGTHS} if packing else set(PREPARED)) for row in expected)
     sizes = [len(row["input_ids"]) for row in expected]
     assert all(
         sum(e.num_tokens for e in decode(row["miso_layout"])) == n for row, n in zip(expected, sizes, strict=True)

@@ -1,4 +1,4 @@
-"""Scenarios of the two ranks of test_interruption.py, each in a process of its own: gloo DDP on the CPU."""
+"""Scenarios of two ranks, for test_interruption.py and test_predictions.py, each in a process of its own: gloo DDP on the CPU."""
 
 import os
 import signal
@@ -8,7 +8,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
@@ -38,6 +40,7 @@ def start(rank: int, port: int, scenario: str, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     scenarios = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}
+    scenarios["predictions"] = predictions
     result = scenarios[scenario](rank, folder)
     (folder / str(rank)).write_text(repr(result))
 
@@ -117,3 +120,35 @@ def sharded(rank: int, folder: Path):
         fully_shard(part, mesh=mesh)
     trainer.run_checks(2, gradients=False)
     return [(check.name, check.status) for check in trainer.verification], type(trainer.model).__name__
+
+
+def predictions(rank: int, folder: Path):
+    """Losses of 7 rows in batches of 2, by SFTTrainer, MISOSFTTrainer in single mode, `predict`, and in bins."""
+    rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in ROWS[:7]]
+    dataset = Dataset.from_list(rows)
+
+    def losses(prediction):
+        pairs = zip(torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids), strict=True)
+        found = [cross_entropy(p[:-1].double(), y[1:], ignore_index=-100, reduction="sum").item() for p, y in pairs]
+        return {"losses": found}
+
+    def make(trainer_class, config_class, **options):
+        settings = {
+            "output_dir": str(folder / "out"),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        config = config_class(**settings | {"per_device_eval_batch_size": 2} | options)
+        tokenizer = build_tokenizer(ROWS, vocab_size=512)
+        return trainer_class(tiny_model("llama"), config, None, dataset, dataset, tokenizer, compute_metrics=losses)
+
+    results = []
+    for trainer in (make(SFTTrainer, SFTConfig), make(MISOSFTTrainer, MISOSFTConfig, context_mode="single")):
+        metrics = trainer.evaluate()
+        results.append({name: metrics[f"eval_{name}"] for name in ("loss", "losses")})
+    results.append({"losses": trainer.predict(dataset).metrics["test_losses"]})
+    packed = make(MISOSFTTrainer, MISOSFTConfig, packing=True, max_length=450, per_device_eval_batch_size=1)
+    results.append({"losses": packed.evaluate()["eval_losses"], "bins": len(packed.eval_dataset)})
+    return results

@@ -12,6 +12,8 @@ from trl_miso.data.mapping import map_batches
 from trl_miso.data.preparation import COLUMNS
 from trl_miso.segments import decode
 
+ROW_LENGTHS = "miso_row_lengths"  # column of a bin: the tokens of each of its rows
+
 
 def plan_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the indices of the examples in each bin; an example over `capacity` gets a bin of its own.
@@ -40,21 +42,22 @@ def pack_rows(dataset: AnyDataset, max_length: int, shared: bool, num_proc: int 
         shared: Whether common prefixes are computed, and so counted, once.
     """
     names = get_dataset_column_names(dataset)
-    dataset = dataset.select_columns([name for name in COLUMNS if name in names])
+    dataset = dataset.select_columns([name for name in (*COLUMNS, ROW_LENGTHS) if name in names])
     return map_batches(dataset, _Packing(max_length, shared), num_proc, "Packing examples")
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """Maps a batch of prepared rows to bins, whose columns are the concatenated columns of their rows."""
+    """Maps a batch of prepared rows to bins: the concatenated columns of their rows, and the length of each row."""
 
     max_length: int
     shared: bool
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         bins = plan_bins([self._size(layout) for layout in batch["miso_layout"]], self.max_length)
+        lengths = [[len(ids)] for ids in batch["input_ids"]]
         packed: dict[str, list] = {}
-        for name, values in batch.items():
+        for name, values in ({ROW_LENGTHS: lengths} | batch).items():
             packed[name] = [list(chain.from_iterable(values[i] for i in members)) for members in bins]
         return packed
 

@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from trl_miso.data.bins import ROW_LENGTHS
 from trl_miso.segments import Example, decode, single, unshare_row
 from trl_miso.segments.packed import pack
 
-ROWS = "miso_rows"  # numbers of the batch's raw rows, which the trainer removes before the forward pass
+# Keys that the trainer removes before the forward pass.
+ROWS = "miso_rows"  # numbers of the batch's raw rows
+PLACES = "miso_places"  # (tokens,) the place in the batch of each token, in the order of the rows
+BINS = "miso_bins"  # (bins,) the number of rows of each bin; only in a batch of bins
 
 
 @dataclass
@@ -28,6 +33,8 @@ class MISODataCollator:
         window: The model's smallest sliding window in tokens, 0 for none. A batch in which the window binds also gets the
             fields of the pairs form.
         pad_to_multiple_of: The batch's number of tokens is padded to a multiple of this.
+        keep_rows: Whether to add what it takes to restore the rows: the number of tokens of each (`miso_row_lengths`), the places
+            of these tokens (`miso_places`), and the number of rows of each bin (`miso_bins`).
 
     Raises:
         ValueError: For a row whose layout does not fit its tokens.
@@ -44,10 +51,11 @@ class MISODataCollator:
     share_prefixes: bool = True
     window: int = 0
     pad_to_multiple_of: int | None = None
+    keep_rows: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        examples, input_ids, labels = self._flatten(rows)
-        num_examples = len(examples)
+        examples, input_ids, labels, lengths = self._flatten(rows)
+        num_examples, num_tokens = len(examples), len(input_ids)
         padding = -len(input_ids) % (self.pad_to_multiple_of or 1)
         if padding:
             examples.append(single(padding))
@@ -64,18 +72,27 @@ class MISODataCollator:
         batch["labels"][0, packed.cu_seqlens_q[:-1].long()] = -100
         if all(row.get("miso_row") for row in rows):
             batch[ROWS] = torch.tensor([number for row in rows for number in row["miso_row"]])
-        return batch | packed.to_batch()
+        batch |= packed.to_batch()
+        if not self.keep_rows:
+            return batch
+        places = torch.from_numpy(order).argsort()[:num_tokens]  # without those of the padding
+        kept = {ROW_LENGTHS: torch.tensor(lengths), PLACES: places}
+        if any(row.get(ROW_LENGTHS) for row in rows):
+            kept[BINS] = torch.tensor([len(row.get(ROW_LENGTHS) or [0]) for row in rows])
+        return kept | batch  # Trainer counts a batch's rows by its first tensor
 
-    def _flatten(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Example], list[int], list[int]]:
-        """The examples of all rows, with their token ids and labels concatenated."""
+    def _flatten(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Example], list[int], list[int], list[int]]:
+        """The examples of all rows, with their token ids and labels concatenated; and the number of tokens of each row."""
         examples: list[Example] = []
         input_ids: list[int] = []
         labels: list[int] = []
+        lengths: list[int] = []
         for row in rows:
             row_ids = list(row["input_ids"])
             row_labels = list(row.get("labels", row_ids))
             layout = row.get("miso_layout")
             row_examples = decode(layout) if layout else [single(len(row_ids))]
+            row_ends = {*accumulate(row.get(ROW_LENGTHS) or [len(row_ids)])}
             start = 0
             for example in row_examples:
                 end = start + example.num_tokens
@@ -86,9 +103,11 @@ class MISODataCollator:
                 examples.append(example)
                 input_ids += example_ids
                 labels += example_labels
+                if start in row_ends:
+                    lengths.append(len(input_ids) - sum(lengths))
             if not row_ids or start != len(row_ids) or len(row_labels) != len(row_ids):
                 raise ValueError(
                     f"Got a row of {len(row_ids)} tokens and {len(row_labels)} labels whose layout has {start} tokens, expected equal "
                     "numbers above 0. Fix: prepare the dataset again, or drop its miso_layout column and its empty rows."
                 )
-        return examples, input_ids, labels
+        return examples, input_ids, labels, lengths

@@ -168,6 +168,7 @@ class Pipeline:
             options=self.options,
             augment=mode == "augment",
             tokenizer=self._row_tokenizer(dataset, kind),
+            padding=_padding_token(self.tokenizer),
             text_field=self.dataset_text_field,
             formatting_func=formatting_func,
         )
@@ -229,6 +230,12 @@ def _no_effect(setting: str, where: str) -> ValueError:
         f"Got {setting} set for {where}: it would have no effect. Expected its default. Fix: leave {setting} unset, or change "
         "the rows or context_mode."
     )
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the pad token; None if it also begins or ends a text."""
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return None if tokenizer.pad_token_id in others else tokenizer.pad_token_id
 
 
 def check_dataset(dataset: AnyDataset, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, compress, pairwise
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -36,6 +36,7 @@ class SFTRows:
         options: `include_full`, `include_bare` and `response_template` are read.
         augment: Make every context a prompt-completion row of its own (the paper's "no MISO" ablation).
         tokenizer: Checks rows as TRL will render them; None skips the check.
+        padding: The token that pads tokenized rows; None if it also stands for something else.
         text_field: The column of plain text.
         formatting_func: Makes the plain text of a row.
         reported: Reasons to drop rows that were logged before.
@@ -45,6 +46,7 @@ class SFTRows:
     options: DataOptions = DEFAULTS
     augment: bool = False
     tokenizer: RowTokenizer | None = None
+    padding: int | None = None
     text_field: str = "text"
     formatting_func: Callable[[dict], str] | None = None
     reported: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ class SFTRows:
             row = {self.text_field: self.formatting_func(row)} if self.formatting_func else row
             return [text_row(row, self.text_field)]
         if self.kind == "tokenized":
-            return [token_row(row)]
+            return [token_row(row, self.padding)]
         context_row = full_row(row, self.kind, self.options)
         if self.augment:
             context_row = parallel_row(row, self.kind, self.options, context_row)
@@ -127,9 +129,14 @@ def text_row(row: dict[str, Any], field: str) -> dict[str, Any]:
     return {field: check_text(text, field)}
 
 
-def token_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a tokenized row as lists of integers."""
+def token_row(row: dict[str, Any], padding: int | None = None) -> dict[str, Any]:
+    """The columns of a tokenized row as lists of integers, without padding.
+
+    Padding is what `attention_mask` leaves out; without this column, tokens `padding` at either end.
+    """
     columns = {name: integer_column(row[name], name) for name in TOKEN_COLUMNS if name in row}
+    if row.get("attention_mask") is not None:
+        columns["attention_mask"] = integer_column(row["attention_mask"], "attention_mask")
     ids = columns["input_ids"]
     if not ids:
         raise RowDropped("no tokens")
@@ -139,7 +146,32 @@ def token_row(row: dict[str, Any]) -> dict[str, Any]:
                 f"Got {len(values)} values in column {name!r} beside {len(ids)} in column 'input_ids', expected one for each token. "
                 f"Fix: make {name!r} as long as 'input_ids'."
             )
-    return columns
+    mask = columns.pop("attention_mask", None) or _mask_of(ids, padding)
+    return columns if all(mask) else _without_padding(columns, mask)
+
+
+def _mask_of(ids: list[int], padding: int | None) -> list[int]:
+    """The attention mask of tokens with `padding` at either end."""
+    if padding not in (ids[0], ids[-1]):
+        return [1] * len(ids)
+    text = [i for i, token in enumerate(ids) if token != padding] or [len(ids)]
+    return [int(text[0] <= i <= text[-1]) for i in range(len(ids))]
+
+
+def _without_padding(columns: dict[str, list[int]], mask: list[int]) -> dict[str, list[int]]:
+    """The columns of a tokenized row without the tokens whose mask is 0."""
+    if not any(mask):
+        raise RowDropped("only padding")
+    kept = {}
+    for name, values in columns.items():
+        if name != "seq_lengths":
+            kept[name] = list(compress(values, mask))
+        elif sum(values) == len(mask):
+            runs = [mask[start:end] for start, end in pairwise(accumulate(values, initial=0))]
+            kept[name] = [sum(map(bool, run)) for run in runs if any(run)]
+        else:  # the padding is in none of the runs
+            kept[name] = values
+    return kept
 
 
 def _template_columns(row: dict[str, Any]) -> dict[str, Any]:

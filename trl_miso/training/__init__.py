@@ -2,5 +2,6 @@
 
 `trainer` is the method: rows, collator, attention and loss. `reliability` is a Trainer layer that knows no MISO, built on
 `checkpoints` (atomic checkpoints) and `interruption` (SIGTERM, NaN). `hub` and `model_card` are what is published,
-`verified` checks before the first step, and `guards` refuses what would be trained wrongly.
+`predictions` turns flat batches back into rows for metrics, `verified` checks before the first step, and `guards`
+refuses what would be trained wrongly.
 """

@@ -43,6 +43,7 @@ def check_request(
                 "eos_token of the tokenizer or of the config."
             )
     check_adapters(model, peft_config)
+    _check_lines(args)
     uneven = not (args.accelerator_config.even_batches or args.dataloader_drop_last)
     if args.world_size > 1 and uneven:
         raise ValueError(
@@ -68,6 +69,21 @@ def _check_flash_attention(args: MISOSFTConfig) -> None:
             "Got attn_implementation='flash_attention_2' without a usable flash-attn package, expected the package on a machine with "
             "CUDA. Fix: pip install 'trl-miso[flash]', or use the same kernel from torch with attn_implementation='sdpa' and "
             "attention_kernel='torch_flash'."
+        )
+
+
+def _check_lines(args: MISOSFTConfig) -> None:
+    """Refuse metrics that have a line per bin beside predictions that have a line per row."""
+    packs = args.packing if args.eval_packing is None else args.eval_packing
+    if packs and "loss" in args.include_for_metrics:
+        raise ValueError(
+            "Got include_for_metrics=['loss'] with packed evaluation rows, whose losses are those of bins, expected one per row. Fix: "
+            "set eval_packing=False, or compute the loss of each row from its predictions."
+        )
+    if packs and args.eval_use_gather_object:
+        raise ValueError(
+            "Got eval_use_gather_object=True with packed evaluation rows, expected tensors, in which the rows of each bin are found. "
+            "Fix: set eval_packing=False."
         )
 
 

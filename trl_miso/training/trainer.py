@@ -23,6 +23,7 @@ from trl_miso.attention.shares import Shares
 from trl_miso.attention.support import base_of, check_probe, prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import Probe, base_implementation, register_miso_attention
 from trl_miso.config import MISOSFTConfig
+from trl_miso.data.bins import ROW_LENGTHS
 from trl_miso.data.collator import ROWS, MISODataCollator
 from trl_miso.data.dropped import AnyDataset, Dropped
 from trl_miso.data.pipeline import Pipeline, check_first_row
@@ -31,6 +32,7 @@ from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
 from trl_miso.training.hub import HubPushes
+from trl_miso.training.predictions import RowPredictions
 from trl_miso.training.reliability import ReliableTrainer
 from trl_miso.training.verified import Verified, VerifyFirst
 
@@ -51,12 +53,13 @@ _BIBTEX = """\
 
 # The order of the mixins is part of their contract (tests/training/test_reliability.py): ReliableTrainer completes a
 # checkpoint before HubPushes uploads it, and after SIGTERM ends training before ScoredEvaluations would score it.
-class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SFTTrainer):
+class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, RowPredictions, SFTTrainer):
     """[`~trl.SFTTrainer`] that trains on several input contexts per output (MISO, arXiv 2505.11922).
 
     The only changes: rows become contexts (`_prepare_dataset`), batches are flat and carry segment metadata (the
-    collator), and attention mixes the contexts (a registered attention implementation). Loss, metrics, the format of
-    checkpoints, PEFT and the Hub are SFTTrainer's. The saved model is an ordinary one, used without this package.
+    collator), and attention mixes the contexts (a registered attention implementation). Loss, metrics with a line per row,
+    the format of checkpoints, PEFT and the Hub are SFTTrainer's. The saved model is an ordinary one, used without this
+    package.
 
     Args:
         model: As for SFTTrainer. `attn_implementation="flash_attention_2"` restricts MISO to FlashAttention-2 kernels.
@@ -216,7 +219,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, SF
         return prepared.rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)
+        self._signature_columns = [*COLUMNS, ROW_LENGTHS]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """SFTTrainer's loss of a MISO batch; logs how the batch was mixed."""
