@@ -1,9 +1,11 @@
 """Verification: exact models pass, each fault fails its check, and training stays the same bit for bit."""
 
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from tests.support.models import tiny_model
@@ -11,6 +13,7 @@ from trl_miso import MISOSFTTrainer
 from trl_miso.attention import kernels, rotation, transformers_attention
 from trl_miso.cli.main import main
 from trl_miso.data import collator
+from trl_miso.segments import decode
 from trl_miso.verification import checks
 
 NAMES = [
@@ -68,6 +71,54 @@ def test_exact_models_pass(make_trainer, model, options):
     checked = make_trainer(model, **options).verify(6)
     assert [check.name for check in checked] == NAMES
     assert {check.name: (check.measured, check.budget) for check in checked if check.status != "passed"} == {}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+TURNS = [("sea", "blue"), ("sky", "grey"), ("ship", "old")]
+CONVERSATIONS = [
+    [m for x, y in TURNS[: 1 + i % 3] for m in ({"role": "user", "content": f"The {x} of {i}?"}, answer(f"It is {y}."))]
+    for i in range(8)
+]
+# Earlier turns lose a part, as thinking is stripped.
+STRIPS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content[6:] }}{% else %}{{ m.content }}{% endif %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [
+        (None, {"chunk_probs": [0.5, 0.5]}),
+        (STRIPS, {"chunk_probs": [1.0]}),
+        (STRIPS, {"chunk_probs": [0.4, 0.3, 0.3], "packing": True, "max_length": 128}),
+        (STRIPS, {"chunk_probs": [0.4, 0.3, 0.3], "share_prefixes": False}),
+    ],
+)
+def test_conversations_pass(template, options, tokenizer, make_config):
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    rows = Dataset.from_list([{"messages": messages} for messages in CONVERSATIONS])
+    trainer = MISOSFTTrainer(
+        tiny_model("llama"), make_config(**options), train_dataset=rows, processing_class=tokenizer
+    )
+    examples = [example for row in trainer.train_dataset for example in decode(row["miso_layout"])]
+    assert max(len(example.segments) for example in examples) > 2
+    checked = trainer.verify(6)
+    assert {
+        check.name: check.note or (check.measured, check.budget) for check in checked if check.status != "passed"
+    } in (
+        {},
+        {"prefix sharing changes nothing": "share_prefixes is off"},
+        {
+            "context order changes nothing": "no row has several contexts",
+            "prefix sharing changes nothing": "no row has several contexts",
+        },
+    )
 
 
 @pytest.mark.parametrize("mode", ["single", "augment"])

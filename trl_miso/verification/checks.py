@@ -10,17 +10,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from trl_miso.data.collator import MISODataCollator
-from trl_miso.segments import Branch, Example, decode, encode, single, unshare
+from trl_miso.data.bins import ROW_LENGTHS
+from trl_miso.data.collator import PLACES, MISODataCollator
+from trl_miso.segments import WEIGHTINGS, Example, PackedSegments, decode, encode, single, unshare, unshare_row
 
-PreparedRow = dict[str, list[int]]  # `input_ids`, `labels` and `miso_layout` of a single example
+# `input_ids`, `labels` and `miso_layout` of a single example; `sources` of a row with copies: the token that each copies.
+PreparedRow = dict[str, list[int]]
 LONGEST = 4096  # tokens of a row for which all attention scores at once, or all contexts unshared, fit in memory
 _NATS = "nats"
 
@@ -99,8 +101,9 @@ class Verifier:
         if skip or not self.collator.share_prefixes:
             yield Check("prefix sharing changes nothing", "skipped", note=skip or "share_prefixes is off")
         else:
-            unshared = self.log_probs(self.rows, replace(self.collator, share_prefixes=False))
-            yield compare("prefix sharing changes nothing", unshared, packed)
+            yield compare(
+                "prefix sharing changes nothing", self.log_probs([_unshared(row) for row in self.rows]), packed
+            )
         yield self._kernel_matches_definition(budget)
         if skip:
             yield Check("context order changes nothing", "skipped", note=skip)
@@ -108,7 +111,7 @@ class Verifier:
             reversed_rows = [_reverse_contexts(row) for row in self.rows]
             yield compare("context order changes nothing", self.log_probs(reversed_rows), packed)
         yield self._examples_are_isolated(packed, budget)
-        yield self._labels_are_in_outputs()
+        yield self._labels_are_in_place()
         if self.gradients:
             yield self._every_token_has_gradient()
 
@@ -120,15 +123,27 @@ class Verifier:
         tokens = max(example.num_unshared_tokens for example in examples)
         return f"a row has {tokens:,} tokens without prefix sharing" if tokens > LONGEST else ""
 
-    def log_probs(
-        self, rows: Sequence[PreparedRow], collator: MISODataCollator | None = None, metadata: bool = True
-    ) -> torch.Tensor:
-        """Log-probabilities of the labelled tokens, in order: float64 of shape (labels,).
+    def log_probs(self, rows: Sequence[PreparedRow], metadata: bool = True) -> torch.Tensor:
+        """Log-probabilities of the labelled tokens, in the order of the rows' tokens: float64 of shape (labels,).
 
         `metadata=False` leaves MISO's fields out of the batch, so that the model's own attention runs.
         """
+        if not self.collator.share_prefixes:
+            rows = [_unshared(row) for row in rows]
         with torch.no_grad():
-            return self._forward(self._batch(rows, collator, metadata)).cpu().double()
+            return self._in_order(self._batch(rows, metadata), rows)
+
+    def _in_order(self, batch: dict[str, Any], rows: Sequence[PreparedRow]) -> torch.Tensor:
+        """Forward a batch; its order depends on the layout, and that of the result on the tokens of the rows only."""
+        places = batch.pop(PLACES)
+        labelled = places[(batch["labels"][0, places] != -100) & (places > 0)]
+        by_token = self._forward(batch)[labelled.argsort().argsort()].cpu().double()
+        order: list[int] = []
+        for row in rows:
+            sources = row.get("sources", range(len(row["labels"])))
+            own = [source for source, label in zip(sources, row["labels"], strict=True) if label != -100 and source]
+            order += [len(order) + at for at in sorted(range(len(own)), key=own.__getitem__)]
+        return by_token[order] if len(order) == len(by_token) else by_token  # misplaced labels are a check of their own
 
     def _kernel_matches_definition(self, budget: float) -> Check:
         name = "kernel matches the definition"
@@ -142,28 +157,38 @@ class Verifier:
 
     def _log_probs_by_definition(self, row: PreparedRow) -> torch.Tensor:
         """`log_probs` of one row, for a model that attends by definition."""
-        batch = self._batch([row], replace(self.collator, pad_to_multiple_of=None))
-        example = _example_of(row)
         if not self.collator.share_prefixes:
-            example, _ = unshare(example, [])
+            row = _unshared(row)
+        # The definition takes the tokens in the row's own order.
+        example, size = _example_of(row), len(row["input_ids"])
+        positions = [segment.start + i for segment in example.segments for i in range(segment.length)]
+        columns = {"input_ids": row["input_ids"], "labels": row["labels"], "position_ids": positions}
+        batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in columns.items()}
+        batch = send_to_device(batch | {PLACES: torch.arange(size)}, self.device)
+        batch["miso_definition"] = tuple(row["miso_layout"])
+        batch["miso_weighting"] = WEIGHTINGS.index(self.collator.weighting)
         with torch.no_grad():
-            return self._forward(batch | {"miso_definition": tuple(encode(example))}).cpu().double()
+            return self._in_order(batch, [row])
 
-    def _batch(
-        self, rows: Sequence[PreparedRow], collator: MISODataCollator | None = None, metadata: bool = True
-    ) -> dict[str, Any]:
-        batch = (collator or self.collator)(rows)
+    def _batch(self, rows: Sequence[PreparedRow], metadata: bool = True) -> dict[str, Any]:
+        if not self.collator.share_prefixes:
+            rows = [_unshared(row) for row in rows]
+        batch = replace(self.collator, share_prefixes=True, keep_rows=True)(rows)
         if not metadata:
-            batch = {name: value for name, value in batch.items() if not name.startswith("miso_")}
+            batch = {name: value for name, value in batch.items() if not name.startswith("miso_") or name == PLACES}
+        batch.pop(ROW_LENGTHS, None)
         return send_to_device(batch, self.device)
 
     def _forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities of the labelled tokens, in the order of the batch."""
+        batch = {name: value for name, value in batch.items() if name != PLACES}
         outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
         return outputs.log_probs[outputs.label_mask.bool()]
 
     def _fused_head_error(self, row: PreparedRow) -> float:
         """Distance of the log-probabilities that TRL computes from hidden states to those of the model's logits."""
         batch = self._batch([row])
+        del batch[PLACES]
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad():
             logits = self.model(**batch, use_cache=False).logits[0, :-1][labels != -100]
@@ -174,7 +199,7 @@ class Verifier:
         """Largest difference that rounding explains, in nats; see the module's docstring."""
         float32_eps = torch.finfo(torch.float32).eps
         examples = [_example_of(row) for row in self.rows]
-        end = max(example.end(len(example.segments) - 1) for example in examples)
+        end = max(example.longest for example in examples)
         # Rotary angles are computed in float32, and their absolute rounding grows with the position.
         rounding = max(torch.finfo(self.dtype).eps, end * float32_eps / 2)
         with _hooked(self.embeddings, _Noise(rounding)):
@@ -193,13 +218,13 @@ class Verifier:
         change = _distance(self.log_probs([changed, *others])[start:], packed[start:])
         return _check(name, change, budget, _NATS)
 
-    def _labels_are_in_outputs(self) -> Check:
-        """Count labels on contexts, and labels that would be predicted from another segment's last token."""
+    def _labels_are_in_place(self) -> Check:
+        """Count labels that would be predicted from another segment's last token, and labels that were lost or doubled."""
         batch = self._batch(self.rows)
         labelled = batch["labels"][0] != -100
         crossing = labelled[batch["miso_cu_seqlens_q"][:-1].long()].sum()
-        in_contexts = labelled[: batch.get("miso_output_start", 0)].sum()
-        return _check("no loss across boundaries", float(crossing + in_contexts), 0.0, "labels")
+        expected = sum(label != -100 for row in self.rows for label in row["labels"][1:])
+        return _check("no loss across boundaries", float(crossing + abs(labelled.sum() - expected)), 0.0, "labels")
 
     def _every_token_has_gradient(self) -> Check:
         """Count tokens whose embedding has no gradient, of those that a labelled token depends on."""
@@ -212,13 +237,19 @@ class Verifier:
 
     @staticmethod
     def _predicts(batch: dict[str, Any]) -> torch.Tensor:
-        """(T,) bool: whether a token is a context's, or comes before a label of its own segment."""
-        labelled, bounds = batch["labels"][0] != -100, batch["miso_cu_seqlens_q"].tolist()
+        """(T,) bool: whether a labelled token depends on a token: a context's, or one before a label on its path."""
+        packed = PackedSegments.from_batch(batch)
+        assert packed is not None
+        labelled, bounds = batch["labels"][0] != -100, packed.cu_seqlens_q.tolist()
+        keys = torch.arange(len(labelled)) if packed.kv_index is None else packed.kv_index.cpu()
+        key_bounds = packed.cu_seqlens_k.tolist()
         predicts = torch.zeros_like(labelled)
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            after = labelled[start:end].flip(0).cumsum(0).flip(0) > 0
-            predicts[start : end - 1] = after[1:]
-        predicts[: batch.get("miso_output_start", 0)] = True
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            places = labelled[start:end].nonzero()
+            if len(places):
+                seen = keys[key_bounds[i] : key_bounds[i + 1]]  # ancestors, then the segment itself
+                predicts[seen[: len(seen) - (end - start) + int(places[-1])]] = True
+        predicts[: packed.output_start] = True
         return predicts
 
 
@@ -258,31 +289,54 @@ def _length(row: PreparedRow) -> int:
 
 
 def _first_context_row(row: PreparedRow) -> PreparedRow:
-    """The first context and the output as one causal run, as in plain SFT."""
-    example, (ids, labels) = unshare(_example_of(row), [row["input_ids"], row["labels"]])
-    if not example.branches:
-        return row
-    context_end = example.segments[0].length
-    output_start = sum(segment.length for segment in example.segments[:-1])
-    ids, labels = (column[:context_end] + column[output_start:] for column in (ids, labels))
-    return _make_row(ids, labels, single(len(ids)))
+    """The first context and its output, or else the first run with labels, as one causal run: as in plain SFT."""
+    row = _unshared(row)
+    example, bounds = _example_of(row), _bounds(row)
+    if example.outputs:
+        output = example.outputs[0]
+        parts = [output.branches[0].segment, output.segment]
+    else:
+        runs = enumerate(pairwise(bounds))
+        parts = [next(s for s, (a, b) in runs if any(label != -100 for label in row["labels"][a + 1 : b]))]
+    row = _select(row, parts, example)
+    return _make_row(row["input_ids"], row["labels"], single(len(row["input_ids"])))
 
 
 def _reverse_contexts(row: PreparedRow) -> PreparedRow:
-    """The same contexts in reverse order, each with its own copy of its tokens."""
-    example, (ids, labels) = unshare(_example_of(row), [row["input_ids"], row["labels"]])
-    if not example.branches:
-        return row
-    *contexts, output = example.segments
-    ends = list(accumulate(segment.length for segment in contexts))
-    reversed_ids: list[int] = []
-    reversed_labels: list[int] = []
-    for segment, end in zip(reversed(contexts), reversed(ends), strict=True):
-        reversed_ids += ids[end - segment.length : end]
-        reversed_labels += labels[end - segment.length : end]
-    branches = tuple(Branch(i, 0, branch.weight) for i, branch in enumerate(reversed(example.branches)))
-    reversed_example = Example((*reversed(contexts), output), branches)
-    return _make_row(reversed_ids + ids[ends[-1] :], reversed_labels + labels[ends[-1] :], reversed_example)
+    """Each output's contexts in reverse order, each with its own copy of its tokens."""
+    row = _unshared(row)
+    example = _example_of(row)
+    order = list(range(len(example.segments)))
+    outputs = []
+    for output in example.outputs:
+        # The contexts of an output stand before it, one segment each.
+        first, last = output.branches[0].segment, output.segment
+        order[first:last] = order[first:last][::-1]
+        branches = [branch._replace(segment=s) for s, branch in enumerate(output.branches[::-1], start=first)]
+        outputs.append(output._replace(branches=tuple(branches)))
+    segments = tuple([example.segments[s] for s in order])
+    return _select(row, order, Example(segments, tuple(outputs)))
+
+
+def _bounds(row: PreparedRow) -> list[int]:
+    """Where each segment of a row begins, and where the last ends."""
+    return list(accumulate((segment.length for segment in _example_of(row).segments), initial=0))
+
+
+def _select(row: PreparedRow, segments: Sequence[int], example: Example) -> PreparedRow:
+    """The row with these of its segments, in this order, laid out as `example`."""
+    bounds = _bounds(row)
+    selected: PreparedRow = {"miso_layout": encode(example)}
+    for name in ("input_ids", "labels", "sources"):
+        selected[name] = list(chain.from_iterable(row[name][bounds[s] : bounds[s + 1]] for s in segments))
+    return selected
+
+
+def _unshared(row: PreparedRow) -> PreparedRow:
+    """The row with a copy of its tokens for every context and run."""
+    example, ids, labels = unshare_row(_example_of(row), row["input_ids"], row["labels"])
+    sources = row.get("sources", list(range(len(row["input_ids"]))))
+    return _make_row(ids, labels, example) | {"sources": unshare(_example_of(row), [sources])[1][0]}
 
 
 class _Noise:
