@@ -50,6 +50,13 @@ class RecipeArguments(ScriptArguments):
             "choices": ["auto", "none", *_SOURCES],
         },
     )
+    as_messages: bool = field(
+        default=False,
+        metadata={
+            "help": "Make rows of strings chat rows: each prompt and context becomes a user turn, the completion an assistant turn. "
+            "Without it they are trained as plain text."
+        },
+    )
     instruction_column: str = field(default="input", metadata={"help": "r1_distill: column with the instruction."})
     thinking_column: str | None = field(
         default="reasoning_content",
@@ -170,14 +177,12 @@ def first_rows(dataset: AnyDataset, limit: int | None) -> tuple[Dataset, bool]:
     return dataset.select(range(limit)), False
 
 
-def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_proc: int | None = None) -> AnyDataset:
-    """Apply the recipe's source, so that rows have a format of `trl_miso.data.contexts`.
-
-    Args:
-        chat: Whether rows of plain text that need no source become messages.
+def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, num_proc: int | None = None) -> AnyDataset:
+    """Apply the recipe's source and `as_messages`, so that rows have a format of `trl_miso.data.schema`.
 
     Raises:
-        ValueError: If there are no rows, or the source cannot read one; the message names the row.
+        ValueError: If there are no rows, the source cannot read one (the message names the row), or `as_messages` is set for rows
+            that are not strings.
     """
     first = next(iter(dataset), None)
     if first is None:
@@ -186,9 +191,14 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, chat: bool, num_pro
         )
     source = _source_of(first) if recipe.source == "auto" else recipe.source
     options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
+    if recipe.as_messages:
+        if source != "none" or not isinstance(first.get("completion"), str):
+            raise ValueError(
+                f"Got as_messages=True and rows with columns {list(first)}, which are messages already, by themselves or by "
+                "their source, or have no completion. Expected rows of strings with a completion. Fix: leave as_messages out."
+            )
+        return dataset.map(_chat_row, **options)
     if source == "none":
-        if chat and isinstance(first.get("completion"), str):
-            return dataset.map(as_messages, **options)
         return dataset
     adapter, features = _SOURCES[source]
     arguments: dict[str, Any] = {"adapter": adapter}
@@ -217,7 +227,7 @@ def _adapt_row(
         return adapter(row, **columns)
 
 
-def as_messages(row: dict[str, Any]) -> dict[str, Any]:
+def _chat_row(row: dict[str, Any]) -> dict[str, Any]:
     """Turn a row of plain text into a chat row: one user turn per prompt and context, the completion as assistant turn."""
 
     def user(text: str) -> list[dict[str, str]]:
@@ -257,23 +267,17 @@ def _texts(value: Any) -> list[str]:
     return [text for item in value for text in _texts(item)]
 
 
-def is_chat(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig) -> bool:
-    """Whether rows of plain text become chat rows: where there is a chat template, and the user set no `response_template`."""
-    return bool(tokenizer.chat_template or args.chat_template_path) and args.response_template is None
-
-
 def make_trainer(recipe: RecipeArguments, args: MISOSFTConfig, model_args: ModelConfig) -> MISOSFTTrainer:
     """Build the trainer of a recipe. Without a model, train a small random Llama with a tokenizer built from the rows."""
     rows = load_rows(recipe, recipe.dataset_train_split)
     tokenizer = load_tokenizer(rows, args, model_args)
-    options = {"num_proc": args.dataset_num_proc, "chat": is_chat(tokenizer, args)}
-    eval_rows = None
+    train_rows, eval_rows = adapt_rows(rows, recipe, args.dataset_num_proc), None
     if args.eval_strategy != "no":
-        eval_rows = adapt_rows(load_rows(recipe, recipe.dataset_test_split), recipe, **options)
+        eval_rows = adapt_rows(load_rows(recipe, recipe.dataset_test_split), recipe, args.dataset_num_proc)
     return MISOSFTTrainer(
         **_model(tokenizer, args, model_args),
         args=args,
-        train_dataset=adapt_rows(rows, recipe, **options),
+        train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),

@@ -1,8 +1,10 @@
 """Rows to contexts: formats, modes, the parallel contexts of the paper, and what is dropped or refused."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trl_miso.data.contexts import full_row, parallel_row, resolve_mode
+from trl_miso.data.contexts import full_row, parallel_row, resolve_mode, split_row
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped, row_format
 from trl_miso.data.schema import to_messages as messages_of
@@ -43,6 +45,9 @@ def texts(row):
         (["prompt", "constraints", "completion", "id"], "constraints"),
         (["prompt", "completion", "text"], "prompt"),
         (["messages", "prompt"], "messages"),
+        (["messages", "prompt", "constraints"], "constraints"),
+        (["conversations", "constraints"], "constraints"),
+        (["constraints", "body"], "text"),
         (["conversations"], "messages"),
         (["body"], "text"),
         (["input_ids", "prompt", "completion"], "tokenized"),
@@ -50,6 +55,11 @@ def texts(row):
 )
 def test_format_is_the_first_that_fits(columns, expected):
     assert row_format(columns, "body") == expected
+
+
+def test_contexts_beside_messages_are_refused():
+    with pytest.raises(ValueError, match=r"contexts have no completion.*Fix: move the last answer"):
+        row_format(["contexts", "messages", "prompt"], "text")
 
 
 def test_unknown_columns_are_refused_with_the_known_ones():
@@ -137,6 +147,136 @@ def test_each_context_is_listed_once():
     ]
     row = CHAT | {"constraints": ["Rhyme."]}
     assert texts(parallel_row(row, "constraints")) == ["Describe the sea.\n\nRhyme.", "Describe the sea."]
+
+
+# Constraints that stand in the prompt
+
+WITHIN, REPEATED = "stands within a sentence", "more than once"
+HELD = [
+    # prompt, constraints, full prompt, bare prompt
+    ("Write a poem. Use no commas. Be short.", ["Use no commas.", "Be short."], None, "Write a poem."),
+    (
+        "Write a poem. Be short.",
+        ["Use no commas.", "Be short."],
+        "Write a poem. Be short.\n\nUse no commas.",
+        "Write a poem.",
+    ),
+    (
+        "Write it.\n\n- No commas.\n- Be short.\n\nThe text:\nA sea.",
+        ["Be short.", "No commas."],
+        None,
+        "Write it.\n\nThe text:\nA sea.",
+    ),
+    (
+        "Write it under these rules:\n  1. No commas.\n  2. Be short",
+        ["No commas", "Be short"],
+        None,
+        "Write it under these rules:",
+    ),
+    ("Be short. Write it! Rhyme.\nThanks.", ["Rhyme.", "Be short."], None, "Write it!\nThanks."),
+    ("1. Rhyme. 2. Be short. Write it.", ["Rhyme.", "Be short."], None, "Write it."),
+    ("Write it. Be short. Rhyme. Sing.", ["Be short. Rhyme.", "Rhyme."], None, "Write it. Sing."),
+    ("Write it.\nUse:\n* a\n* b\nSing.", ["Use:\n* a\n* b"], None, "Write it.\nSing."),
+    (
+        "\u5199\u8bd7\u3002\u4e0d\u8981\u9017\u53f7\u3002\u8c22\u8c22\u3002",
+        ["\u4e0d\u8981\u9017\u53f7\u3002"],
+        None,
+        "\u5199\u8bd7\u3002\u8c22\u8c22\u3002",
+    ),
+    # no constraint stands there: none is a piece of words
+    ("Write a seashore poem.", ["sea", "poe"], "Write a seashore poem.\n\nsea\npoe", "Write a seashore poem."),
+]
+KEPT = [
+    # prompt, constraints, full prompt, why there is one context
+    ("Write it, and use no commas, please.", ["use no commas"], None, WITHIN),
+    ("Write it, and use no commas.", ["use no commas", "Rhyme."], "Write it, and use no commas.\n\nRhyme.", WITHIN),
+    ('Translate "Be short." to French.', ["Be short."], None, WITHIN),
+    ("**Be short.** Write it.", ["Be short."], None, WITHIN),
+    ("Rhyme. Sing. Write. Go.", ["Rhyme. Sing.", "Sing. Write."], None, WITHIN),
+    ("Be short. Write it. Be short.", ["Be short."], None, REPEATED),
+    ("Be short.\nRhyme.", ["Rhyme.", "Be short."], None, "nothing but constraints"),
+]
+
+
+def as_kinds(prompt, constraints):
+    """The row in plain text, before a response template, as messages, and with the answer in its messages."""
+    end = "\n\nAnswer:\n"
+    chat = [*CHAT["prompt"][:-1], user(prompt)]
+    yield TEXT | {"prompt": prompt, "constraints": constraints}, None, ""
+    yield TEXT | {"prompt": prompt + end, "constraints": constraints}, "Answer:\n", end
+    yield CHAT | {"prompt": chat, "constraints": constraints}, None, ""
+    yield {"messages": [*chat, *CHAT["completion"]], "constraints": constraints}, None, ""
+
+
+@pytest.mark.parametrize(("prompt", "constraints", "full", "bare"), HELD)
+def test_constraints_that_stand_in_the_prompt_are_not_added_again(prompt, constraints, full, bare):
+    for row, template, end in as_kinds(prompt, constraints):
+        options = DataOptions(response_template=template)
+        alone = [f"{bare}\n\n{constraint}{end}" for constraint in constraints]
+        assert texts(full_row(row, "constraints", options)) == [(full or prompt) + end]
+        expected = list(dict.fromkeys([(full or prompt) + end, *alone, bare + end]))
+        assert texts(parallel_row(row, "constraints", options)) == expected
+        assert not split_row(row, options).obstacle
+        verbatim = row | {"full_prompt": row.get("prompt") or row["messages"][:-1]}
+        expected = list(dict.fromkeys([prompt + end, *alone, bare + end]))
+        assert texts(parallel_row(verbatim, "constraints", options)) == expected
+
+
+@pytest.mark.parametrize(("prompt", "constraints", "full", "why"), KEPT)
+@pytest.mark.parametrize("include", [True, False])
+def test_constraints_that_cannot_be_taken_out_leave_one_context(prompt, constraints, full, why, include):
+    for row, template, end in as_kinds(prompt, constraints):
+        options = DataOptions(response_template=template, include_full=include, include_bare=include)
+        assert texts(parallel_row(row, "constraints", options)) == [(full or prompt) + end]
+        assert texts(full_row(row, "constraints", options)) == [(full or prompt) + end]
+        assert why in split_row(row, options).obstacle
+
+
+sentences = st.lists(st.text("abcde", min_size=1, max_size=4), min_size=1, max_size=5).map(" ".join)
+_lists = {
+    "lines": lambda text, constraints: text + "\n\n" + "\n".join(constraints),
+    "marked": lambda text, constraints: text + "\n" + "\n".join(f"- {c}" for c in constraints),
+    "numbered": lambda text, constraints: text + "\n" + "\n".join(f"  {i}. {c}" for i, c in enumerate(constraints)),
+    "sentences": lambda text, constraints: " ".join([text, *constraints]),
+    "first": lambda text, constraints: "\n".join(constraints) + "\n\n" + text,
+    "between": lambda text, constraints: text.replace(". ", ". " + " ".join(constraints) + " ", 1),
+}
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(
+    st.lists(sentences, min_size=2, max_size=4),
+    st.lists(sentences, min_size=1, max_size=4, unique=True),
+    st.sampled_from("!?."),
+)
+def test_contexts_do_not_depend_on_where_constraints_stand(base, constraints, mark):
+    """The paper's contexts of a prompt that holds its constraints are those of the bare prompt, besides the full one."""
+    text = " ".join(f"{sentence}." for sentence in base)
+    constraints = [f"Do {constraint}{mark}" for constraint in constraints]  # in no sentence of the text
+    row = {"prompt": text, "constraints": constraints, "completion": "x"}
+    expected = [f"{text}\n\n{constraint}" for constraint in constraints] + [text]
+    assert parallel_row(row, "constraints", DataOptions(include_full=False)).contexts == expected
+    for place in _lists.values():
+        held = row | {"prompt": place(text, constraints)}
+        assert parallel_row(held, "constraints", DataOptions(include_full=False)).contexts == expected
+        assert full_row(held, "constraints").contexts == [held["prompt"]]
+
+
+@pytest.mark.parametrize(
+    "last", [assistant("a"), {"role": "tool", "content": "a"}, SYSTEM, {"role": "wizard", "content": "a"}]
+)
+def test_constraints_are_added_to_a_users_turn_alone(last):
+    row = CHAT | {"prompt": [user("a"), last]}
+    for make in (full_row, parallel_row):
+        with pytest.raises(
+            ValueError, match=rf"column 'prompt' whose last turn has role '{last['role']}', expected role 'user'.*Fix"
+        ):
+            make(row, "constraints")
+        beside = {"messages": [*row["prompt"], assistant("b")], "constraints": ["Rhyme."]}
+        with pytest.raises(ValueError, match="column 'messages' whose last turn has role"):
+            make(beside, "constraints")
+        assert make(row | {"constraints": []}, "constraints").contexts == [row["prompt"]]
+    assert full_row(row | {"full_prompt": row["prompt"]}, "constraints").contexts == [row["prompt"]]
 
 
 @pytest.mark.parametrize("constraints", [[], None, ["", " \n"]])

@@ -48,7 +48,8 @@ def test_embedded_default(train_crab, tmp_path):
 @pytest.mark.skipif(not REAL.exists(), reason="shared/data/multi_constraint is not here")
 def test_real_rows_as_they_are(train_crab, tmp_path):
     printed = train_crab(
-        "--dataset_name", REAL, "--max_steps", 2, "--per_device_train_batch_size", 2, "--logging_steps", 1
+        *("--dataset_name", REAL, "--as_messages", "--max_steps", 2, "--per_device_train_batch_size", 2),
+        *("--logging_steps", 1),
     )
     assert "train dataset: 5" in printed and "100% with several contexts" in printed
     _loads(tmp_path / "crab-miso")
@@ -75,15 +76,17 @@ def test_parquet_and_recipe(train_crab, tmp_path):
     _loads(tmp_path / "recipe")
 
 
-def test_string_rows_of_every_format_become_chat_rows(train_crab, tmp_path):
-    """Constraints with a verbatim full prompt, and contexts with a prompt, since the toy model is a chat model."""
+def test_string_rows_of_every_format_become_chat_rows_where_asked(train_crab, tmp_path):
+    """Constraints with a verbatim full prompt, and contexts with a prompt."""
     rows = {
         "constraints": {"prompt": "Sing", "constraints": ["Rhyme."], "full_prompt": "Sing. Rhyme.", "completion": "La"},
         "contexts": {"prompt": "a and b", "contexts": ["a", "b!"], "completion": "c"},
     }
     for name, row in rows.items():
         Dataset.from_list([row] * 4).to_json(tmp_path / f"{name}.jsonl")
-        assert "100% with several contexts" in train_crab("--dataset_name", f"{name}.jsonl", "--max_steps", 1)
+        assert "100% with several contexts" in train_crab(
+            "--dataset_name", f"{name}.jsonl", "--as_messages", "--max_steps", 1
+        )
 
 
 def test_readme_example_runs(tmp_path, para_dataset, tokenizer, monkeypatch):

@@ -163,21 +163,35 @@ def test_a_global_batch_that_cannot_be_kept_is_an_error(processes, per_device, t
 
 def test_sources_are_recognised(tmp_path):
     conversations = [{"id": "a", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
-    adapted = adapt_rows(Dataset.from_list(conversations), RecipeArguments(), chat=True)
+    adapted = adapt_rows(Dataset.from_list(conversations), RecipeArguments())
     assert adapted[0]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert "miso_status" in adapt_rows(Dataset.from_list(synthetic_rows(2)), RecipeArguments(), chat=True).column_names
+    assert "miso_status" in adapt_rows(Dataset.from_list(synthetic_rows(2)), RecipeArguments()).column_names
     plain = Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    assert adapt_rows(plain, RecipeArguments(), chat=False)[0] == plain[0]
-    assert adapt_rows(plain, RecipeArguments(), chat=True)[0]["prompt"] == [{"role": "user", "content": "a"}]
+    assert adapt_rows(plain, RecipeArguments())[0] == plain[0]
     with pytest.raises(ValueError, match="Got no rows"):
-        adapt_rows(plain.select([]), RecipeArguments(), chat=True)
+        adapt_rows(plain.select([]), RecipeArguments())
+
+
+def test_rows_of_strings_become_messages_only_where_asked():
+    recipe = RecipeArguments(as_messages=True)
+    plain = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    chat = adapt_rows(plain, recipe)
+    assert chat[0] == {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
+    for rows in (chat, Dataset.from_list([{"text": "a"}]), Dataset.from_list(synthetic_rows(2))):
+        with pytest.raises(
+            ValueError, match=r"Got as_messages=True and rows with columns .*Fix: leave as_messages out"
+        ):
+            adapt_rows(rows, recipe)
 
 
 def test_errors_of_a_source_name_the_row(tmp_path):
     rows = Dataset.from_list([{"input": "a", "reasoning_content": "b", "content": "c"}])
     recipe = RecipeArguments(source="r1_distill", response_column="answer")
     with pytest.raises(ValueError, match=r"^Row 0: R1 row .*'answer'.*Fix"):
-        adapt_rows(rows, recipe, chat=True)
+        adapt_rows(rows, recipe)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -82,13 +82,11 @@ def test_plain_text_has_the_same_parts(prompt, template, tokenizer, sampler):
     assert texts == [(template or "").strip(), "", "Write.", "In A.", "In B."]
 
 
-def test_parts_of_a_handwritten_prompt_are_located(tokenizer, sampler):
+def test_parts_of_a_handwritten_prompt_are_located(tokenizer):
     """The list of constraints may come first, and the base instruction may repeat a constraint."""
     text = "- Use commas.\n- Be kind.\n\nQuery:\nUse commas. Write."
-    row = chat_row(
-        ["Use commas.", "Be kind."], (), "Use commas. Write.", full_prompt=[{"role": "user", "content": text}]
-    )
-    prompted = sampler()(row, 0).prompted
+    prompt = [{"role": "user", "content": text}]
+    prompted = read_prompt(tokenizer, prompt, "Use commas. Write.", ["Use commas.", "Be kind."], None, {})
     texts = texts_of_parts(prompted, tokenizer)
     assert [texts[i].strip() for i in (2, 3, 4)] == ["Use commas. Write.", "Use commas.", "Be kind."]
     assert prompted.owners.index(3) < prompted.owners.index(4) < prompted.owners.index(2)
@@ -103,12 +101,21 @@ def test_parts_of_a_handwritten_prompt_are_located(tokenizer, sampler):
             "a constraint that is not",
         ),
         ({"full_prompt": [{"role": "user", "content": "\n".join(CONSTRAINTS)}]}, "the base instruction that is not"),
+        ({"base": "Write: Use commas. Now."}, "stands within|more than once"),
         ({"constraints": ["a word " * 500]}, "more tokens than max_length"),
     ],
 )
 def test_rows_without_locatable_parts_are_dropped(columns, reason, sampler):
     with pytest.raises(RowDropped, match=reason):
         sampler(max_length=900)(chat_row(**columns), 0)
+
+
+def test_constraints_that_the_prompt_holds_are_parts(tokenizer, sampler):
+    row = chat_row(["Use commas.", "Be kind."], (), "Write. Use commas.\nBe kind.")
+    sample = sampler()(row, 0)
+    texts = [text.strip() for text in texts_of_parts(sample.prompted, tokenizer)]
+    assert texts[2:] == ["Write.", "Use commas.", "Be kind."]
+    assert sample.names == ["full", "constraint 1", "constraint 2", "bare"]
 
 
 def test_every_context_has_a_name(sampler):

@@ -13,6 +13,7 @@ from tests.data.test_property import WORDS, tokenizer_of
 from tests.support.rows_oracle import Parts, parts_of
 from tests.training.test_bad_input import BAD_MESSAGES, HALF, NO_TEXT, NO_WORDS, assistant, turn, user
 from trl_miso.data.contexts import MODES
+from trl_miso.data.settings import has_effect
 from trl_miso.segments.packed import WEIGHTINGS
 
 END = "\nAnswer:\n"
@@ -38,7 +39,9 @@ class Meant(NamedTuple):
 
 @st.composite
 def constraint_rows(draw, prompt, answer, optional):
-    text, constraints = draw(said).rstrip(), draw(st.lists(said, max_size=4))
+    text = draw(said).rstrip()
+    # What of its constraints a prompt holds already is tested in test_contexts.py.
+    constraints = [part for part in draw(st.lists(said, max_size=4)) if part.strip() not in text]
     row = {"prompt": prompt(text), "constraints": constraints, "completion": answer(draw(said))}
     full = prompt("\n\n".join([text, "\n".join(constraints)])) if constraints else row["prompt"]
     if optional:
@@ -232,7 +235,12 @@ OPTIONS = {
 }
 
 
-def usual(kind, weighted, options):
+DEFAULTS = {"context_weighting": "uniform", "full_context_weight": None, "include_full": True, "include_bare": True}
+DEFAULTS |= {"para_prob": 1.0, "chunk_probs": [0.55, 0.15, 0.15, 0.15], "output_positions": "successive"}
+DEFAULTS |= {"share_prefixes": True, "eval_contexts": "standard", "response_template": None}
+
+
+def usual(kind, weighted, options, chat):
     """The options, without those that such rows or others of the options exclude."""
     wanted = {"context_mode": "auto"} if kind not in PARALLEL else {}
     wanted |= {"completion_only_loss": None, "truncation_mode": "keep_start"}
@@ -242,10 +250,9 @@ def usual(kind, weighted, options):
         options["full_context_weight"] = None
     if options["full_context_weight"] or (weighted and mode == "para"):
         options["context_weighting"] = "uniform"
-    if kind == "contexts" or mode == "succ":
-        options |= {"include_full": True, "include_bare": True}
-    if mode == "succ":
-        options["output_positions"] = "successive"
+    for name in list(options):
+        if not has_effect(name, mode if kind not in ("text", "tokenized") else "single", kind, chat):
+            options[name] = DEFAULTS[name]
     return options
 
 
@@ -267,7 +274,7 @@ def cases(draw):
         rows[at] = draw(spoiled(rows[at]))
     options = draw(st.fixed_dictionaries(OPTIONS))
     if ordinary:
-        options = usual(kind, kind == "contexts" and optional, options)
+        options = usual(kind, kind == "contexts" and optional, options, chat)
     window = draw(st.sampled_from([False, False, True]))
     tokenizer = draw(st.sampled_from(["bytes tulu", "llama2 qwen3"] if chat else ["bytes", "first"]))
     evaluated, gradients = (

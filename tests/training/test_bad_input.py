@@ -53,6 +53,9 @@ ROWS = {
 }
 MODES = {"constraints": ["auto", "succ", "single", "augment"], "contexts_chat": ["auto", "succ", "augment"]}
 MODES |= {"text": ["auto"], "tokenized": ["auto"]}
+# where the output begins, or constraints stand, as the response template says
+WITH_TEMPLATE = {(kind, mode) for kind in ("constraints", "contexts", "prompt") for mode in ("auto", "succ")}
+WITH_TEMPLATE |= {("constraints", "single"), ("constraints", "augment")}
 MATRIX = [(kind, mode, name) for kind in ROWS for mode in MODES.get(kind, ["auto", "single"]) for name in ROWS[kind]]
 
 NOTHING = [..., None]  # no such column, and null
@@ -73,7 +76,7 @@ LISTS = ["Rhyme.", "", HALF, 5, float("nan"), b"x", {"a": 1}, [None], [5], [HALF
 KINDS = {
     "prompt": (*TEXTS[:2], [f"{text}{END}" for text in TEXTS[2]]),
     "completion": TEXTS,
-    "constraints": (LISTS, [], [*NOTHING, [], ["", " "], ["a", "a"], ["a\nb"], ["the sea"], [f"No {i}." for i in range(40)]]),
+    "constraints": (LISTS, [], [*NOTHING, [], ["", " "], ["a", "a"], ["a\nb"], ["the sea"], ["sea"], ["the sea", "Rhyme!"], [f"No {i}." for i in range(40)]]),
     "contexts": ([*LISTS, [PROMPT, PROMPT]], [*NOTHING, [], [f"sea{END}", " "]], [[f"a{END}"] * 2]),
     "context_weights": (
         [5, "1", [1.0], [1, 2, 3], [-1, 2], [float("nan"), 1], [float("inf"), 1], [0, 1], [0, 0], ["1", "2"], [None, 1],
@@ -82,6 +85,8 @@ KINDS = {
     "prompt_chat": CHATS,
     "completion_chat": ([*CHATS[0], [user("b")], [user("b", "wizard")], [*PROMPT, *ANSWER]], CHATS[1],
                         [[assistant("x"), user("y"), assistant("z")]]),
+    "constraints_chat-prompt": ([*CHATS[0], [user("a", "wizard")], [*PROMPT, *ANSWER]], CHATS[1],
+                                [chat for chat in CHATS[2] if chat[-1]["role"] == "user"]),
     "contexts_chat-prompt": (CHATS[0], [[user(" ")]], [*NOTHING, "", " ", [], *CHATS[2]]),
     "full_prompt_chat": (CHATS[0], [[user(" ")]], [*NOTHING, "", " ", [], *CHATS[2]]),
     "contexts_chat": ([*LISTS, ["a", "b"], *([PROMPT, [message]] for message in BAD_MESSAGES)],
@@ -191,7 +196,7 @@ def outcome(fit, good, bad, column, streamed, alone, **config):
 @pytest.mark.parametrize(("kind", "mode", "column"), MATRIX)
 def test_a_bad_value_is_an_error_or_counted(kind, mode, column, fit):
     good = ROWS[kind]
-    config = {"context_mode": mode, "response_template": None if kind.endswith("_chat") else END}
+    config = {"context_mode": mode, "response_template": END if (kind, mode) in WITH_TEMPLATE else None}
     keys = f"{kind}-{column}", f"{column}_chat" if kind.endswith("_chat") else column, column
     values = next(KINDS[key] for key in keys if key in KINDS)
     exact = column not in UNREAD.get((kind, mode), [])
@@ -221,7 +226,7 @@ def test_good_rows_train_among_dropped_ones(kind, mode, fit):
     column = "completion" if "completion" in good else next(iter(good))
     _, dropped, _ = KINDS.get(f"{column}_chat" if kind.endswith("_chat") else column) or KINDS[column]
     rows = [good, *(good | {column: value} for value in dropped if isinstance(value, list | None)), good]
-    config = {"context_mode": mode, "response_template": None if kind.endswith("_chat") else END}
+    config = {"context_mode": mode, "response_template": END if (kind, mode) in WITH_TEMPLATE else None}
     expected = fit([good], eval_rows=[good, good], **config).evaluate()["eval_loss"]
     trainer = fit(rows, eval_rows=rows, **config)
     assert {len(reasons) for reasons in trainer.dropped_rows.values()} == {1}
@@ -364,7 +369,8 @@ def test_errors_name_what_a_tokenizer_lacks(missing, rows, error, mode, tok, fit
 def test_a_tokenizer_written_in_python(kind, tok, fit):
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = tok.chat_template
-    assert learns(fit([ROWS[kind]], tokenizer=tokenizer, response_template=END))
+    template = END if (kind, "auto") in WITH_TEMPLATE else None
+    assert learns(fit([ROWS[kind]], tokenizer=tokenizer, response_template=template))
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("constraints_chat", "auto"), ("messages", "single"), ("text", "auto")])

@@ -34,7 +34,9 @@ BF16 = {"dtype": torch.bfloat16}
 @pytest.fixture
 def make_trainer(para_dataset, tokenizer, make_config):
     def make(model="llama", dtype=torch.float32, peft_config=None, **options):
-        options = {"context_mode": "para", "chunk_probs": [0.2, 0.4, 0.4]} | options
+        options = {"context_mode": "para"} | options
+        if options["context_mode"] == "succ":
+            options["chunk_probs"] = [0.2, 0.4, 0.4]
         return MISOSFTTrainer(
             tiny_model(model, dtype) if isinstance(model, str) else model,
             make_config(**options),

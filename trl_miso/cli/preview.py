@@ -1,7 +1,6 @@
 """`trl-miso preview`, and the dry run of a training recipe."""
 
 import json
-from copy import copy
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from trl_miso.config import MISOSFTConfig
 from trl_miso.pages.page import render_page
 from trl_miso.preview.prepared import preview_dataset
 from trl_miso.preview.statistics import ModelShape, meta_model
-from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, is_chat, load_rows, load_tokenizer
+from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, load_tokenizer
 from trl_miso.sources.synthetic import build_model
 from trl_miso.training import guards
 
@@ -79,7 +78,7 @@ def preview_recipe(
     raw = load_rows(recipe, recipe.dataset_train_split)
     rows, complete = first_rows(raw, limit)
     tokenizer = load_tokenizer(rows, args, model_args)
-    rows = adapt_rows(rows, recipe, is_chat(tokenizer, args), args.dataset_num_proc)
+    rows = adapt_rows(rows, recipe, args.dataset_num_proc)
     if model_args.model_name_or_path:
         source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
@@ -88,12 +87,17 @@ def preview_recipe(
         config, name = build_model(tokenizer).config, "a toy model, a tokenizer built from these rows"
     shape = ModelShape.of(config, name)
     dropout = getattr(get_peft_config(model_args), "lora_dropout", 0)
-    if why_not_share(None, config, args.neftune_noise_alpha, dropout):
-        args = copy(args)
-        args.share_prefixes = False  # as in training
-    return preview_dataset(
-        rows, tokenizer, args, shape, name=recipe.dataset_name or "generated rows", rows=num_rows, complete=complete
-    ), config
+    preview = preview_dataset(
+        rows,
+        tokenizer,
+        args,
+        shape,
+        name=recipe.dataset_name or "generated rows",
+        rows=num_rows,
+        complete=complete,
+        shares_prefixes=not why_not_share(None, config, args.neftune_noise_alpha, dropout),
+    )
+    return preview, config
 
 
 def _check_model(config: PreTrainedConfig, args: MISOSFTConfig, mode: str) -> None:

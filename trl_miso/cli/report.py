@@ -13,7 +13,7 @@ from trl import ModelConfig
 from trl_miso.cli.arguments import command_parser, count_from, parse_command
 from trl_miso.cli.report_terminal import print_report
 from trl_miso.config import MISOSFTConfig
-from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, is_chat, load_rows, load_tokenizer
+from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, load_tokenizer
 from trl_miso.report.build import (
     build_report,
     check_same_prompts,
@@ -116,7 +116,7 @@ def _load(
     check_same_prompts(tokenizer, names, args.chat_template_path)
     if options.generate and "prompt" in dataset.column_names and "completion" not in dataset.column_names:
         dataset = dataset.map(with_placeholder_answer)
-    return adapt_rows(dataset, recipe, is_chat(tokenizer, args)), tokenizer
+    return adapt_rows(dataset, recipe), tokenizer
 
 
 def _progress(samples: Sequence[Sample], doing: str) -> Iterable[Sample]:

@@ -1,11 +1,13 @@
 """Rows to contexts: the prompts that one instruction becomes (paper, section 5.1).
 
-Constraints are added to the last message of a prompt. In a prompt of plain text they stand before its
-`response_template`, if it ends with one.
+Constraints are added to the last message of a prompt, a user's. In a prompt of plain text they stand before its
+`response_template`, if it ends with one. Constraints that stand in a prompt already are not added again: the prompt without
+them is the bare one (`constraints.py`).
 """
 
 from typing import Any, NamedTuple
 
+from trl_miso.data.constraints import add_constraints, split_text
 from trl_miso.data.options import DEFAULTS, DataOptions
 from trl_miso.data.schema import (
     Prompt,
@@ -13,6 +15,7 @@ from trl_miso.data.schema import (
     check_prompt,
     constraints_of,
     context_weights_of,
+    has_answer_in_messages,
     has_content,
     is_given,
     list_column,
@@ -66,27 +69,21 @@ def resolve_mode(mode: str, kind: str) -> str:
 
 def full_row(row: dict[str, Any], kind: str, options: DataOptions = DEFAULTS) -> ContextRow:
     """The row with its full context alone: what standard inference sees."""
-    if kind == "messages":
-        messages = to_messages(row)
-        while messages and not (messages[-1]["role"] == "assistant" and has_content(messages[-1])):
-            messages.pop()  # turns after the last answer
-        if not messages:
-            raise RowDropped("no output: the conversation has no answer")
-        return _with_completion(check_prompt(messages[:-1], "messages"), messages[-1:], "messages")
+    prompt, completion, column = _request(row, kind)
     if kind == "contexts" and not is_given(row, "prompt"):
         column = "contexts"
         contexts = list_column(row, column, (str, list))
         if not contexts:
             raise RowDropped("an empty context: the contexts column is empty")
         prompt = check_prompt(contexts[0], column)
-    elif kind == "constraints" and not is_given(row, "full_prompt"):
-        column = "prompt"
-        base = check_prompt(row.get(column), column)
-        prompt = _add_constraints(base, constraints_of(row), options.response_template)
+    elif kind == "constraints" and is_given(row, "full_prompt"):
+        column = "full_prompt"
+        prompt = check_prompt(row[column], column)
+    elif kind == "constraints":
+        prompt = split_row(row, options).full
     else:
-        column = "full_prompt" if kind == "constraints" else "prompt"
-        prompt = check_prompt(row.get(column), column)
-    return _with_completion(prompt, row.get("completion"), column)
+        prompt = check_prompt(prompt, column)
+    return _with_completion(prompt, completion, column)
 
 
 def parallel_row(
@@ -94,7 +91,8 @@ def parallel_row(
 ) -> ContextRow:
     """The row with its parallel contexts (paper, section 5.1): full, one per constraint, bare; equal ones once.
 
-    A row without constraints, or with a prompt but no contexts, keeps its full context only.
+    A row without constraints, or whose prompt holds some that cannot be taken out, or with a prompt but no contexts, keeps
+    its full context only.
 
     Args:
         kind: `"constraints"` or `"contexts"`, see `row_format`.
@@ -107,13 +105,81 @@ def parallel_row(
     constraints = constraints_of(row)
     if not constraints:
         return full
-    bare = check_prompt(row.get("prompt"), "prompt")
-    contexts = [_add_constraints(bare, [constraint], options.response_template) for constraint in constraints]
+    split = split_row(row, options)
+    if split.obstacle:
+        return full
+    bare = split.bare
+    contexts = [with_constraints(bare, [constraint], options.response_template) for constraint in constraints]
     if options.include_full:
         contexts = [*full.contexts, *contexts]
     if options.include_bare:
         contexts.append(bare)
     return _check_same_kind(ContextRow(_without_repeats(contexts), full.completion), "prompt")
+
+
+class SplitRow(NamedTuple):
+    """The prompt of a constraints row with all of its constraints, and without any; see `constraints.split_text`."""
+
+    full: Prompt
+    bare: Prompt
+    holds_some: bool = False
+    obstacle: str = ""
+
+
+def split_row(row: dict[str, Any], options: DataOptions = DEFAULTS) -> SplitRow:
+    """Separate the prompt of a constraints row from the constraints that stand in it. `full_prompt` is not read.
+
+    The bare prompt means nothing beside an obstacle. A prompt that holds no constraint is the bare one.
+    """
+    value, _, column = _request(row, "constraints")
+    prompt, constraints = check_prompt(value, column), constraints_of(row)
+    if not constraints:
+        return SplitRow(prompt, prompt)
+    if isinstance(prompt, list) and prompt[-1]["role"] != "user":
+        raise ValueError(
+            f"Got constraints beside a prompt in column {column!r} whose last turn has role {prompt[-1]['role']!r:.200}, expected "
+            "role 'user': constraints are added to the last turn. Fix: end the prompt with the user's turn that they belong to, or "
+            "empty the row's constraints."
+        )
+    text, end = _instruction(prompt, options.response_template)
+    bare, missing, obstacle = split_text(text, constraints)
+    full = with_constraints(prompt, missing, options.response_template)
+    return SplitRow(full, _with_instruction(prompt, bare + end), len(missing) < len(constraints), obstacle)
+
+
+def with_constraints(prompt: Prompt, constraints: list[str], response_template: str | None) -> Prompt:
+    """The prompt with constraints after its instruction."""
+    text, end = _instruction(prompt, response_template)
+    return _with_instruction(prompt, add_constraints(text, constraints) + end)
+
+
+def _instruction(prompt: Prompt, response_template: str | None) -> tuple[str, str]:
+    """The text that constraints are added to, and what follows it: the response template of plain text."""
+    if isinstance(prompt, list):
+        if not isinstance(prompt[-1].get("content"), str):
+            raise wrong_type(
+                prompt[-1], "prompt", "its last message to have text content, which constraints are added to"
+            )
+        return prompt[-1]["content"], ""
+    at = prompt.rfind(response_template) if response_template else -1
+    text = prompt[:at].rstrip() if at >= 0 else prompt
+    return text, prompt[len(text) :]
+
+
+def _with_instruction(prompt: Prompt, text: str) -> Prompt:
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
+def _request(row: dict[str, Any], kind: str) -> tuple[Any, Any, str]:
+    """The prompt and the completion of a row, unchecked, and the column of the prompt: their columns, or its messages."""
+    if kind != "messages" and not (kind == "constraints" and has_answer_in_messages(row)):
+        return row.get("prompt"), row.get("completion"), "prompt"
+    messages = to_messages(row)
+    while messages and not (messages[-1]["role"] == "assistant" and has_content(messages[-1])):
+        messages.pop()  # turns after the last answer
+    if not messages:
+        raise RowDropped("no output: the conversation has no answer")
+    return messages[:-1], messages[-1:], "messages"
 
 
 def _given_contexts(row: dict[str, Any], full: ContextRow) -> ContextRow:
@@ -171,17 +237,3 @@ def _check_same_kind(row: ContextRow, column: str) -> ContextRow:
                 "messages. Fix: convert one to the other."
             )
     return row
-
-
-def _add_constraints(prompt: Prompt, constraints: list[str], response_template: str | None) -> Prompt:
-    """The base instruction followed by constraints, as Crab writes most of its rows."""
-    if not constraints:
-        return prompt
-    if isinstance(prompt, str):
-        end = prompt.rfind(response_template) if response_template else -1
-        base = prompt[:end].rstrip() if end >= 0 else prompt
-        return f"{base}\n\n" + "\n".join(constraints) + prompt[len(base) :]
-    last = prompt[-1]
-    if not isinstance(last.get("content"), str):
-        raise wrong_type(last, "prompt", "its last message to have text content, which constraints are added to")
-    return [*prompt[:-1], {**last, "content": _add_constraints(last["content"], constraints, None)}]

@@ -1,7 +1,8 @@
 """The one door from a dataset to prepared rows, for every mode. The trainer, preview and the dry run all go through it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 
 from trl_miso.data.bins import pack_rows
-from trl_miso.data.contexts import resolve_mode
+from trl_miso.data.columns import report_unread
+from trl_miso.data.contexts import full_row, parallel_row, resolve_mode
 from trl_miso.data.dropped import (
     SAMPLE,
     STATUS,
@@ -20,13 +22,17 @@ from trl_miso.data.dropped import (
     report_mixture,
     report_statuses,
 )
-from trl_miso.data.mapping import same_columns
+from trl_miso.data.mapping import naming, same_columns
+from trl_miso.data.mixed import report_held, warn_unless_mixed
 from trl_miso.data.options import DataOptions
 from trl_miso.data.preparation import RowPreparation, fit_rows, prepare_rows
-from trl_miso.data.schema import row_format
+from trl_miso.data.schema import RowDropped, has_answer_in_messages, row_format
+from trl_miso.data.settings import check_effects, check_weights
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
 from trl_miso.data.tokenization import RowTokenizer
 from trl_miso.segments import decode
+
+FIRST_ROWS = 100  # rows whose contexts are made before a model is loaded
 
 # TRL's own preparation: rows of `SFTRows`, the dataset's name, whether only completions are labelled -> tokenized rows.
 SFTPreparation = Callable[[AnyDataset, str, bool], AnyDataset]
@@ -61,8 +67,8 @@ class Pipeline:
     """
 
     options: DataOptions
-    tokenizer: PreTrainedTokenizerBase
-    prepare_as_sft: SFTPreparation
+    tokenizer: PreTrainedTokenizerBase | None
+    prepare_as_sft: SFTPreparation | None
     chat_template: str | None = None
     vocab_size: int | None = None
     shares_prefixes: bool = True
@@ -72,12 +78,18 @@ class Pipeline:
     completion_only_loss: bool | None = None
     context_weighting: str = "uniform"
     eval_contexts: str = "standard"
+    share_prefixes: bool = True
+    log_shares: bool = True
 
     @classmethod
     def of(
-        cls, config: Any, tokenizer: PreTrainedTokenizerBase, prepare_as_sft: SFTPreparation, **fields: Any
+        cls,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prepare_as_sft: SFTPreparation | None = None,
+        **fields: Any,
     ) -> "Pipeline":
-        """The pipeline of a `MISOSFTConfig`; `fields` are further fields."""
+        """The pipeline of a `MISOSFTConfig`; `fields` are further fields. `check` needs the config alone."""
         return cls(
             options=DataOptions.of(config),
             tokenizer=tokenizer,
@@ -88,6 +100,8 @@ class Pipeline:
             completion_only_loss=config.completion_only_loss,
             context_weighting=config.context_weighting,
             eval_contexts=config.eval_contexts,
+            share_prefixes=config.share_prefixes,
+            log_shares=config.log_shares,
             **fields,
         )
 
@@ -110,31 +124,71 @@ class Pipeline:
         Raises:
             ValueError: If settings or rows would be trained on wrongly.
         """
-        check_dataset(dataset, name)
         check_packing(packing, self.options.max_length)
-        dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
-        columns = [self.dataset_text_field] if formatting_func is not None else get_dataset_column_names(dataset)
+        dataset, columns = _readable(dataset, name)
+        if formatting_func is not None:
+            columns = [self.dataset_text_field]
         if "miso_layout" in columns:
             self._check_prepared(dataset, name)
             return PreparedDataset(self.pack(dataset) if packing else dataset, training_mode or "para", None)
         kind = row_format(columns, self.dataset_text_field)
+        report_unread(columns, kind, self.dataset_text_field, name)
         if training_mode is not None and self.eval_contexts == "standard":
             mode = "single"
             by_trl = kind in ("text", "tokenized") or training_mode in ("single", "augment")
         else:
-            mode = resolve_mode(self.options.context_mode, kind)
-            self._check_settings(mode, kind, columns)
+            mode = self._mode(dataset, columns, kind, is_trained_on=training_mode is None)
             by_trl = mode in ("single", "augment")
         if STATUS in columns:
             report_statuses(count_statuses(dataset), name, isinstance(dataset, IterableDataset))
+        if kind == "constraints" and mode in ("para", "augment"):
+            report_held(dataset, self.options, self.num_proc, name)
+        raw_rows = dataset
         if by_trl:
             dataset, dropped = self._prepare_as_sft(dataset, kind, mode, formatting_func, name)
         else:
             dataset, dropped = self._prepare_contexts(dataset, kind, mode, name)
         report_mixture(dataset, name)
+        if mode == "para":
+            warn_unless_mixed(dataset, raw_rows, kind, self.options, name)
         if packing:
             dataset = self.pack(dataset)
         return PreparedDataset(self._shuffled(dataset), mode, dropped)
+
+    def check(self, dataset: AnyDataset, formatting_func: Callable[[dict], str] | None = None) -> None:
+        """Refuse training rows that columns, settings and the first rows show to be wrong: quick, and without a tokenizer.
+
+        Raises:
+            ValueError: As `__call__`.
+        """
+        dataset, columns = _readable(dataset, "train")
+        if formatting_func is not None or "miso_layout" in columns:
+            return
+        kind = row_format(columns, self.dataset_text_field)
+        mode = self._mode(dataset, columns, kind, is_trained_on=True)
+        if kind in ("text", "tokenized"):
+            return
+        make = parallel_row if mode in ("para", "augment") else full_row
+        for index, row in enumerate(islice(dataset, FIRST_ROWS)):
+            with naming(index), suppress(RowDropped):
+                make(row, kind, self.options)
+
+    def _mode(self, dataset: AnyDataset, columns: list[str], kind: str, is_trained_on: bool) -> str:
+        """The mode of rows that are prepared as for training. Raises ValueError for settings without an effect on them."""
+        mode = resolve_mode(self.options.context_mode, kind)
+        if "context_weights" in columns:
+            check_weights(self._changed, mode, kind)
+        if is_trained_on:
+            check_effects(self._changed, mode, kind, _is_chat(dataset, kind))
+        return mode
+
+    @property
+    def _changed(self) -> list[str]:
+        """The settings that are not at their defaults, in the order of their fields."""
+        changed: list[str] = []
+        for part in (self.options, self):
+            changed += [field.name for field in fields(part) if getattr(part, field.name) != field.default]
+        return changed
 
     def pack(self, dataset: AnyDataset) -> AnyDataset:
         """Pack prepared rows into bins of at most `max_length` tokens; see `bins.pack_rows`."""
@@ -172,6 +226,7 @@ class Pipeline:
             text_field=self.dataset_text_field,
             formatting_func=formatting_func,
         )
+        assert self.prepare_as_sft is not None
         has_completion = kind not in ("messages", "text", "tokenized")
         dataset, dropped = prepare_sft_rows(dataset, rows, name, self.num_proc)
         dataset = self.prepare_as_sft(dataset, name, has_completion and self.completion_only_loss is None)
@@ -200,36 +255,12 @@ class Pipeline:
                     f"max_length={max_length}. Fix: prepare it again from its text, or set max_length={longest}."
                 )
 
-    def _check_settings(self, mode: str, kind: str, columns: list[str]) -> None:
-        """Refuse settings of the mixture that have no effect on rows of format `kind` prepared in `mode`."""
-        options = self.options
-        has_weights = "context_weights" in columns and mode == "para"
-        weighs_full = options.full_context_weight is not None
-        leaves_out = not (options.include_full and options.include_bare)
-        if has_weights and self.context_weighting != "uniform":
-            raise _no_effect("context_weighting", "rows that have context_weights")
-        if has_weights and weighs_full:
-            raise _no_effect("full_context_weight", "rows that have context_weights")
-        if leaves_out and kind == "contexts" and mode != "single":
-            raise _no_effect("include_full or include_bare", "rows that have contexts")
-        if leaves_out and mode == "succ":
-            raise _no_effect("include_full or include_bare", "succ, whose chunks are all of the input")
-        if weighs_full and mode == "succ":
-            raise _no_effect("full_context_weight", "succ, which has no full context")
-        if options.output_positions != "successive" and mode == "succ":
-            raise _no_effect("output_positions", "succ, whose chunks keep their positions")
-        if has_weights and kind == "constraints":
-            raise ValueError(
-                "Got column 'context_weights' beside 'constraints': it has no effect on contexts that are made from constraints. "
-                "Expected it beside 'contexts'. Fix: give the contexts in column 'contexts', or remove 'context_weights'."
-            )
 
-
-def _no_effect(setting: str, where: str) -> ValueError:
-    return ValueError(
-        f"Got {setting} set for {where}: it would have no effect. Expected its default. Fix: leave {setting} unset, or change "
-        "the rows or context_mode."
-    )
+def _readable(dataset: AnyDataset, name: str) -> tuple[AnyDataset, list[str]]:
+    """A checked dataset whose rows are Python values, all with the same columns, and these columns."""
+    check_dataset(dataset, name)
+    dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
+    return dataset, get_dataset_column_names(dataset)
 
 
 def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -280,8 +311,10 @@ def first_row(dataset: AnyDataset, name: str) -> Any:
 
 def _is_chat(dataset: AnyDataset, kind: str) -> bool | None:
     """Whether rows are messages, by the first row with a completion; None if no row decides it."""
-    if kind in ("text", "messages"):
-        return kind == "messages"
+    if kind == "messages" or (kind == "constraints" and has_answer_in_messages(get_dataset_column_names(dataset))):
+        return True
+    if kind in ("text", "tokenized"):
+        return False
     for row in islice(dataset, SAMPLE):
         completion = row.get("completion")
         if completion and isinstance(completion, str | list):

@@ -8,15 +8,18 @@ this table whose columns are all there applies:
 | `input_ids` | `tokenized`: used unchanged |
 | `contexts`, `completion`; optional `context_weights`, `prompt` | `contexts`: used unchanged; the full context is `prompt`, else the first |
 | `prompt`, `constraints`, `completion`; optional `full_prompt` | `constraints`: full, one per constraint, bare |
+| `messages` or `conversations`, `constraints`; optional `full_prompt` | `constraints`: the last answer is the completion |
 | `prompt`, `completion` | `prompt` |
 | `messages` or ShareGPT `conversations`, ending in an assistant turn | `messages` |
 | the text field | `text`: one context, plain language modelling |
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from numbers import Integral, Real
 from typing import Any
+
+from trl_miso.data.constraints import is_identifier
 
 Prompt = str | list[dict[str, Any]]
 
@@ -43,9 +46,16 @@ def row_format(columns: list[str], text_field: str) -> str:
         have.add("completion")
     if "input_ids" in have:
         return "tokenized"
+    if "contexts" in have and "completion" not in have and have & {"messages", "conversations"}:
+        raise ValueError(
+            f"Got a dataset with columns {sorted(columns)}, whose contexts have no completion. Expected contexts + completion. Fix: "
+            "move the last answer of the messages to a column 'completion' and the turns before it to 'prompt', or remove 'contexts'."
+        )
     for name, needed in (
         ("contexts", {"contexts", "completion"}),
         ("constraints", {"prompt", "constraints", "completion"}),
+        ("constraints", {"messages", "constraints"}),
+        ("constraints", {"conversations", "constraints"}),
         ("prompt", {"prompt", "completion"}),
         ("messages", {"messages"}),
         ("messages", {"conversations"}),
@@ -80,6 +90,12 @@ def check_prompt(value: Any, column: str) -> Prompt:
     return check_text(list(map(_without_nulls, value)) if isinstance(value, list) else value, column)
 
 
+def has_answer_in_messages(columns: Container[str]) -> bool:
+    """Whether the completion of rows with constraints is the last answer of their messages."""
+    has_both = "prompt" in columns and "completion" in columns
+    return not has_both and ("messages" in columns or "conversations" in columns)
+
+
 def is_given(row: dict[str, Any], column: str) -> bool:
     """Whether an optional prompt column has a value: null, blank and empty ones count as absent."""
     value = row.get(column)
@@ -89,8 +105,15 @@ def is_given(row: dict[str, Any], column: str) -> bool:
 
 
 def constraints_of(row: dict[str, Any]) -> list[str]:
-    """The row's constraints, without blank ones."""
-    return [constraint for constraint in list_column(row, "constraints", (str,)) if constraint.strip()]
+    """The row's constraints, without blank ones. Raises ValueError for names of checks."""
+    constraints = [constraint for constraint in list_column(row, "constraints", (str,)) if constraint.strip()]
+    for constraint in constraints:
+        if is_identifier(constraint):
+            raise ValueError(
+                f"Got {constraint!r:.200} in column 'constraints', the name of a check, expected the constraint in words, as a user "
+                "writes it: contexts are made of it. Fix: give the sentences of the prompt that state the constraints, or remove the column."
+            )
+    return constraints
 
 
 def context_weights_of(row: dict[str, Any], n: int) -> list[float] | None:

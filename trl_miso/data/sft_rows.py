@@ -16,6 +16,7 @@ from trl_miso.data.schema import (
     TOKEN_COLUMNS,
     RowDropped,
     check_text,
+    has_answer_in_messages,
     has_content,
     integer_column,
     template_kwargs,
@@ -233,10 +234,13 @@ def _type_options(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
     for name in ("completion", *TEMPLATE_COLUMNS):
         if name in raw:
             sources[name] = [raw[name]]
+    sources["messages"] = [_message_types(raw[name]) for name in ("messages", "conversations") if name in raw]
     sources["prompt"] = [raw[name] for name in ("prompt", "full_prompt") if name in raw]
     if rows.kind == "contexts":
         sources["prompt"] += [getattr(raw["contexts"], "feature", None)]
-    sources["messages"] = [_message_types(raw[name]) for name in ("messages", "conversations") if name in raw]
+    if rows.kind == "constraints" and has_answer_in_messages(raw):
+        sources["prompt"] = sources["messages"] + [raw[name] for name in ("full_prompt",) if name in raw]
+        sources["completion"] = sources["messages"]
     if raw.get("chat_template_kwargs") == Value("null"):
         sources["chat_template_kwargs"] = [None]  # null becomes an empty dict
     types = {name: _merge_types(sources[name]) for name in [*rows.columns(list(raw)), "miso_row"]}

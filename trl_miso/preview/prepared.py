@@ -33,6 +33,7 @@ def preview_dataset(
     name: str = "train",
     rows: int = 5,
     complete: bool = True,
+    shares_prefixes: bool = True,
 ) -> dict[str, Any]:
     """Prepare a dataset as training would, through the same pipeline, and describe the result.
 
@@ -42,6 +43,7 @@ def preview_dataset(
         name: What to call the dataset.
         rows: How many rows to show. The first row dropped for each reason, and the first row cut, are shown besides.
         complete: Whether `dataset` is the whole dataset.
+        shares_prefixes: Whether the model allows to compute common prefixes once.
 
     Returns:
         `{"statistics": ..., "rows": [...]}`, all values JSON-compatible. A row has its `ids`, `texts` and `labels` in
@@ -61,7 +63,7 @@ def preview_dataset(
         _SFTPreparation(tokenizer, chat_template, args, dataset.column_names),
         chat_template=chat_template,
         vocab_size=1 + max(tokenizer.get_vocab().values()),  # some vocabularies have gaps
-        shares_prefixes=args.share_prefixes and not _noise(args),
+        shares_prefixes=shares_prefixes and args.share_prefixes and not _noise(args),
     )
     return _Preview(dataset, pipeline, args, shape, name, rows, complete).build()
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.contexts import full_row, parallel_row
+from trl_miso.data.contexts import full_row, parallel_row, split_row, with_constraints
 from trl_miso.data.layout import context_weights
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import Prompt, RowDropped, constraints_of, message_texts, template_kwargs
@@ -103,8 +103,13 @@ class Sampler:
             raise RowDropped("no constraints")
 
         # The full prompt, and the prompts with one constraint each.
-        base = _base_instruction(row["prompt"], template) if constraints else None
-        prompts = self._single_constraint_prompts(row, constraints)
+        base, prompts = None, []
+        if constraints:
+            split = split_row(row, self.options)
+            if split.obstacle:
+                raise RowDropped(split.obstacle)
+            base = _base_instruction(split.bare, template)
+            prompts = [with_constraints(split.bare, [constraint], template) for constraint in constraints]
         prompted = read_prompt(self.tokenizer, full.contexts[0], base, constraints, template, kwargs)
         alone = [
             read_prompt(self.tokenizer, prompt, base, [constraint], template, kwargs)
@@ -160,13 +165,6 @@ class Sampler:
             return self.tokenizer(prompt)["input_ids"]
         (text,) = ChatRenderer(self.tokenizer)([prompt], kwargs, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _single_constraint_prompts(self, row: dict[str, Any], constraints: list[str]) -> list[Prompt]:
-        prompts = []
-        for constraint in constraints:
-            single = row | {"constraints": [constraint], "full_prompt": None}
-            prompts.append(full_row(single, self.kind, self.options).contexts[0])
-        return prompts
 
     def _names(self, single_constraints: list[Prompt], full: Prompt, contexts: list[Prompt]) -> list[str]:
         names = []

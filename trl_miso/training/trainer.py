@@ -116,6 +116,8 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         args = _miso_config(args, model)
         config = guards.check_request(args, model, data_collator, processing_class, peft_config)
         check_first_row(train_dataset, args.assistant_only_loss)
+        if train_dataset is not None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            Pipeline.of(args).check(train_dataset, formatting_func)  # before the weights of a model are loaded
         if args.accelerator_config.dispatch_batches:
             logger.warning(
                 "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
