@@ -128,6 +128,7 @@ def check(source, features, row):
         assert "Fix:" in str(error) and "expected" in str(error) and "got " in str(error) and len(str(error)) < 1500
         return
     assert list(out) == list(features) and isinstance(out.pop("miso_status"), str)
+    assert out.pop("train_turns", "all") in ("all", "last")
     for name, values in out.items():
         assert isinstance(values, list)
         for value in [{"role": "", "content": value} for value in values] if name == "constraints" else values:
