@@ -161,9 +161,8 @@ def _first_list(lines: list[str]) -> int:
     while length < len(lines) and _is_sentence(lines[length]) and _marker(lines[length]) == marker:
         length += 1
     rest = lines[length:]
-    own = (
-        marker and rest[:1] == [""] and rest[1:2] != [""]
-    )  # one blank line after a marked list: it is the instruction's
+    # One blank line after a marked list: it is the instruction's.
+    own = bool(marker) and rest[:1] == [""] and rest[1:2] != [""]
     return 0 if own or not rest or marker == "1." else length
 
 
