@@ -22,16 +22,24 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import AnyDataset
 from trl_miso.data.mapping import naming
+from trl_miso.sources.alpaca import alpaca_features, alpaca_row
+from trl_miso.sources.conifer import conifer_features, conifer_row
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.r1_distill import r1_distill_features, r1_distill_row
 from trl_miso.sources.sharegpt import sharegpt_features, sharegpt_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
+from trl_miso.sources.tulu_persona import tulu_persona_features, tulu_persona_row
+from trl_miso.sources.ultraif import ultraif_features, ultraif_row
 from trl_miso.training.trainer import MISOSFTTrainer
 
 _SOURCES = {
     "crab": (crab_row, crab_features),
     "sharegpt": (sharegpt_row, sharegpt_features),
     "r1_distill": (r1_distill_row, r1_distill_features),
+    "tulu_persona": (tulu_persona_row, tulu_persona_features),
+    "ultraif": (ultraif_row, ultraif_features),
+    "conifer": (conifer_row, conifer_features),
+    "alpaca": (alpaca_row, alpaca_features),
 }
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED_ROWS = 800  # generated training rows, and rows that a tokenizer is trained on
@@ -45,8 +53,8 @@ class RecipeArguments(ScriptArguments):
     source: str = field(
         default="auto",
         metadata={
-            "help": "Adapter applied to the rows: 'crab', 'sharegpt', 'r1_distill' (see trl_miso.sources), 'none', or 'auto', which "
-            "recognises Crab's and ShareGPT's rows by their columns and leaves other rows as they are.",
+            "help": "Adapter applied to the rows: 'crab', 'sharegpt', 'r1_distill', 'tulu_persona', 'ultraif', 'conifer', 'alpaca' (see "
+            "trl_miso.sources), 'none', or 'auto', which recognises all but 'r1_distill' by their columns and leaves other rows as they are.",
             "choices": ["auto", "none", *_SOURCES],
         },
     )
@@ -211,11 +219,20 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, num_proc: int | Non
 
 
 def _source_of(row: dict[str, Any]) -> str:
-    """Recognise the source of a row by its columns."""
-    if {"cnt_id", "messages"} <= set(row):
+    """Recognise the source of a row by its columns: the data set's own, where others use some of them too."""
+    columns = set(row)
+    if {"cnt_id", "messages"} <= columns:
         return "crab"
     if "conversations" in row:
         return "sharegpt"
+    if {"prompt", "messages", "constraints"} <= columns and not columns & {"completion", "contexts"}:
+        return "tulu_persona"
+    if columns == {"prompt", "messages", "type"}:
+        return "conifer"
+    if columns == {"instruction", "output", "history"}:
+        return "ultraif"
+    if columns - {"text"} == {"instruction", "input", "output"}:
+        return "alpaca"
     return "none"
 
 

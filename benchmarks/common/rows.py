@@ -62,7 +62,7 @@ def crab_shaped_rows(
 
 
 def adapt(rows: Dataset) -> Dataset:
-    """Apply Crab's adapter: columns prompt, constraints, completion, full_prompt and miso_status."""
+    """Apply Crab's adapter: columns prompt, constraints, completion, full_prompt, miso_status and train_turns."""
     return rows.map(crab_row, remove_columns=rows.column_names, features=crab_features())
 
 

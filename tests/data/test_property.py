@@ -149,6 +149,12 @@ def blank(row):
     return not all((side if isinstance(side, str) else "".join(m["content"] for m in side)).strip() for side in sides)
 
 
+def begins_as_a_lost_end(row):
+    """Whether TRL may take the beginning of the answer for the end of Gemma 4's prompt (`<think>`), which the row lacks."""
+    answer = row["completion"]
+    return not isinstance(answer, str) and answer[0]["content"].strip().startswith("<")
+
+
 def check_single(rows, tokenizer, folder):
     """One context, whole and then cut, by every way that leads to it."""
     whole = trained_on(SFTTrainer, rows, tokenizer, folder, max_length=None)
@@ -168,7 +174,9 @@ def check_single(rows, tokenizer, folder):
                     assert -100 not in expected[number][1]
                 else:
                     assert reason in ("no label", "no label left within max_length")
-            assert made == {number: row for number, row in expected.items() if number not in reasons}, mode
+            compared = [n for n in expected if n not in reasons and not begins_as_a_lost_end(rows[n])]
+            assert {*made} == {*expected} - {*reasons}
+            assert {n: made[n] for n in compared} == {n: expected[n] for n in compared}, mode
         options = {"max_length": max_length, "context_mode": "single"}
         trained = learned(trained_on(MISOSFTTrainer, rows, tokenizer, folder, **options))
         assert trained == {number: row for number, row in expected.items() if not blank(rows[number])}
@@ -229,8 +237,7 @@ def test_the_first_of_several_contexts_is_what_sft_trains_on(name, tmp_path):
         expected = trained_on(SFTTrainer, [row for row, _ in drawn], tokenizer, tmp_path, max_length=None)
         made = trained_on(MISOSFTTrainer, rows, tokenizer, tmp_path, max_length=None, context_mode="para")
         for number, row in made.items():
-            # The end of Gemma 4's prompt that a conversation lacks is no part of an answer that happens to begin alike.
-            if not rows[number]["completion"][0]["content"].strip().startswith("<"):
+            if not begins_as_a_lost_end(rows[number]):
                 assert first_context_and_output(row) == expected[number]
         mixed += sum(bool(next(decode(row["miso_layout"])).branches) for row in made.values())
 

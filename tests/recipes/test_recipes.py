@@ -187,6 +187,55 @@ def test_rows_of_strings_become_messages_only_where_asked():
             adapt_rows(rows, recipe)
 
 
+CHAT = [{"role": "user", "content": "Name a river. Use one word."}, {"role": "assistant", "content": "Nile."}]
+PUBLISHED = {
+    "tulu_persona": [
+        {
+            "id": "a",
+            "prompt": CHAT[0]["content"],
+            "messages": CHAT,
+            "constraints": ["length constraints:number of words"],
+        },
+        {"id": "b", "prompt": CHAT[0]["content"], "messages": CHAT, "constraints": ["Use one word."]},
+    ],
+    "ultraif": [
+        {"instruction": "Name a river in one word.", "output": "Nile.", "history": history}
+        for history in ([{"from": "human", "value": "Name a lake."}, {"from": "gpt", "value": "Como."}], [])
+    ],
+    "conifer": [
+        {"prompt": CHAT[0]["content"], "messages": CHAT * 2, "type": kind}
+        for kind in ("Easy-to-Hard", "Process Feedback")
+    ],
+    "alpaca": [
+        {"instruction": "Name the longest one.", "input": given, "output": "Nile.", "text": "Below is ..."}
+        for given in ("Nile, Rhine", "")
+    ],
+}
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_published_columns_are_recognised_and_pass_a_dry_run(
+    source, local, tmp_path, monkeypatch, capsys, caplog, wide_terminal
+):
+    rows = Dataset.from_list(PUBLISHED[source])
+    adapted = adapt_rows(rows, RecipeArguments(), chat=True)
+    assert adapted.to_list() == adapt_rows(rows, RecipeArguments(source=source), chat=True).to_list()
+    assert "miso_status" in adapted.column_names
+    rows.to_json(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(REPOSITORY)
+    options = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--context_mode", "auto"]
+    dry_run(*parse_recipe(arguments(local, "llama3_8b_para", *options)))
+    assert "Dry run passed" in capsys.readouterr().out
+    assert f"{int(source == 'tulu_persona')} of 2 rows were split" in caplog.text and "Dropped" not in caplog.text
+
+
+def test_columns_that_other_data_sets_share_are_left_alone():
+    for source, row in {source: rows[0] for source, rows in PUBLISHED.items()}.items():
+        others = [row | {"completion": "b"}] if source == "tulu_persona" else [row | {"system": "Be brief."}]
+        for other in others:
+            assert adapt_rows(Dataset.from_list([other]), RecipeArguments(), chat=False)[0] == other
+
+
 def test_errors_of_a_source_name_the_row(tmp_path):
     rows = Dataset.from_list([{"input": "a", "reasoning_content": "b", "content": "c"}])
     recipe = RecipeArguments(source="r1_distill", response_column="answer")

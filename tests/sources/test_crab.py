@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,10 +23,16 @@ REQUESTS = (
     "Translate the text below.\n\n\nGuten Tag. Wie geht es?\n\nDanke!",
     "\n\nYou are an assistant.\n\nQ: is this sentence positive?\nA:",
     "Summarise: # Title\nA line of text.\nAnother line.\n\nThird: the following is a list.",
+    "\n\nThis article: it rained all day. The river rose.\n\nWhat rose?\nAnswer:",
+    "Which of these is a bird?\n\n- The reed.\n- The heron.",
+    "Instructions: sort the words below.\n\nheron, otter, fish",
 )
 PASSAGES = (
     "The fox crossed the river and the farm. " * 20,
     "Passage one.\n\n" + "A barn stood on the hill. " * 20 + "\n\n- Who stood?\n- Where?",
+    "* Herons wade.\n* Otters dive.\n* Fish do neither.\nAll of them live here.",
+    "Dear reader,\n\nthe ferry is late. Do wait.\nBring a coat.\n\nYours,\nThe ferryman.",
+    "| bird | colour |\n| --- | --- |\n| heron | grey |",
     "**Fruit**\n\n1. Apples keep.\n2. Pears do not.\n\n**Roots**\n\n* Turnips.\n* Beets. \n",
 )
 CLAUSES = (
@@ -44,14 +51,18 @@ CLAUSES = (
 )
 
 # Crab's framings, with openings and closings shortened and labels verbatim. A framed list is indented by four spaces.
+# Beside the markers, the labels and sentences of the framings are all that may be left out of the contexts.
 MET = "\n\nWhen answering, please ensure that the following constraints are also met."
 FRAMED = [
-    "Please do as told.\n\nInstructions: {base}\n\nAdditional Constraints: {list}",
-    "Please read with care.\n\nInstructions: {base}\n\nAdditional Restrictions: {list}",
-    "Please do so.\n\n- **Instructions**: {base}\n- **Additional Constraints**: {list}\n\nThis is essential.",
-    "Adhere to:\n1. **Instructions**: {base}\n2. **Additional Constraints**: {list}\n\nIt's important.",
-    "We invite you.\n\n- **Instructions**: {base}\n- **Additional Constraints**: {list}\n\nThank you!",
-    "Hey!\n- Here's what you need to do: {base}\n- Just a couple of things to keep in mind: {list}\n\nCan't wait!",
+    "Follow the instructions, and the constraints below.\n\nInstructions: {base}\n\nAdditional Constraints: {list}",
+    "Follow the instructions, and the restrictions below.\n\nInstructions: {base}\n\nAdditional Restrictions: {list}",
+    "Follow the instructions and constraints below.\n\n"
+    "- **Instructions**: {base}\n- **Additional Constraints**: {list}\n\nDo follow these guidelines.",
+    "Please adhere to the following:\n1. **Instructions**: {base}\n2. **Additional Constraints**: {list}\n\nFollow these guidelines.",
+    "Respond by considering the instructions and constraints below.\n\n"
+    "- **Instructions**: {base}\n- **Additional Constraints**: {list}\n\nThanks for your attention to detail!",
+    "Hey! Follow the steps and rules below:\n- Here's what you need to do: {base}\n"
+    "- Just a couple of things to keep in mind: {list}\n\nSee what you come up with!",
 ]
 PLAIN = "{base}\n{list}"
 SECOND = {1: "{base} {list}", 2: "{base}" + MET + "{list}"}  # by vintage; base and list touch in the first
@@ -135,18 +146,105 @@ def forward(*turns, kind="_forward"):
     return {"id": f"x_1{kind}", "messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}
 
 
+# Percent of the test's rows that were recovered exactly while only framed and marked lists could begin a turn.
+EXACT_BEFORE = {("embedded", 1): 94.97, ("embedded", 2): 95.71, ("real", 1): 97.28, ("real", 2): 96.4}
+
+
 @pytest.mark.parametrize("vintage", [1, 2])
-def test_constraints_are_recovered_exactly_in_95_percent(material, vintage):
+def test_constraints_are_recovered_exactly_in_95_percent_and_wrongly_in_less_than_half_a_percent(
+    material, vintage, request
+):
     simulator, outcomes = Simulator(material, vintage), Counter()
     for _ in range(3500):
         row, base, constraints = simulator.row()
         out = crab_row(row)
         assert out["full_prompt"] == row["messages"][:-1] and out["prompt"][:-1] == row["messages"][:-2]
         assert out["completion"] == row["messages"][-1:]
+        if out["miso_status"] != "split":
+            outcomes["kept"] += 1
+            continue
+        found = out["prompt"][-1]["content"], out["constraints"]
+        assert left_out(row["messages"][-2]["content"], *found) <= ANNOUNCING
         # whitespace around the base may be the template's or the instruction's
-        exact = (out["prompt"][-1]["content"], out["constraints"]) == (base.strip(), constraints)
-        outcomes["none" if out["miso_status"] != "split" else "exact" if exact else "wrong"] += 1
-    assert outcomes["exact"] >= 0.95 * outcomes.total() and outcomes["wrong"] <= 0.03 * outcomes.total(), outcomes
+        outcomes["exact" if found == (base.strip(), constraints) else "wrong"] += 1
+    before = EXACT_BEFORE[request.node.callspec.params["material"], vintage]
+    assert 100 * outcomes["exact"] / outcomes.total() >= max(before, 95), outcomes
+    assert outcomes["wrong"] < 0.005 * outcomes.total(), outcomes
+
+
+def left_out(text, base, constraints):
+    """The lines of a turn that are neither in its base nor in a constraint, without markers."""
+    for part in sorted([base, *constraints], key=len, reverse=True):
+        assert part in text
+        text = text.replace(part, "", 1)
+    return {bare(line) for line in text.split("\n")}
+
+
+def bare(line):
+    return re.sub(r"(?:^|(?<=:))\s*(?:[-#*>]|\d+\.)(?=\s|$)", "", line).strip()
+
+
+ANNOUNCING = {bare(line) for f in [*FRAMED, *LONG, MET] for line in f.format(base="", list="").split("\n")}
+
+
+def test_no_text_of_a_split_turn_is_lost():
+    """On random arrangements of what turns consist of, of Crab's labels and of sentences much like its announcements."""
+    rng = random.Random(0)
+    labels = [
+        "Instructions: ",
+        "Additional Constraints: ",
+        "- **Instructions**: ",
+        "- **Additional Constraints**: ",
+        "Query:",
+    ]
+    labels += [
+        "1. **Instructions**: ",
+        "- Here's what you need to do: ",
+        "- Just a couple of things to keep in mind: ",
+        "",
+    ]
+    known = [line for f in [*FRAMED, MET] for line in f.format(base="", list="").split("\n")]
+    texts = [
+        "Here is a form.",
+        "Fill it in",
+        "Write a poem with the following constraints:",
+        "Thank you for your time!",
+        "A:",
+    ]
+    texts += [
+        "Follow the rules of chess.",
+        "The form below lists steps and rules.",
+        "Use one word. Use no comma.",
+        "- Rhyme.",
+    ]
+    split = 0
+    for _ in range(20_000):
+        text = ""
+        for _ in range(rng.randint(1, 5)):
+            pieces = [rng.choice(labels) + rng.choice(texts), rng.choice(texts), rng.choice(known), rng.choice(labels)]
+            marker = rng.choice([*MARKERS, "    - "])
+            pieces.append("\n".join(marker + c for c in rng.sample(CLAUSES, rng.randint(1, 3))))
+            text += rng.choice(pieces) + rng.choice(["\n", "\n\n", " \n", "\n\n\n", ""])
+        parts = read_constraints(text)
+        if parts is not None:
+            split += 1
+            assert left_out(text, *parts) <= ANNOUNCING, text
+    assert split > 2000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here is a form.\n\nInstructions: fill it in.\n\nAdditional Constraints: use ink.\nBe brief.\nBe kind.",
+        FRAMED[0].format(base="Name a river.", list="\n    - Use one word.") + "\n\nSend it today.",
+        "You are a poet.\n\nWrite of the sea by the following constraints:\n- Be brief.\n- Rhyme.",
+        "Name a river.\n\nText: the Nile rose.\nAnswer:",
+        "Be brief.\nBe kind.\nName a river.\n\nWhich is longest?",  # it may begin or end with its list
+        "- Be brief.\n- Be kind.\n\n\nName a river.\n\nWhich is longest?",
+    ],
+)
+def test_turns_that_cannot_be_split_safely_are_kept(text):
+    assert crab_row(forward(text, "Nile"))["miso_status"] == "no_constraints"
 
 
 def test_rows_without_constraints_to_follow_are_never_split(material):
@@ -208,6 +306,25 @@ def test_every_framing_and_marker(framing, marker):
         ),
         ("Hi.\n\nUse one word. \nUse no comma.\n", "Hi.", ["Use one word.", "Use no comma."]),  # trailing spaces
         ("Hi.\n \t\n* Use one word.", "Hi.", ["Use one word."]),
+        # the instruction, which begins with an empty line, after the list
+        (
+            "- Be brief.\n- Be kind.\n\n\nThis article: it rained all day. What fell?\nAnswer:",
+            "This article: it rained all day. What fell?\nAnswer:",
+            ["Be brief.", "Be kind."],
+        ),
+        # the template's space before a marked list, after an instruction with a blank line
+        (
+            "A list:\n\n- Nile.\n- Rhine. \n# Be brief.\n# Be kind.",
+            "A list:\n\n- Nile.\n- Rhine.",
+            ["Be brief.", "Be kind."],
+        ),
+        # the longer list is the constraints
+        (
+            "- Nile.\n- Rhine.\nCompare.\n\nBe brief.\nBe kind.\nRhyme.",
+            "- Nile.\n- Rhine.\nCompare.",
+            ["Be brief.", "Be kind.", "Rhyme."],
+        ),
+        ("- Be brief.\n- Be kind.\nName a river.\n\nAny.", "Name a river.\n\nAny.", ["Be brief.", "Be kind."]),
         ("Hi.\n\n- Use one word. Use no comma.\n- Rhyme.", "Hi.", ["Use one word. Use no comma.", "Rhyme."]),
     ],
 )
@@ -247,6 +364,15 @@ def test_synthetic_rows_are_recovered_and_kept_verbatim():
             assert rebuilt == prompt[-1]["content"]
         else:
             assert out["miso_status"] == "plain" and out["constraints"] == [] and out["prompt"] == prompt
+
+
+def test_every_answer_is_trained_of_plain_rows_alone():
+    for kind, turns in {"_0": "all", "_forward": "last", "_reverse": "last", "_fewshot": "last"}.items():
+        assert (
+            crab_row(forward("Hi", "Hello", "Name a river.\n\nUse one word.", "Nile", kind=kind))["train_turns"]
+            == turns
+        )
+    assert crab_row({"id": "1_0", "messages": []})["train_turns"] == "last"
 
 
 def test_only_the_last_user_turn_is_split_and_the_system_turn_stays():

@@ -37,6 +37,14 @@ def test_speakers_become_roles(user, assistant):
         ([("human", "Hi"), ("gpt", "Hello"), ("human", "So?"), ("gpt", "")], HI),
         # turns without text
         ([("human", "Hi"), ("gpt", " \n"), ("gpt", None), ("tool", ""), ("gpt", "Hello")], HI),
+        # two answers that a turn without text leaves in a row: the conversation ends before the second one
+        ([("human", "Hi"), ("gpt", "Hello"), ("human", " "), ("gpt", "So."), ("human", "Hi"), ("gpt", "a")], HI),
+        ([("human", "Hi"), ("gpt", "Hello"), ("gpt", ""), ("human", None), ("gpt", "So."), ("tool", "{}")], HI),
+        ([("gpt", "a"), ("human", ""), ("gpt", "b"), ("human", "Hi"), ("gpt", "Hello")], HI),  # removed in any case
+        (
+            [("human", "Hi"), ("gpt", ""), ("human", "Hi"), ("gpt", "Hello")],  # two requests and their answer
+            messages(("user", "Hi")) + HI,
+        ),
         # the other turns are verbatim and not merged
         (
             [("human", " Hi\n"), ("human", "Hi"), ("gpt", "a"), ("gpt", "b")],

@@ -8,12 +8,17 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_miso.sources.alpaca import alpaca_features, alpaca_row
+from trl_miso.sources.conifer import conifer_features, conifer_row
 from trl_miso.sources.crab import crab_features, crab_row
 from trl_miso.sources.r1_distill import r1_distill_features, r1_distill_row
 from trl_miso.sources.sharegpt import sharegpt_features, sharegpt_row
 from trl_miso.sources.synthetic import build_model, build_tokenizer, check_constraints, synthetic_rows
+from trl_miso.sources.tulu_persona import tulu_persona_features, tulu_persona_row
+from trl_miso.sources.ultraif import ultraif_features, ultraif_row
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+CHAT = [{"role": "user", "content": "Sing. Rhyme."}, {"role": "assistant", "content": "La"}]
 # (source, features, rows); the first row fills the fewest columns
 SOURCES = [
     pytest.param(
@@ -36,6 +41,42 @@ SOURCES = [
             for thinking, response in [(None, None), ("Hm.", "A."), (None, "A."), ("A.", "<think>")]
         ],
         id="r1_distill",
+    ),
+    pytest.param(
+        tulu_persona_row,
+        tulu_persona_features(),
+        [
+            {"id": "p", "prompt": "Sing. Rhyme.", "messages": turns, "constraints": constraints}
+            for turns, constraints in [([], []), (CHAT, ["keywords:existence"]), (CHAT, ["Rhyme."]), (None, None)]
+        ],
+        id="tulu_persona",
+    ),
+    pytest.param(
+        ultraif_row,
+        ultraif_features(),
+        [
+            {"instruction": instruction, "output": output, "history": history}
+            for instruction, output, history in [("", "", []), ("Sing.", "La", [HUMAN, GPT]), ("Sing.", "La", None)]
+        ],
+        id="ultraif",
+    ),
+    pytest.param(
+        conifer_row,
+        conifer_features(),
+        [
+            {"prompt": "Sing. Rhyme.", "messages": turns, "type": kind}
+            for turns, kind in [([], "Easy-to-Hard"), (CHAT * 2, "Easy-to-Hard"), (CHAT * 2, "Process Feedback")]
+        ],
+        id="conifer",
+    ),
+    pytest.param(
+        alpaca_row,
+        alpaca_features(),
+        [
+            {"instruction": instruction, "input": given, "output": output, "text": "Below is ..."}
+            for instruction, given, output in [("", "", ""), ("Name it.", "A river.", "Nile"), ("Sing.", None, "La")]
+        ],
+        id="alpaca",
     ),
 ]
 
@@ -98,6 +139,7 @@ JUNK = TURNS | st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | TEXTS, inner, max_size=4), max_leaves=8
 )
 COLUMNS = ("id", "messages", "conversations", "input", "reasoning_content", "content")
+COLUMNS += ("instruction", "output", "history", "constraints", "type")
 
 
 @pytest.mark.parametrize(("source", "features", "few"), SOURCES)
@@ -128,6 +170,7 @@ def check(source, features, row):
         assert "Fix:" in str(error) and "expected" in str(error) and "got " in str(error) and len(str(error)) < 1500
         return
     assert list(out) == list(features) and isinstance(out.pop("miso_status"), str)
+    assert out.pop("train_turns", "all") in ("all", "last")
     for name, values in out.items():
         assert isinstance(values, list)
         for value in [{"role": "", "content": value} for value in values] if name == "constraints" else values:

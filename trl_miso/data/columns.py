@@ -19,7 +19,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", *_COMPLETIONS),
     "messages": _MESSAGES,
     "text": (),
-    "tokenized": TOKEN_COLUMNS,
+    "tokenized": (*TOKEN_COLUMNS, "attention_mask"),
 }
 _COMMON = (*TEMPLATE_COLUMNS, "train_turns")  # of rows with prompts
 # Other forms of the same rows, which data sets often have beside each other.

@@ -25,8 +25,10 @@ def sharegpt_row(row: dict[str, Any]) -> dict[str, Any]:
             gpt, chatgpt, bing, bard, assistant and system, in upper or lower case.
 
     Returns:
-        - `messages`: `{"role", "content"}` turns that end in an answer. Turns without text, turns after the last answer, and
-          answers before the first request (left by a cut in a longer conversation) are removed. Nothing is merged;
+        - `messages`: `{"role", "content"}` turns that end in an answer; every answer of them is trained. Turns without text, turns
+          after the last answer, and answers before the first request (left by a cut in a longer conversation) are removed.
+          Nothing is merged. Two answers without a request between them because its turn was empty are a conversation that
+          nobody had: it ends before the second one;
         - `miso_status`: `"split"`, also if turns were removed, or the reason why `messages` is empty. `"empty"`: no turn with
           text; `"no_user"`: no request before an answer; `"no_assistant"`: no answer; `"unknown_role ..."`: a speaker of
           another name.
@@ -40,7 +42,7 @@ def sharegpt_row(row: dict[str, Any]) -> dict[str, Any]:
             "Fix: rename the column of turns to one of these."
         )
     column = "conversations" if row.get("messages") is None else "messages"
-    messages = [message for message in _turns(row, column) if message["content"].strip()]
+    messages = _without_empty_turns(_turns(row, column))
     if unknown := [message["role"] for message in messages if message["role"] not in _KNOWN]:
         return {"messages": [], "miso_status": f"unknown_role {unknown[0]!r:.40}"}
 
@@ -60,6 +62,21 @@ def sharegpt_features() -> "Features":
     from datasets import Features, List, Value
 
     return Features(messages=List({"role": Value("string"), "content": Value("string")}), miso_status=Value("string"))
+
+
+def _without_empty_turns(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The turns with text, up to an answer that followed a removed turn and would follow another answer now."""
+    kept: list[dict[str, str]] = []
+    asked = removed = False
+    for turn in turns:
+        if not turn["content"].strip():
+            removed = True
+            continue
+        if asked and removed and turn["role"] == kept[-1]["role"] == "assistant":
+            break
+        asked, removed = asked or turn["role"] == "user", False
+        kept.append(turn)
+    return kept
 
 
 def _turns(row: dict[str, Any], column: str) -> list[dict[str, str]]:
