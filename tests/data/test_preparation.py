@@ -483,7 +483,7 @@ def test_the_mixture_is_logged(tok, caplog):
     tokens = sum(len(row["input_ids"]) for row in made)
     assert tokens < unshared
     assert caplog.messages[-1].endswith(
-        f"train dataset: 2 examples, 50% with several contexts (2.0 on average), {tokens} tokens ({unshared} without shared "
+        f"train dataset: 2 examples with 2 answers, 50% with several contexts (2.0 on average), {tokens} tokens ({unshared} without shared "
         "prefixes)."
     )
 

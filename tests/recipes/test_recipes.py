@@ -218,8 +218,8 @@ def test_published_columns_are_recognised_and_pass_a_dry_run(
     source, local, tmp_path, monkeypatch, capsys, caplog, wide_terminal
 ):
     rows = Dataset.from_list(PUBLISHED[source])
-    adapted = adapt_rows(rows, RecipeArguments(), chat=True)
-    assert adapted.to_list() == adapt_rows(rows, RecipeArguments(source=source), chat=True).to_list()
+    adapted = adapt_rows(rows, RecipeArguments())
+    assert adapted.to_list() == adapt_rows(rows, RecipeArguments(source=source)).to_list()
     assert "miso_status" in adapted.column_names
     rows.to_json(tmp_path / "rows.jsonl")
     monkeypatch.chdir(REPOSITORY)
@@ -233,7 +233,7 @@ def test_columns_that_other_data_sets_share_are_left_alone():
     for source, row in {source: rows[0] for source, rows in PUBLISHED.items()}.items():
         others = [row | {"completion": "b"}] if source == "tulu_persona" else [row | {"system": "Be brief."}]
         for other in others:
-            assert adapt_rows(Dataset.from_list([other]), RecipeArguments(), chat=False)[0] == other
+            assert adapt_rows(Dataset.from_list([other]), RecipeArguments())[0] == other
 
 
 def test_errors_of_a_source_name_the_row(tmp_path):
