@@ -47,6 +47,14 @@ def test_the_operator_alone(device, tmp_path):
     assert chunks == sorted(chunks, reverse=True)
 
 
+def test_conversations():
+    """One causal run of four answers has the tokens of one row; a tree has more, and fewer than one row per answer."""
+    run_, tree = [line.split() for line in run("conversations", "--turns", 4, "--rows", 3).splitlines()[-2:]]
+    assert [run_[0], tree[0]] == ["qwen2_5", "qwen3"]
+    assert float(run_[4]) > float(tree[4]) > 1
+    assert {run_[5], tree[5]} == {"25%"}
+
+
 def test_decoding(tmp_path):
     file = tmp_path / "figures.json"
     run("decoding", "--quick", "--repeats", 1, "--new", 4, "--size", "tiny", "--json", file)

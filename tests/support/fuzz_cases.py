@@ -1,6 +1,7 @@
 """Any rows and settings: cases for `test_fuzz.py`, and what the rows of a case mean."""
 
 import random
+from collections import Counter
 from copy import deepcopy
 from itertools import chain
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.data.test_property import WORDS, tokenizer_of
-from tests.support.rows_oracle import Parts, parts_of
+from tests.support.rows_oracle import Parts, examples_of
 from tests.training.test_bad_input import BAD_MESSAGES, HALF, NO_TEXT, NO_WORDS, assistant, turn, user
 from trl_miso.data.contexts import MODES
 from trl_miso.data.settings import has_effect
@@ -224,6 +225,7 @@ OPTIONS = {
     "include_bare": st.sampled_from([True, True, False]),
     "para_prob": st.sampled_from([1.0, 1.0, 0.5]),
     "chunk_probs": st.sampled_from([[0.55, 0.15, 0.15, 0.15], [0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]),
+    "train_turns": st.sampled_from(["auto", "auto", "all", "last"]),
     "output_positions": st.sampled_from(["successive", "successive", "after_longest"]),
     "share_prefixes": st.booleans(),
     "max_length": st.sampled_from([200, 200, 200, 60, 20, 3, None]),
@@ -237,7 +239,7 @@ OPTIONS = {
 
 DEFAULTS = {"context_weighting": "uniform", "full_context_weight": None, "include_full": True, "include_bare": True}
 DEFAULTS |= {"para_prob": 1.0, "chunk_probs": [0.55, 0.15, 0.15, 0.15], "output_positions": "successive"}
-DEFAULTS |= {"share_prefixes": True, "eval_contexts": "standard", "response_template": None}
+DEFAULTS |= {"train_turns": "auto", "share_prefixes": True, "eval_contexts": "standard", "response_template": None}
 
 
 def usual(kind, weighted, options, chat):
@@ -295,6 +297,8 @@ def ids(name, prompt, completion=None):
         messages = prompt + (completion or [])
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=completion is None)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        prompt = prompt.removeprefix(tokenizer.bos_token)  # which the tokenizer adds itself
     eos = "" if completion is None or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
     return tokenizer(prompt + (completion or "") + eos)["input_ids"]
 
@@ -360,15 +364,67 @@ def check_example(case, parts: Parts, meant, contexts, mode, as_trl):
     assert parts.labels == labels[len(first) : len(tokens)]
 
 
+def earlier_answers(case, meant):
+    """(whole, prompt) of the turns of the full prompt that are trained, as token ids."""
+    setting = case.options["train_turns"]
+    trains_all = setting == "all" or (setting == "auto" and case.kind == "messages")
+    if not trains_all or not isinstance(meant.full, list):
+        return
+    for i, message in enumerate(meant.full):
+        said_before = any(m["content"].strip() for m in meant.full[:i])
+        if message["role"] == "assistant" and message["content"].strip() and said_before:
+            prompt = meant.full[:i]
+            yield ids(case.tokenizer, prompt, [message]), ids(case.tokenizer, prompt)
+
+
+def label_runs(parts: Parts):
+    """(tokens before, labelled tokens) of each run of labels; of chunks, their input and then the output."""
+    before = list(chain.from_iterable(parts.contexts))
+    tokens, labels = before + parts.output, [-100] * len(before) + parts.labels
+    starts = [i for i, label in enumerate(labels) if label != -100 and (not i or labels[i - 1] == -100)]
+    for start in starts:
+        end = next((i for i in range(start, len(labels)) if labels[i] == -100), len(labels))
+        yield tuple(tokens[:start]), tuple(tokens[start:end])
+
+
+def check_answers(case, example: list[Parts], meant, contexts, mode, as_trl):
+    """The example trains every answer that the row means, as far as it fits, and nothing else."""
+    size = case.options["max_length"]
+    earlier = [] if as_trl else list(earlier_answers(case, meant))
+    expected = Counter()
+    for whole, prompt in earlier:
+        start = common(prompt, whole)
+        if labelled := tuple(whole[start:size]):
+            expected[tuple(whole[:start]), labelled] += 1
+    others = list(example)
+    if mode == "para" and (mixed := [parts for parts in example if len(parts.contexts) > 1]):
+        (main,) = mixed
+        others.remove(main)
+        check_example(case, main, meant, contexts, mode, as_trl)
+    elif not earlier:
+        (main,) = others
+        check_example(case, main, meant, contexts, mode, as_trl)
+        return
+    elif len(contexts) == 1 or case.options["para_prob"] < 1:
+        contexts = contexts if len(contexts) == 1 else [meant.full]
+        whole, prompt = ids(case.tokenizer, contexts[0], meant.completion), ids(case.tokenizer, contexts[0])
+        start = common(prompt, whole)
+        if labelled := tuple(whole[start:size]):
+            expected[tuple(whole[:start]), labelled] += 1
+    else:  # the longest context leaves no room
+        assert max(len(ids(case.tokenizer, context)) for context in contexts) >= size
+    assert Counter(chain.from_iterable(map(label_runs, others))) == expected
+
+
 def check_meaning(case, rows, trainer):
     """Rows that were not spoiled became what they mean, or did not fit."""
     training, single = trainer.training_mode, case.evaluated and case.options["eval_contexts"] == "standard"
     mode = "single" if single else training
     as_trl = mode == "augment" or training in ("single", "augment") or case.kind in ("text", "tokenized")
-    made: dict[int, list[Parts]] = {}
+    made: dict[int, list[list[Parts]]] = {}
     for row in rows:
-        for number, parts in zip(row["miso_row"], parts_of(row), strict=True):
-            made.setdefault(number, []).append(parts)
+        for number, example in zip(row["miso_row"], examples_of(row), strict=True):
+            made.setdefault(number, []).append(example)
     dropped = trainer.dropped_rows["eval" if case.evaluated else "train"]
     for number, meant in enumerate(case.meant):
         examples = expected_contexts(case, meant, mode) if meant else []
@@ -377,7 +433,7 @@ def check_meaning(case, rows, trainer):
             nothing = meant is None and "labels" in case.rows[number] and set(case.rows[number]["labels"][1:]) == {-100}
             assert reasons and all("max_length" in reason or nothing for reason in reasons), reasons
         elif meant is None:
-            (parts,), row = made[number], case.rows[number]
+            ((parts,),), row = made[number], case.rows[number]
             size = case.options["max_length"]
             assert (
                 parts.output == row["input_ids"][:size] and parts.labels == row.get("labels", row["input_ids"])[:size]
@@ -386,10 +442,13 @@ def check_meaning(case, rows, trainer):
             if mode == "augment":  # packing sorts them
                 wholes = [ids(case.tokenizer, c[0], meant.completion)[: case.options["max_length"]] for c in examples]
                 examples = [examples[i] for i in sorted(range(len(wholes)), key=lambda i: wholes.index(wholes[i]))]
-                made[number].sort(key=lambda parts: wholes.index(parts.output))
-            for parts, contexts in zip(made[number], examples, strict=True):
-                if mode == "para" and len(parts.contexts) == 1 and case.options["para_prob"] < 1:
-                    whole = ids(case.tokenizer, contexts[0], meant.completion)
-                    same = len(contexts) == 1 and whole[: len(parts.output)] == parts.output
-                    contexts = contexts if same else [meant.full]  # presented as plain SFT
-                check_example(case, parts, meant, contexts, mode, as_trl)
+                made[number].sort(key=lambda example: wholes.index(example[0].output))
+            for example, contexts in zip(made[number], examples, strict=True):
+                if (
+                    mode == "para"
+                    and len(contexts) > 1
+                    and case.options["para_prob"] < 1
+                    and not any(len(parts.contexts) > 1 for parts in example)
+                ):
+                    contexts = [meant.full]  # presented as plain SFT
+                check_answers(case, example, meant, contexts, mode, as_trl)

@@ -28,20 +28,28 @@ class Parts(NamedTuple):
 
 def parts_of(row) -> Iterator[Parts]:
     """What a prepared row (`input_ids`, `labels`, `miso_layout`) trains: each output, and each segment with labels."""
+    return chain.from_iterable(examples_of(row))
+
+
+def examples_of(row) -> Iterator[list[Parts]]:
+    """`parts_of` by example: a bin has several."""
     at = 0
     for example in decode(row["miso_layout"]):
+        parts = []
         bounds = list(accumulate((s.length for s in example.segments), initial=at))
         runs = [row["input_ids"][start:end] for start, end in pairwise(bounds)]
         labels = [row["labels"][start:end] for start, end in pairwise(bounds)]
         at = bounds[-1]
         for output in example.outputs:
             contexts = [list(chain.from_iterable(runs[i] for i in example.path(b.segment))) for b in output.branches]
-            yield Parts(contexts, runs[output.segment], labels[output.segment], [b.weight for b in output.branches])
+            weights = [b.weight for b in output.branches]
+            parts.append(Parts(contexts, runs[output.segment], labels[output.segment], weights))
         outputs = {output.segment for output in example.outputs}
         for s in range(len(runs)):
             if s not in outputs and any(label != -100 for label in labels[s]):
                 before = list(chain.from_iterable(runs[i] for i in example.path(s)[:-1]))
-                yield Parts([[]], before + runs[s], [-100] * len(before) + labels[s], [1.0])
+                parts.append(Parts([[]], before + runs[s], [-100] * len(before) + labels[s], [1.0]))
+        yield parts
     assert at == len(row["input_ids"]) == len(row["labels"])
 
 

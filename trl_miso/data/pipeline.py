@@ -21,6 +21,7 @@ from trl_miso.data.dropped import (
     count_statuses,
     report_mixture,
     report_statuses,
+    report_train_turns,
 )
 from trl_miso.data.mapping import naming, same_columns
 from trl_miso.data.mixed import report_held, warn_unless_mixed
@@ -144,6 +145,8 @@ class Pipeline:
         if kind == "constraints" and mode in ("para", "augment"):
             report_held(dataset, self.options, self.num_proc, name)
         raw_rows = dataset
+        if not by_trl and _is_chat(dataset, kind) is not False:
+            report_train_turns(self.options.train_turns, kind, "train_turns" in columns, name)
         if by_trl:
             dataset, dropped = self._prepare_as_sft(dataset, kind, mode, formatting_func, name)
         else:
@@ -248,7 +251,7 @@ class Pipeline:
         if max_length is None or not isinstance(dataset, Dataset):
             return
         for index, row in enumerate(dataset.select_columns("miso_layout")):
-            longest = max(example.end(len(example.segments) - 1) for example in decode(row["miso_layout"]))
+            longest = max(example.num_positions for example in decode(row["miso_layout"]))
             if longest > max_length:
                 raise ValueError(
                     f"Got a prepared {name} dataset whose row {index} has an example of {longest} positions, expected at most "

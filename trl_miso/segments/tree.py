@@ -72,6 +72,11 @@ class Example(NamedTuple):
         return sum(self.segments[i].length for copy in self.copies() for i in copy)
 
     @property
+    def num_positions(self) -> int:
+        """Position after the last token, over all segments."""
+        return max(self.end(i) for i in range(len(self.segments)))
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest path, an output counted with its longest context."""
         lengths = [self.path_length(i) for i in range(len(self.segments))]

@@ -199,7 +199,7 @@ class Verifier:
         """Largest difference that rounding explains, in nats; see the module's docstring."""
         float32_eps = torch.finfo(torch.float32).eps
         examples = [_example_of(row) for row in self.rows]
-        end = max(example.longest for example in examples)
+        end = max(example.num_positions for example in examples)
         # Rotary angles are computed in float32, and their absolute rounding grows with the position.
         rounding = max(torch.finfo(self.dtype).eps, end * float32_eps / 2)
         with _hooked(self.embeddings, _Noise(rounding)):
