@@ -101,17 +101,7 @@ def main() -> None:
     lines = []
     for turns in options.turns:
         lines += compare(turns, options.rows, options.words)
-    header = [
-        "template",
-        "answers",
-        "tokens",
-        "one row per answer",
-        "ratio",
-        "labels of the last",
-        "s all",
-        "s split",
-        "s last",
-    ]
+    header = ["template", "answers", "tokens", "one row per answer", "ratio", "labels of the last answers"]
     print(machine("cpu"))
     print_table(f"{options.rows} conversations, answers and thinking of {options.words} words each", header, lines)
 

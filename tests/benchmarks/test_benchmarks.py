@@ -52,7 +52,7 @@ def test_conversations():
     run_, tree = [line.split() for line in run("conversations", "--turns", 4, "--rows", 3).splitlines()[-2:]]
     assert [run_[0], tree[0]] == ["qwen2_5", "qwen3"]
     assert float(run_[4]) > float(tree[4]) > 1
-    assert {run_[5], tree[5]} == {"25%"}
+    assert run_[5] == tree[5] and 20 < int(run_[5][:-1]) < 30
 
 
 def test_decoding(tmp_path):
