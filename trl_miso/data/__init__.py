@@ -2,10 +2,12 @@
 
 1. `schema`: the columns decide the row's format, and its values are checked. `columns` tells which are not read, `settings`
    refuses settings without an effect on the format.
-2. `contexts`: the row becomes contexts and a completion (`constraints` takes constraints out of a text, and adds them).
-3. `chat_template`: conversations become text, and no turn gets lost (`plain_templates` saves most renderings).
+2. `contexts`, `turns`: the row becomes answers, each with its contexts and a completion (`constraints` takes constraints out
+   of a text, and adds them).
+3. `chat_template`: conversations become text, and no turn gets lost (`plain_templates` saves most renderings); `boundary`
+   finds where the answer begins.
 4. `tokenization`: text becomes token ids, with the boundary between contexts and output.
-5. `layout`: ids become an example: weights, chunks, truncation, draws.
+5. `layout`: the answers of a row become an example: weights, chunks, truncation, draws.
 6. `preparation` (or `sft_rows`, for rows that TRL prepares): batches of rows become columns; `dropped` counts the rest, and
    `mixed` warns where nothing mixes.
 7. `bins`: examples are packed.

@@ -10,7 +10,7 @@ this table whose columns are all there applies:
 | `prompt`, `constraints`, `completion`; optional `full_prompt` | `constraints`: full, one per constraint, bare |
 | `messages` or `conversations`, `constraints`; optional `full_prompt` | `constraints`: the last answer is the completion |
 | `prompt`, `completion` | `prompt` |
-| `messages` or ShareGPT `conversations`, ending in an assistant turn | `messages` |
+| `messages` or ShareGPT `conversations`, with an assistant turn | `messages` |
 | the text field | `text`: one context, plain language modelling |
 """
 
