@@ -50,7 +50,8 @@ def trained(prepared):
 
 
 def answers_of(messages):
-    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and has_content(m) and i]
+    requests = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and has_content(m) and i > requests[0]]
 
 
 def each(tokenizer, messages, kind):

@@ -58,6 +58,7 @@ CONVERSATIONS = {
     "plain": _PLAIN,
     "long": [*_PLAIN, user("And the ship?"), assistant("It sails."), user("Thank you."), assistant("Fair winds!")],
     "system": [_SYSTEM, *_PLAIN],
+    "greeting": [_SYSTEM, assistant("Ahoy, sailor!"), *_PLAIN],
     "two answers": [user("What is 2+2?"), assistant("It is 4."), assistant("And the sea is blue.")],
     "two questions": [user("What is 2+2?"), user("Quickly!"), assistant("It is 4.")],
     "thinking": [

@@ -29,11 +29,15 @@ _PARALLEL_FORMATS = ("contexts", "constraints")
 
 
 class ContextRow(NamedTuple):
-    """A row as contexts (the full context first, if it is among them), a completion, and weights if the row fixes them."""
+    """A row as contexts (the full context first, if it is among them), a completion, and weights if the row fixes them.
+
+    `notes` say what the user should know about a row that is kept.
+    """
 
     contexts: list[Prompt]
     completion: Prompt
     weights: list[float] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

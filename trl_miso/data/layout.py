@@ -98,21 +98,24 @@ class Layout:
 
 
 def _as_history(answers: list[Answer], turns: Sequence[int | None]) -> list[Answer]:
-    """Causal runs, each cut to the part of it that later turns see, if that holds the turn: they then share its tokens.
+    """Causal runs, each cut to the part of it that later answers see, if that holds the turn: they then share its tokens.
 
     What is cut off are tokens that the chat template adds after the last turn of a conversation.
     """
-    runs = [None if answer.weights else [*answer.contexts[0], *answer.output] for answer in answers]
-    cut = []
-    for i, (answer, run, turn) in enumerate(zip(answers, runs, turns, strict=True)):
-        later = [other for other in runs[i + 1 :] if other is not None]
-        if run is not None and turn is not None and later:
-            start = len(answer.contexts[0])
-            seen = max(common_prefix(run, other) for other in later) - start
-            if seen >= turn:
-                answer = answer._replace(output=answer.output[:seen], labels=answer.labels[:seen])
+    cut: list[Answer] = []
+    later: list[Sequence[int]] = []  # what the answers after the one at hand see
+    for answer, turn in zip(answers[::-1], turns[::-1], strict=True):
+        if answer.weights:
+            later += answer.contexts
+            cut.append(answer)
+            continue
+        run, start = [*answer.contexts[0], *answer.output], len(answer.contexts[0])
+        seen = max((common_prefix(run, other) for other in later), default=0) - start
+        if turn is not None and seen >= turn:
+            answer = answer._replace(output=answer.output[:seen], labels=answer.labels[:seen])
+        later.append(run)
         cut.append(answer)
-    return cut
+    return cut[::-1]
 
 
 def context_weights(n: int, full_context_weight: float | None) -> list[float]:

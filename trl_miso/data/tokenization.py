@@ -105,7 +105,7 @@ class RowTokenizer:
                 continue
             labels = [label for label in tokenized.labels if label != -100]
             ends = not labels or not end_ids.isdisjoint(labels[-3:])
-            tokenized.notes = texts.notes if ends else (*texts.notes, NO_END)
+            tokenized.notes = (*row.notes, *texts.notes, *([] if ends else [NO_END]))
             tokenized.turn = self._turn(tokenized.output, end_ids)
             results.append(tokenized)
         return results

@@ -4,9 +4,11 @@ from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import has_content, wrong_type
+from trl_miso.data.schema import Prompt, has_content, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
+OPENING = "an assistant turn before the first request is read and not trained"
+_INSTRUCTING = ("system", "developer")
 
 
 def trains_all_turns(row: dict[str, Any], kind: str, options: DataOptions) -> bool:
@@ -26,16 +28,27 @@ def trains_all_turns(row: dict[str, Any], kind: str, options: DataOptions) -> bo
 def earlier_answers(row: dict[str, Any], kind: str, options: DataOptions, full: ContextRow) -> list[ContextRow]:
     """The assistant turns of the full context that are trained, each with the turns before it as its one context.
 
-    A turn without content, or without content before it, is no answer.
+    A turn without content is no answer, and neither is one before the first request: see `opens_with_answer`.
     """
     prompt = full.contexts[0]
     if isinstance(prompt, str) or not trains_all_turns(row, kind, options):
         return []
     answers = []
     for i, message in enumerate(prompt):
-        if message["role"] == "assistant" and has_content(message) and any(map(has_content, prompt[:i])):
+        if message["role"] == "assistant" and has_content(message) and _has_request(prompt[:i]):
             answers.append(ContextRow([prompt[:i]], [message]))
     return answers
+
+
+def opens_with_answer(prompt: Prompt) -> bool:
+    """Whether an assistant turn stands before the first request. Some templates cannot render what precedes it by itself."""
+    roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt if has_content(message)]
+    turns = [role for role in roles if role not in _INSTRUCTING]
+    return turns[:1] == ["assistant"]
+
+
+def _has_request(turns: list[dict[str, Any]]) -> bool:
+    return any(has_content(turn) and turn["role"] not in (*_INSTRUCTING, "assistant") for turn in turns)
 
 
 def each_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
