@@ -237,6 +237,8 @@ def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
 
 def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     """The message without null keys. Its content stays: templates ask whether it is null."""
+    if len(message) == 2:  # role and content
+        return message
     return {key: without_nulls(item) for key, item in message.items() if item is not None or key == "content"}
 
 

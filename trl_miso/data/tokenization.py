@@ -92,7 +92,7 @@ class RowTokenizer:
         is_plain_text = bool(rows) and isinstance(rows[0].completion, str)
         kept = [texts for texts in rendered if isinstance(texts, _Rendered)]
         ids = self.token_ids([[t.whole, t.before, t.start, *t.prompts] for t in kept], is_plain_text)
-        end_ids = self._end_ids()
+        end_ids, blank = self._end_ids(), dict[int, bool]()
         results: list[Tokenized | RowDropped] = []
         for row, kwargs, texts in zip(rows, template_kwargs, rendered, strict=True):
             if isinstance(texts, RowDropped):
@@ -106,7 +106,7 @@ class RowTokenizer:
             labels = [label for label in tokenized.labels if label != -100]
             ends = not labels or not end_ids.isdisjoint(labels[-3:])
             tokenized.notes = (*row.notes, *texts.notes, *([] if ends else [NO_END]))
-            tokenized.turn = self._turn(tokenized.output, end_ids)
+            tokenized.turn = self._turn(tokenized.output, end_ids, blank)
             results.append(tokenized)
         return results
 
@@ -153,8 +153,9 @@ class RowTokenizer:
         ids: dict[str, list[int]] = {}
         for run in _runs(unique, _CHARACTERS):
             ids |= zip(run, self._encode(run, add_special_tokens), strict=True)
+        joined = {text: list(chain.from_iterable(map(ids.__getitem__, parts))) for text, parts in pieces.items()}
         for texts in rendered:
-            yield [list(chain.from_iterable(map(ids.__getitem__, pieces[text]))) for text in texts]
+            yield [joined[text] for text in texts]
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Equal to `self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]`.
@@ -295,13 +296,20 @@ class RowTokenizer:
             return text[len(bos) :]
         return text
 
-    def _turn(self, output: list[int], end_ids: set[int]) -> int:
-        """The length of an output up to the first of the special tokens, apart from white space, with which it ends."""
+    def _turn(self, output: list[int], end_ids: set[int], blank: dict[int, bool]) -> int:
+        """The length of an output up to the first of the special tokens, apart from white space, with which it ends.
+
+        `blank` remembers which tokens are white space.
+        """
         turn = len(output)
         for i in range(len(output) - 1, 0, -1):
-            if output[i] in end_ids:
+            token = output[i]
+            if token in end_ids:
                 turn = i + 1
-            elif self.tokenizer.decode(output[i]).strip():
+                continue
+            if token not in blank:
+                blank[token] = not self.tokenizer.decode(token).strip()
+            if not blank[token]:
                 break
         return turn
 

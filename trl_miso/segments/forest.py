@@ -136,7 +136,8 @@ def _first_label_of_several(labels: Sequence[list[int]], members: list[int], sta
 
 def _merged_labels(labels: Sequence[list[int]], start: int, end: int) -> list[int]:
     """The labels from `start` to `end` of several lists, no two of which have a label at the same index."""
-    if len(labels) == 1 and labels[0]:
+    labels = [given for given in labels if given]
+    if len(labels) == 1:
         return labels[0][start:end]
     merged = [NO_LABEL] * (end - start)
     for given in labels:
