@@ -142,6 +142,16 @@ def test_mixed_answers_share_their_history():
     assert len(example.branches) == 3
 
 
+def test_completions_share_the_contexts_that_hold_a_demonstration():
+    """The first context takes over the labels of the demonstration, and stays a context beside its equal."""
+    contexts = [[1, 2, 3, 4, 5], [1, 2, 3, 4]]
+    mixed = [Answer(contexts, [7, last], [-100, last], [0.5, 0.5]) for last in (8, 9)]
+    ids, labels, example = lay_out([run([1, 2], [3, 4]), *mixed])
+    assert ids == [1, 2, 3, 4, 5, 7, 8, 7, 9]
+    assert labels == [-100, -100, -100, 4, -100, -100, 8, -100, 9]
+    assert [branch.segment for branch in example.branches] == [1, 0, 1, 0]
+
+
 @bounded
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.lists(st.integers(1, 3), min_size=2, max_size=5))
 def test_one_answer_is_one_run(context, output):

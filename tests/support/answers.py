@@ -25,6 +25,8 @@ def answers(draw, positions=("successive", "after_longest", "chunks"), most=4):
             shares = [draw(st.floats(0.05, 1.0)) for _ in contexts]
             weights = [share / sum(shares) for share in shares]
         made.append(Answer(contexts, head + body, labels, weights, where if len(contexts) > 1 else "successive"))
+        if draw(st.integers(0, 3)) == 0:  # another completion
+            made.append(made[-1]._replace(output=[*head, *body, 2], labels=[*labels, 2]))
         if draw(st.booleans()):
             history = history + head + body
     return made

@@ -80,7 +80,7 @@ def _absorb(paths: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> 
     own_labels = [list(given) for given in labels]
     left = list(range(len(paths)))
     for m in sorted(left, key=lambda m: len(paths[m])):
-        if not own_labels[m]:
+        if not labels[m]:  # a context stays one, also with the labels of a run
             continue
         for other in sorted(left, key=lambda m: -len(paths[m])):
             size = len(paths[m])
