@@ -231,8 +231,8 @@ class _Preview:
         if setting == "auto":
             setting = "all" if self._kind == "messages" else "last"
             given = self.dataset["train_turns"][:] if "train_turns" in self.dataset.column_names else []
-            chosen = [f"{count:,} rows {own}" for own, count in Counter(given).items() if own not in (None, "auto")]
-            by_row = f"; column train_turns overrides it ({', '.join(chosen)})" if chosen else ""
+            chosen = [f"{own} {count:,}" for own, count in Counter(given).items() if own not in (None, "auto")]
+            by_row = f"; column train_turns overrides it (rows: {', '.join(chosen)})" if chosen else ""
         sentences = {
             ("all", "messages"): "every assistant turn is trained",
             ("last", "messages"): "the last assistant turn is trained, earlier ones are not",
