@@ -65,9 +65,8 @@ def test_answers_hold_every_label_once(made):
         span.segment in outputs or set(range(span.start, span.start + span.length)) <= labelled for span in spans
     )
     described = answers_of(example, labels, NAMES)
-    assert [len(answer["contexts"]) for answer in described if answer["contexts"]] == [
-        len(o.branches) for o in example.outputs
-    ]
+    branches = {answer["segment"]: len(answer["contexts"]) for answer in described if answer["contexts"]}
+    assert branches == {output.segment: len(output.branches) for output in example.outputs}
 
 
 @bounded
@@ -190,6 +189,15 @@ def test_notes_are_shown_and_counted(make_config):
     assert result["statistics"]["notes"] == {NOT_FITTING: {"rows": 1, "first_row": 9}}
     assert result["rows"][-1]["index"] == 9 and result["rows"][-1]["notes"] == [NOT_FITTING]
     assert len(result["rows"][-1]["answers"]) == 1 and result["rows"][-1]["cut"] > 0
+
+
+def test_answers_are_in_the_order_of_the_conversation(make_config):
+    """Whatever the number of chunks of each: outputs come last among the segments."""
+    (row,) = shown(make_config, [{"messages": CONVERSATIONS["long"]}], chunk_probs=[0.5, 0.5], seed=1)["rows"]
+    assert [len(answer["contexts"]) for answer in row["answers"]] == [2, 0, 2, 0]
+    texts = ["".join(row["texts"][a["start"] : a["start"] + a["length"]]) for a in row["answers"]]
+    said = [message["content"] for message in CONVERSATIONS["long"] if message["role"] == "assistant"]
+    assert all(answer in text for answer, text in zip(said, texts, strict=True))
 
 
 def test_what_train_turns_means_is_said(make_config):

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         print_preview(preview, console)
         return
     for warning in preview["statistics"]["warnings"]:
-        console.print(f"Warning: {warning}", markup=False, highlight=False)
+        console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     for file in filter(None, (options.html, options.json)):
         console.print(f"Wrote {file}", markup=False, highlight=False)
 

@@ -141,7 +141,7 @@ function segment(r, s, from, to, shared) {
   const row = rows[r], {begins, outputs} = tree(r);
   const [head, tail] = !shared && to - from > LONG ? [from + LONG / 2, to - LONG / 4] : [to, to];
   const make = (i) => {
-    const e = glyphs(row.texts[i], row.labels[i] === -100 ? "t" : "t loss");
+    const e = glyphs(row.texts[i], row.labels[i] === -100 || shared ? "t" : "t loss");
     e.dataset.i = i;
     return e;
   };

@@ -21,7 +21,7 @@ def context_names(row: dict[str, Any], kind: str, mode: str, options: DataOption
 
 
 def answers_of(example: Example, labels: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-    """The answers of an example, see `segments.trained_spans`.
+    """The answers of an example (see `segments.trained_spans`) in the order of their positions, which is that of a conversation.
 
     An answer has `contexts` if it is an output. Without, it sees the tokens before it on its path. Its `tail` are the tokens
     without loss after it that no other answer sees.
@@ -42,7 +42,8 @@ def answers_of(example: Example, labels: Sequence[int], names: Sequence[str]) ->
         tail = bounds[span.segment + 1] - span.start - span.length if has_tail else 0
         contexts = [branch._asdict() | {"name": name} for branch, name in named]
         answers.append(span._asdict() | {"tail": tail, "contexts": contexts, "cut": []})
-    return answers
+    starts = [segment.start for segment in example.segments]
+    return sorted(answers, key=lambda answer: starts[answer["segment"]] + answer["start"] - bounds[answer["segment"]])
 
 
 def cut_ends(
