@@ -129,7 +129,7 @@ def test_the_log_says_once_what_was_dropped(rows, tokenizer, make_config, caplog
     with caplog.at_level(logging.INFO):
         preview_dataset(rows, tokenizer, make_config(max_length=160), SHAPE)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("trl_miso")]
-    assert len(lines) == len(set(lines)) == 3
+    assert len(lines) == len(set(lines)) == 4  # two reasons, what was cut, and the mixture
 
 
 # The command
@@ -156,7 +156,9 @@ def command(tmp_path, monkeypatch, capsys, crab_rows, wide_terminal):
 def test_what_the_command_writes(command, tmp_path):
     code, said = command("preview rows.jsonl -n 2 --html page.html --json said.json --max_length 300 --packing")
     assert code is None
-    assert said.out.split("\n")[-3:] == ["Wrote page.html", "Wrote said.json", ""]
+    *others, page, statistics, end = said.out.split("\n")
+    assert (page, statistics, end) == ("Wrote page.html", "Wrote said.json", "")
+    assert "token counts are not those of a real model" in " ".join(others)
     statistics = json.loads((tmp_path / "said.json").read_text())
     assert (statistics["rows"], statistics["complete"], statistics["mode"]) == (30, True, "para")
     data = (tmp_path / "page.html").read_text().split('id="preview">')[1].split("</script>")[0]
@@ -165,6 +167,7 @@ def test_what_the_command_writes(command, tmp_path):
     assert [row["index"] for row in whole["rows"]][:2] == [0, 1]
     code, said = command("preview rows.jsonl -n 1 --rows 7 --context_mode succ")
     assert code is None
+    assert "Warning: the tokenizer is built from these rows" in said.out
     assert "only the first 7 rows read" in said.out and "row 0" in said.out and "row 1" not in said.out
 
 
@@ -243,5 +246,6 @@ def test_a_recipe_of_quantization_asks_for_no_weights(command, tokenizer, tmp_pa
     line = f"--model_name_or_path {tmp_path / 'model'} --dataset_name rows.jsonl --output_dir out {options}"
     said, config = preview_recipe(*parse_recipe(line.split()), 1, None)
     assert said["statistics"]["model"] == str(tmp_path / "model")
+    assert said["statistics"]["warnings"] == []
     assert config.hidden_size == 64
     assert not (tmp_path / "out").exists()

@@ -149,12 +149,16 @@ def test_statistics_are_those_of_the_prepared_rows(name, shared, rows, train, pr
     }
     assert (got["rows"], got["examples"], got["mode"]) == (len(dataset), len(prepared), mode)
     branches = [len(parts(row)[0]) for row in prepared]
-    assert got["contexts_per_example"] == {str(n): m for n, m in sorted(Counter(max(1, n) for n in branches).items())}
+    assert got["contexts_per_answer"] == {str(n): m for n, m in sorted(Counter(max(1, n) for n in branches).items())}
     assert got["modes"] == Counter(mode if n or mode == "augment" else "single" for n in branches)
 
     outputs = [len(parts(row)[1]) if parts(row)[0] else labelled(row) for row in prepared]
     contexts = [max(map(len, parts(row)[0]), default=len(row["input_ids"]) - labelled(row)) for row in prepared]
-    for column, values in (("unique_tokens", sizes), ("longest_context", contexts), ("output", outputs)):
+    paths = [context + output for context, output in zip(contexts, outputs, strict=True)]
+    if mode == "succ":  # chunks are read apart from each other
+        paths = [max([len(c) for c in parts(row)[0]] or [0]) + len(parts(row)[1]) for row in prepared]
+    lengths = {"unique_tokens": sizes, "longest_path": paths, "longest_context": contexts, "output": outputs}
+    for column, values in lengths.items():
         assert got["lengths"][column] == [percentile(values, p) for p in got["lengths"]["percentiles"]], column
 
     bins = list(packed.train_dataset)
@@ -239,16 +243,21 @@ def test_rows_are_those_of_the_training_set(name, rows, train, preview):
         (example,) = decode(row["miso_layout"])
         assert (made["index"], made["ids"], made["labels"]) == (row["miso_row"][0], row["input_ids"], row["labels"])
         assert made["segments"] == [segment._asdict() for segment in example.segments]
-        assert made["contexts"] == [branch._asdict() for branch in example.branches]
+        (answer,) = made["answers"]
+        assert [without(context, "name") for context in answer["contexts"]] == [b._asdict() for b in example.branches]
         tok = trainer.processing_class
         assert made["texts"] == [tok.decode([i]) for i in row["input_ids"]]
         ends = [ids[len(made["ids"]) :] for ids in uncut[made["index"]] if ids[: len(made["ids"])] == made["ids"]]
-        assert made["cut"] == [tok.decode([i]) for i in ends[0]]
-        assert len(made["cut"]) == row["miso_cut"][0]
+        assert answer["cut"] == [tok.decode([i]) for i in ends[0]]
+        assert len(answer["cut"]) == made["cut"] == row["miso_cut"][0]
     assert any(row["cut"] for row in kept)
     said = {(row["index"], row["dropped"]) for row in shown["rows"] if row["dropped"]}
     assert said == {(number, why) for why, which in trainer.dropped_rows["train"].items() for number in which}
     check_plain(shown)
+
+
+def without(values, *names):
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def check_plain(shown):
@@ -270,7 +279,7 @@ def test_dropped_and_cut_rows_are_shown_beyond_the_first(rows, preview):
     assert json.loads(shown[2]["raw"]) == later[5]
     assert shown[3]["raw"].startswith('{"prompt": [{"role": "user", "content": "the river the river')
     assert shown[3]["raw"].endswith(f"... ({len(json.dumps(later[6])):,} characters)") and len(shown[3]["raw"]) < 700
-    assert shown[2]["ids"] == shown[2]["texts"] == shown[2]["contexts"] == shown[2]["cut"] == []
+    assert shown[2]["ids"] == shown[2]["texts"] == shown[2]["answers"] == shown[2]["notes"] == []
 
 
 def test_augment_shows_every_example_of_a_row(rows, preview):
@@ -281,7 +290,7 @@ def test_augment_shows_every_example_of_a_row(rows, preview):
         (0, "no label left within max_length", "augment"),
     ]
     assert "".join(shown[2]["texts"]).count("Sail") == 1
-    assert not any(row["contexts"] for row in shown)
+    assert not any(answer["contexts"] for row in shown for answer in row["answers"])
 
 
 def test_how_many_rows_are_shown(rows, preview):
@@ -293,7 +302,7 @@ def test_how_many_rows_are_shown(rows, preview):
 
 def test_what_has_no_rows_to_show_is_refused(rows, train, preview):
     for dataset, options, message in (
-        (rows.select([]), {}, "Got no rows in train.*Fix"),
+        (rows.select([]), {}, "Got no rows in the train dataset.*Fix"),
         (rows.select([24]), {}, r"Got a train dataset of 1 rows none of which can be trained on.*Fix"),
         (rows.to_iterable_dataset(), {}, "Got train as IterableDataset.*Fix"),
         (train(rows).train_dataset, {}, "prepared already.*Fix"),

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from trl_miso.cli.preview_terminal import print_preview
 from trl_miso.pages.page import render_page
-from trl_miso.segments import parallel, single, successive
+from trl_miso.preview.answers import answers_of
+from trl_miso.segments import Answer, lay_out, parallel, single, successive
 
 HOSTILE = (
     "</script><script>throw 1</script>",
@@ -35,10 +36,40 @@ def prepared(example, texts, labelled, index, mode="para", cut=()):
     """A row of a preview; the id of a token is 1000 + its place."""
     ids = [1000 + i for i in range(example.num_tokens)]
     labels = [i if place >= len(ids) - labelled else -100 for place, i in enumerate(ids)]
+    return described(example, ids, texts, labels, index, mode, cut)
+
+
+def described(example, ids, texts, labels, index, mode="para", cut=(), names=(), notes=()):
+    """A row of a preview; `cut` are the texts cut from its last answer."""
     segments = [segment._asdict() for segment in example.segments]
-    branches = [branch._asdict() for branch in example.branches]
-    row = {"index": index, "mode": mode, "status": "split", "dropped": "", "raw": "", "cut": list(cut)}
-    return row | {"ids": ids, "texts": texts, "labels": labels, "segments": segments, "contexts": branches}
+    answers = answers_of(example, labels, names or [f"context {i + 1}" for i in range(len(example.branches))])
+    answers[-1]["cut"] = list(cut)
+    row = {
+        "index": index,
+        "mode": mode,
+        "status": "split",
+        "dropped": "",
+        "raw": "",
+        "cut": len(cut),
+        "notes": list(notes),
+    }
+    row["saved"] = example.num_unshared_tokens - example.num_tokens
+    return row | {"ids": ids, "texts": texts, "labels": labels, "segments": segments, "answers": answers}
+
+
+def several_answers():
+    """A demonstration `12 -> 34`, then two completions, each of contexts 123 4 5 6, 123 4 5 and 123 4 6; one turn is a leaf."""
+    mixed = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
+    answers = [
+        Answer([[1, 2]], [3, 4], [-100, 4]),
+        Answer([[1, 2]], [3, 9, 4], [-100, 9, 4]),
+        Answer(mixed, [7, 8], [-100, 8], [0.5, 0.25, 0.25]),
+        Answer(mixed, [7, 9, 9], [-100, 9, 9], [0.5, 0.25, 0.25]),
+    ]
+    ids, labels, example = lay_out(answers)
+    names, texts = ("full", "constraint 1", "bare"), [f" u{token}" for token in ids]
+    ids = [1000 + i for i in range(len(ids))]
+    return described(example, ids, texts, labels, 40, cut=[" lost"], names=names, notes=["the reasoning is long"])
 
 
 def worked_example():
@@ -69,11 +100,12 @@ def hostile_row():
 def preview():
     chunks = prepared(successive([2, 3], 2), [" a", " b", " c", " d", "e", " out", " put"], 1, index=5, mode="succ")
     run = prepared(single(6), [" p", " q", "\n", "r", "s", "t"], 3, index=6, mode="single")
-    dropped = dict.fromkeys(["ids", "texts", "labels", "segments", "contexts", "cut"], [])
+    dropped = dict.fromkeys(["ids", "texts", "labels", "segments", "answers", "notes"], []) | {"cut": 0, "saved": 0}
     raw = "".join(HOSTILE).replace("\ud83d", "")  # the browser's driver cannot return half an emoji
     dropped |= {"index": 17, "mode": "para", "status": HOSTILE[5], "dropped": HOSTILE[1], "raw": raw}
-    rows = [worked_example(), many_contexts(), chunks, run, dropped, hostile_row(), long_row()]
+    rows = [worked_example(), many_contexts(), chunks, run, dropped, hostile_row(), long_row(), several_answers()]
     lengths = {"percentiles": [0, 50, 100], "unique_tokens": [7, 93, 3001], "longest_context": [4, 70, 2501]}
+    lengths["longest_path"] = [6, 73, 3001]
     statistics = {
         "dataset": HOSTILE[0] + HOSTILE[5],
         "model": "meta-llama/Meta-Llama-3-8B",
@@ -85,7 +117,12 @@ def preview():
         "statuses": {"split": 440, HOSTILE[1]: 60},
         "dropped": {HOSTILE[4]: {"rows": 2, "first_row": 1017}},
         "cut": {"rows": 3, "tokens": 220},
-        "contexts_per_example": {"1": 68, "7": 100, "8": 330},
+        "notes": {HOSTILE[1]: {"rows": 5, "first_row": 2017}},
+        "train_turns": "auto: every assistant turn is trained",
+        "warnings": ["the tokenizer is a toy" + HOSTILE[5]],
+        "answers": 600,
+        "answers_per_example": {"1": 400, "2": 94, "3": 4},
+        "contexts_per_answer": {"1": 68, "7": 202, "8": 330},
         "tokens": {"unique": 100000, "unshared": 250000, "saved": 0.6, "labelled": 30000},
         "lengths": lengths | {"output": [2, 3, 500]},
         "bins": {"max_length": 4096, "bins": 120, "filled": 0.98, "examples_per_bin": 4.1},
@@ -97,7 +134,8 @@ def preview():
 def empty_preview():
     """A preview without examples, bins or cost."""
     full = preview()
-    nothing = {"examples": 0, "modes": {}, "statuses": {}, "dropped": {}, "contexts_per_example": {}, "bins": None}
+    nothing = {"examples": 0, "modes": {}, "statuses": {}, "dropped": {}, "notes": {}, "bins": None, "warnings": []}
+    nothing |= {"answers": 0, "answers_per_example": {}, "contexts_per_answer": {}}
     nothing |= {
         "tokens": dict.fromkeys(full["statistics"]["tokens"], 0),
         "cost": None,
@@ -184,8 +222,12 @@ def test_the_terminal_shows_statistics_and_rows():
         "250,000",
         "60.0%",
         "1017",
+        "2017",
+        "of 2 answers",
+        "train_turns auto: every assistant turn is trained",
+        "Warning: the tokenizer is a toy␛[2J",
         "estimated cost, plain SFT = 1",
-        "row 12 · para · split · 3 contexts · 7 unique tokens · 5 repeated tokens saved · 1 with loss",
+        "row 12 · para · split · 3 contexts · 7 unique tokens · 5 repeated tokens saved · 1 with loss · 2 tokens cut",
         "context 1 · weight 0.333 · 4 tokens · positions 0-3 · output from 4",
         "context 2 · weight 0.333 · 3 tokens · positions 0-2 · output from 3 (offset -1)",
         "[0][1] t1 t2 t3 (shared with context 1: 3 tokens)",
@@ -194,6 +236,17 @@ def test_the_terminal_shows_statistics_and_rows():
         "[2 tokens cut at max_length]",
         "context 2 · weight 0.5 · 3 tokens · positions 2-4 · output from 5",
         "(shared with context 1: 2,500 tokens)",
+        "row 40 · para · split · 4 answers · 6 contexts",
+        "Note: the reasoning is long",
+        "answer 1 · 2 with loss · sees 3 tokens · positions 3-4",
+        "answer 2 · 1 with loss · sees 3 tokens · positions 3-3",
+        "[0] u1 u2[1] u3[loss] u9 u4[/loss]",
+        "[0] u1 u2 (shared with answer 1: 2 tokens) [2] u3[loss] u4[/loss]",
+        "[0][2] u1 u2 u3 u4 (shared with answer 2: 4 tokens) [3] u5[4] u6",
+        "answer 3, constraint 1 · weight 0.25 · 5 tokens · positions 0-4 · output from 5 (offset -1)",
+        "answer 3 · 2 tokens · 1 with loss · positions 6-7",
+        "(shared with answer 3, full: 6 tokens)",
+        "[loss] u9 u9[/loss][cut] lost[/cut] [1 token cut at max_length]",
         "dropped: </ScRiPt ><img src=x onerror='throw 2'>",
         "␛[2J␛]0;title␇<9B>31m␍",
         "<202E>right to left",
@@ -286,7 +339,7 @@ def test_the_tooltip_shows_the_data(page):
     # the third token of context 2: segment 1, below segment 0, at position 2, also in context 1
     token = part(row, "context", 1)[2]
     expected = {"token": '" t3"', "id": "1002", "segment": "1, after segment 0", "position": "2", "label": "no loss"}
-    assert hover(browser, token) == expected | {"seen in": "2 of 3 contexts: 1–2"}
+    assert hover(browser, token) == expected | {"seen in": "contexts 1–2 (2 of 3)"}
     assert lit(row) == [["1"], ["1"], [], []]
     assert "shared" in token.find_element("xpath", "..").get_attribute("class")
     # the common beginning of all contexts
@@ -320,6 +373,18 @@ def test_other_layouts_are_shown(page):
     browser = page(preview())
     assert hover(browser, part(shown(browser, 5), "context", 1)[0])["position"] == "2"
     assert hover(browser, part(shown(browser, 5), "output", 0)[0])["position"] == "5 in every context"
+    row = shown(browser, 40)
+    assert [part.text for part in row.find_elements("css selector", "h3")] == [
+        *("Answer 1", "Answer 2"),
+        *(f"Answer {k}{name}" for k in (3, 4) for name in (", full", ", constraint 1", ", bare", "")),
+    ]
+    # later contexts hold the second answer, not the first
+    expected = {"token": '" u4"', "id": "1006", "segment": "2, after segment 0", "position": "3", "label": "loss"}
+    assert hover(browser, part(row, "output", 1)[3]) == expected | {"seen by": "answers 2–4"}
+    assert hover(browser, part(row, "output", 0)[3])["seen by"] == "answer 1"
+    assert hover(browser, part(row, "context", 4)[4])["seen by"] == (
+        "full, constraint 1 (2 of 3) of answer 3; full, constraint 1 (2 of 3) of answer 4"
+    )
     facts = hover(browser, shown(browser, 6).find_elements("css selector", ".t")[4])
     assert facts == {"token": '"s"', "id": "1004", "segment": "0", "position": "4", "label": "loss"}
     assert preview()["rows"][4]["dropped"] in shown(browser, 17).text

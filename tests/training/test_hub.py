@@ -13,10 +13,11 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from tests.support.conversations import assistant, user
 from tests.support.hub_server import HubServer
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer
-from trl_miso.training.model_card import count_contexts
+from trl_miso.training.model_card import count_answers_and_contexts
 from trl_miso.verification.checks import Check
 
 REPOSITORY = Path(__file__).parents[2]
@@ -246,16 +247,40 @@ def test_card_states_the_settings_of_its_mode(card_of, para_dataset):
 
 def test_card_counts_contexts(card_of, para_dataset, make_config, tokenizer, monkeypatch):
     rows = [{"contexts": ["a ->", "b ->", "c ->"][: 1 + i % 3], "completion": " x"} for i in range(6)]
-    counted = _settings(card_of(Dataset.from_list(rows), response_template=" ->"))["contexts per example"]
-    average = "2.0 on average (1 to 3), several in 67% of the examples"
+    counted = _settings(card_of(Dataset.from_list(rows), response_template=" ->"))["contexts per answer"]
+    average = "2.0 on average (1 to 3), several for 67% of the answers"
     assert counted == f"{average}; counted in 6 examples from 6 of 6 rows"
-    packed = _settings(card_of(Dataset.from_list(rows), response_template=" ->", packing=True))["contexts per example"]
+    packed = _settings(card_of(Dataset.from_list(rows), response_template=" ->", packing=True))["contexts per answer"]
     assert packed.startswith(f"{average}; counted in 6 examples from 1 of 1 rows")
-    streamed = _settings(card_of(para_dataset.to_iterable_dataset()))["contexts per example"]
+    streamed = _settings(card_of(para_dataset.to_iterable_dataset()))["contexts per answer"]
     assert streamed == "not counted (streamed data)"
     trainer = MISOSFTTrainer(tiny_model("llama"), make_config(), train_dataset=para_dataset, processing_class=tokenizer)
     many = trainer.train_dataset.select([i % 64 for i in range(5000)])
-    assert count_contexts(many).endswith("counted in 1,000 examples from 1,000 of 5,000 rows")
+    answers, contexts = count_answers_and_contexts(many)
+    assert answers == "" and contexts.endswith("counted in 1,000 examples from 1,000 of 5,000 rows")
+
+
+def test_card_counts_answers(card_of):
+    """A demonstration within the prompt, and two completions of three contexts each, beside a row of one answer."""
+    shots = [user("The sea?"), assistant("Blue."), user("The sky?")]
+    completions = [[assistant("Blue too.")], [assistant("Grey.")]]
+    rows = [
+        {"prompt": shots, "constraints": ["Be brief.", "Rhyme."], "completions": completions},
+        {"prompt": shots[:1], "constraints": [], "completions": completions[:1]},
+    ]
+    last = _settings(card_of(Dataset.from_list(rows)))
+    assert last["answers per example"] == "1.5 on average (1 to 2)"
+    assert last["contexts per answer"].startswith(
+        "3.0 on average (1 to 4), several for 67% of the answers; counted in 2"
+    )
+    assert "every completion of a prompt" in last["answers that are trained"]
+    every = _settings(card_of(Dataset.from_list(rows), train_turns="all"))
+    assert every["answers per example"] == "2.0 on average (1 to 3)"
+    assert every["contexts per answer"].startswith("2.5 on average (1 to 4), several for 50% of the answers")
+    assert 'train_turns="all"' in every["answers that are trained"]
+    one = _settings(card_of(Dataset.from_list(rows[1:])))
+    assert "answers that are trained" not in one and "answers per example" not in one
+    assert 'train_turns="last"' in _settings(card_of(train_turns="last"))["answers that are trained"]
 
 
 def test_card_header_and_links(card_of, tmp_path):

@@ -27,6 +27,11 @@ or as JSON (--json).
 DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file. Without it, rows are generated. All options
 of examples/train_crab.py are accepted (--context_mode, --max_length, --packing, --chat_template_path, --source, ...)."""
 
+_TOY_TOKENIZER = (
+    "the tokenizer is built from these rows, so token counts are not those of a real model. Set --model_name_or_path to count "
+    "with its tokenizer."
+)
+
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
@@ -46,6 +51,9 @@ def main(arguments: list[str]) -> None:
     console = Console()
     if not (options.html or options.json):
         print_preview(preview, console)
+        return
+    for warning in preview["statistics"]["warnings"]:
+        console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     for file in filter(None, (options.html, options.json)):
         console.print(f"Wrote {file}", markup=False, highlight=False)
 
@@ -79,12 +87,14 @@ def preview_recipe(
     rows, complete = first_rows(raw, limit)
     tokenizer = load_tokenizer(rows, args, model_args)
     rows = adapt_rows(rows, recipe, args.dataset_num_proc)
+    warnings: list[str] = []
     if model_args.model_name_or_path:
         source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
         name = model_args.model_name_or_path
     else:
-        config, name = build_model(tokenizer).config, "a toy model, a tokenizer built from these rows"
+        config, name = build_model(tokenizer).config, "a toy model"
+        warnings.append(_TOY_TOKENIZER)
     shape = ModelShape.of(config, name)
     dropout = getattr(get_peft_config(model_args), "lora_dropout", 0)
     preview = preview_dataset(
@@ -96,6 +106,7 @@ def preview_recipe(
         rows=num_rows,
         complete=complete,
         shares_prefixes=not why_not_share(None, config, args.neftune_noise_alpha, dropout),
+        warnings=warnings,
     )
     return preview, config
 

@@ -6,7 +6,7 @@ Output without styles, as in a file, marks them by `[loss]` and `[/loss]`, `[cut
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -25,7 +25,7 @@ _SHARED, _EDGE, _LONG = 16, 6, 400
 
 
 def print_preview(preview: dict[str, Any], console: Console) -> None:
-    """Print the statistics of a preview, then its rows: contexts, output, tokens with loss, cut tokens, dropped rows."""
+    """Print the statistics of a preview, then its rows: answers with their contexts, tokens with loss and cut, dropped rows."""
     _Printer(console).preview(preview)
 
 
@@ -40,6 +40,9 @@ class _Printer:
         read = f"{'' if statistics['complete'] else 'only the first '}{_count(statistics['rows'], 'row')} read"
         facts = (statistics["model"], f"mode {statistics['mode']}", read)
         self.console.print(self._facts(statistics["dataset"], *facts))
+        self.console.print(Text(self.visible(f"train_turns {statistics['train_turns']}")))
+        for warning in statistics["warnings"]:
+            self.console.print(Text(self.visible(f"Warning: {warning}"), "yellow"))
         self.console.print(Columns(list(self._tables(statistics)), padding=(1, 4)))
         styled = [("underlined: with loss", _LOSS), ("struck: cut at max_length", _CUT)]
         legend = [("[n]: segment n begins", ""), ("dim: computed once, above", "dim")]
@@ -62,23 +65,30 @@ class _Printer:
         statuses = [(f"  status {status}", n) for status, n in statistics["statuses"].items()]
         modes = [(f"  {mode}", n) for mode, n in statistics["modes"].items()]
         rows_read, examples = ("rows read", statistics["rows"]), ("examples", statistics["examples"])
-        yield self._table("rows", rows_read, *statuses, examples, *modes)
+        several = (
+            (f"  of {_count(int(n), 'answer')}", examples) for n, examples in statistics["answers_per_example"].items()
+        )
+        answers = (
+            [("answers", statistics["answers"]), *several] if statistics["answers"] > statistics["examples"] else []
+        )
+        yield self._table("rows", rows_read, *statuses, examples, *modes, *answers)
         yield self._table(
             "tokens",
             ("unique", tokens["unique"]),
             ("if every context had a copy", tokens["unshared"]),
             ("saved by sharing", f"{tokens['saved']:.1%}"),
             ("with loss", tokens["labelled"]),
-            (f"cut from {_count(cut['rows'], 'output')}", cut["tokens"]),
+            (f"cut from {_count(cut['rows'], 'row')}", cut["tokens"]),
         )
-        contexts = sorted((int(n), examples) for n, examples in statistics["contexts_per_example"].items())
-        most = max((examples for _, examples in contexts), default=1)
-        bars = ((f"{n:>3} {self.block * -(-12 * examples // most):<12}", examples) for n, examples in contexts)
-        yield self._table("contexts per example", *bars)
+        contexts = sorted((int(n), answers) for n, answers in statistics["contexts_per_answer"].items())
+        most = max((answers for _, answers in contexts), default=1)
+        bars = ((f"{n:>3} {self.block * -(-12 * answers // most):<12}", answers) for n, answers in contexts)
+        yield self._table("contexts per answer", *bars)
         names = {0: "shortest", 50: "median", 100: "longest"}
-        columns = (lengths[name] for name in ("unique_tokens", "longest_context", "output"))
+        kinds = ("unique_tokens", "longest_path", "longest_context", "output")
+        columns = (lengths[kind] for kind in kinds)
         percentiles = ((names.get(p, f"{p} %"), *ns) for p, *ns in zip(lengths["percentiles"], *columns, strict=True))
-        yield self._table("lengths", ("", "unique tokens", "longest context", "output"), *percentiles)
+        yield self._table("lengths", ("", *(kind.replace("_", " ") for kind in kinds)), *percentiles)
         if bins:
             rows = {
                 "bins": bins["bins"],
@@ -90,9 +100,10 @@ class _Printer:
             rows = {"tokens": "tokens", "score_pairs": "attention scores", "flops": f"compute ({cost['model']})"}
             costs = ((name, f"x {cost[key]:.2f}") for key, name in rows.items())
             yield self._table("estimated cost, plain SFT = 1", *costs)
-        if dropped:
-            reasons = ((reason, counts["rows"], str(counts["first_row"])) for reason, counts in dropped.items())
-            yield self._table("dropped", ("reason", "rows", "first row"), *reasons, style="red")
+        for title, found, style in (("dropped", dropped, "red"), ("notes", statistics["notes"], "yellow")):
+            if found:
+                reasons = ((reason, counts["rows"], str(counts["first_row"])) for reason, counts in found.items())
+                yield self._table(title, ("reason", "rows", "first row"), *reasons, style=style)
 
     def _table(self, title: str, *rows: tuple[Any, ...], style: str = "") -> Table:
         table = Table(title=title, title_justify="left", title_style=f"bold {style}", box=None, show_header=False)
@@ -103,51 +114,94 @@ class _Printer:
         return table
 
     def _row(self, row: dict[str, Any]) -> None:
-        paths = [_path(row["segments"], context["segment"]) for context in row["contexts"]]
+        answers = row["answers"]
         facts = [row["mode"], row["status"]]
         if not row["dropped"]:
-            facts += [_count(max(1, len(paths)), "context"), _count(len(row["ids"]), "unique token")]
-            if repeated := _repeated_tokens(row, paths):
-                facts.append(f"{_count(repeated, 'repeated token')} saved")
+            contexts = sum(len(answer["contexts"]) for answer in answers)
+            facts.append(_count(len(answers), "answer") if len(answers) > 1 else "")
+            facts.append(_count(max(1, contexts), "context") if contexts or len(answers) == 1 else "")
+            facts.append(_count(len(row["ids"]), "unique token"))
+            facts.append(f"{_count(row['saved'], 'repeated token')} saved" if row["saved"] else "")
             facts.append(f"{_loss(row['labels'])} with loss")
+            facts.append(f"{_count(row['cut'], 'token')} cut" if row["cut"] else "")
         self.console.print()
         self.console.print(self._facts(f"row {row['index']}", *facts))
+        for note in row["notes"]:
+            self.console.print(Text(self.visible(f"Note: {note}"), "yellow"))
         if row["dropped"]:
             text = Text.assemble((f"dropped: {self.visible(row['dropped'])}\n", "bold red"), self.visible(row["raw"]))
             self._panel(text, "red")
             return
-        begins = list(accumulate((segment["length"] for segment in row["segments"]), initial=0))
-        self._contexts(row, begins, paths)
-        self._output(row, begins)
+        shown: list[str] = [""] * len(row["ids"])  # for each token the name of the panel that showed it
+        for number, answer in enumerate(answers, start=1):
+            name = f"answer {number}" if len(answers) > 1 else ""
+            if answer["contexts"]:
+                self._contexts(row, answer, name, shown)
+                self._output(row, answer, name or "output")
+            else:
+                self._run(row, answer, name, shown)
 
-    def _contexts(self, row: dict[str, Any], begins: list[int], paths: list[list[int]]) -> None:
-        """One panel per context; segments that an earlier context showed are shortened."""
-        output = row["segments"][-1]
-        shown_in: dict[int, int] = {}  # segment -> the last context that showed it
-        for c, (context, path) in enumerate(zip(row["contexts"], paths, strict=True), start=1):
+    def _contexts(self, row: dict[str, Any], answer: dict[str, Any], name: str, shown: list[str]) -> None:
+        """One panel per context of an output; tokens that an earlier panel showed are shortened."""
+        output = row["segments"][answer["segment"]]
+        for context in answer["contexts"]:
+            path = _path(row["segments"], context["segment"])
             first = row["segments"][path[0]]["start"]
             length = sum(row["segments"][s]["length"] for s in path)
             offset = f" (offset {context['offset']})" if context["offset"] else ""
-            title = (f"context {c}", f"weight {context['weight']:.3g}", _count(length, "token"), _span(first, length))
-            shared = [s for s in path if s in shown_in]
-            text = Text()
-            if shared:
-                text = self._shared(row, begins, shared, shown_in[shared[-1]])
-            for s in path[len(shared) :]:
-                text.append_text(self._segment(row, begins, s, _COLOURS[s % len(_COLOURS)]))
-                shown_in[s] = c
+            panel = f"{name}, {context['name']}" if name else context["name"]
+            title = (panel, f"weight {context['weight']:.3g}", _count(length, "token"), _span(first, length))
+            text = self._tokens_of_path(row, path, length, panel, shown)
             self._panel(text, "dim", *title, f"output from {output['start'] + context['offset']}{offset}")
 
-    def _output(self, row: dict[str, Any], begins: list[int]) -> None:
-        """The panel of the output, or of the whole example if it is one run."""
-        output = row["segments"][-1]
-        text = self._segment(row, begins, len(row["segments"]) - 1, "")
-        if row["cut"]:
-            text.append_text(self._tokens(row["cut"], [_CUT] * len(row["cut"]), _LONG // 4, 0))
-            text.append(f" [{_count(len(row['cut']), 'token')} cut at max_length]", "red")
-        name = "output" if row["contexts"] else "one run, context and output"
-        facts = [_count(output["length"], "token"), f"{_loss(row['labels'])} with loss"]
-        self._panel(text, "green", name, *facts, _span(output["start"], output["length"]))
+    def _output(self, row: dict[str, Any], answer: dict[str, Any], name: str) -> None:
+        """The panel of an output, after those of its contexts."""
+        start, segment = answer["start"], row["segments"][answer["segment"]]
+        text = self._segment(row, answer["segment"], start, start + answer["length"], "")
+        self._append_cut(text, answer)
+        facts = [_count(answer["length"], "token"), f"{_loss(_labels(row, answer))} with loss"]
+        self._panel(text, "green", name, *facts, _span(segment["start"], answer["length"]))
+
+    def _run(self, row: dict[str, Any], answer: dict[str, Any], name: str, shown: list[str]) -> None:
+        """The panel of an answer with one context: what it sees and the answer, as one causal run."""
+        path = _path(row["segments"], answer["segment"])
+        before = sum(row["segments"][s]["length"] for s in path[:-1])
+        before += answer["start"] - _begin(row, answer["segment"])
+        length = before + answer["length"] + answer["tail"]
+        text = self._tokens_of_path(row, path, length, name, shown)
+        self._append_cut(text, answer)
+        with_loss = f"{_loss(_labels(row, answer))} with loss"
+        if name:
+            self._panel(
+                text, "green", name, with_loss, f"sees {_count(before, 'token')}", _span(before, answer["length"])
+            )
+        else:
+            first = row["segments"][path[0]]["start"]
+            facts = [_count(length, "token"), with_loss, _span(first, length)]
+            self._panel(text, "green", "one run, context and output", *facts)
+
+    def _tokens_of_path(self, row: dict[str, Any], path: list[int], length: int, panel: str, shown: list[str]) -> Text:
+        """The first `length` tokens of a path, those that earlier panels showed shortened; marks them as shown in `panel`."""
+        parts = []  # (segment, begin, end) of the tokens that no panel showed
+        again: list[int] = []
+        for s in path:
+            begin = _begin(row, s)
+            end = begin + min(row["segments"][s]["length"], length)
+            length -= end - begin
+            known = sum(map(bool, shown[begin:end]))  # the first tokens of a path: panels show paths from their roots
+            again += range(begin, begin + known)
+            if begin + known < end:
+                parts.append((s, begin + known, end))
+        text = self._shared(row, again, path, shown[again[-1]]) if again else Text()
+        for s, begin, end in parts:
+            text.append_text(self._segment(row, s, begin, end, _COLOURS[s % len(_COLOURS)]))
+            shown[begin:end] = [panel] * (end - begin)
+        return text
+
+    def _append_cut(self, text: Text, answer: dict[str, Any]) -> None:
+        if cut := answer["cut"]:
+            text.append_text(self._tokens(cut, [_CUT] * len(cut), _LONG // 4, 0))
+            text.append(f" [{_count(len(cut), 'token')} cut at max_length]", "red")
 
     def _facts(self, first: str, *others: str) -> Text:
         """A line of facts, the first in bold; empty ones are left out."""
@@ -160,20 +214,20 @@ class _Printer:
             self.console.print(self._facts(*title))
         self.console.print(Panel(text, box=box.ROUNDED, border_style=style))
 
-    def _segment(self, row: dict[str, Any], begins: list[int], s: int, style: str) -> Text:
-        """The number and the tokens of a segment."""
-        span = slice(begins[s], begins[s + 1])
-        styles = [style if label == -100 else _LOSS for label in row["labels"][span]]
-        number = Text().append(f"[{s}]", f"{style} reverse")
-        return number.append_text(self._tokens(row["texts"][span], styles, _LONG * 3 // 4, _LONG // 4))
+    def _segment(self, row: dict[str, Any], s: int, begin: int, end: int, style: str) -> Text:
+        """The tokens from `begin` to `end` of a segment, after its number where they are its first."""
+        styles = [style if label == -100 else _LOSS for label in row["labels"][begin:end]]
+        text = Text().append(f"[{s}]", f"{style} reverse") if begin == _begin(row, s) else Text()
+        return text.append_text(self._tokens(row["texts"][begin:end], styles, _LONG * 3 // 4, _LONG // 4))
 
-    def _shared(self, row: dict[str, Any], begins: list[int], path: list[int], context: int) -> Text:
-        """The beginning of a context that an earlier context showed, without its middle if it is long."""
-        texts = [text for s in path for text in row["texts"][begins[s] : begins[s + 1]]]
+    def _shared(self, row: dict[str, Any], tokens: list[int], path: list[int], panel: str) -> Text:
+        """The tokens that an earlier panel showed, without their middle if they are many."""
+        texts = [row["texts"][i] for i in tokens]
         head = tail = _EDGE if len(texts) > _SHARED else len(texts)
-        text = Text().append("".join(f"[{s}]" for s in path), "dim")
+        numbers = [s for s in path if _begin(row, s) in tokens]
+        text = Text().append("".join(f"[{s}]" for s in numbers), "dim")
         text.append_text(self._tokens(texts, ["dim"] * len(texts), head, tail, note=False))
-        return text.append(f" (shared with context {context}: {_count(len(texts), 'token')}) ", "dim italic")
+        return text.append(f" (shared with {panel}: {_count(len(texts), 'token')}) ", "dim italic")
 
     def _tokens(self, texts: Sequence[str], styles: Sequence[str], head: int, tail: int, note: bool = True) -> Text:
         """Styled tokens; of more than `head + tail` tokens, the middle is left out."""
@@ -209,12 +263,13 @@ def _path(segments: list[dict[str, int]], leaf: int) -> list[int]:
     return path[::-1]
 
 
-def _repeated_tokens(row: dict[str, Any], paths: list[list[int]]) -> int:
-    """Tokens of all contexts in excess of the tokens that are stored for them."""
-    if not paths:
-        return 0
-    total = sum(row["segments"][s]["length"] for path in paths for s in path)
-    return total - (len(row["ids"]) - row["segments"][-1]["length"])
+def _begin(row: dict[str, Any], segment: int) -> int:
+    """The index of a segment's first token."""
+    return sum(other["length"] for other in row["segments"][:segment])
+
+
+def _labels(row: dict[str, Any], answer: dict[str, Any]) -> list[int]:
+    return row["labels"][answer["start"] : answer["start"] + answer["length"]]
 
 
 def _loss(labels: list[int]) -> str:

@@ -13,6 +13,6 @@
 7. `bins`: examples are packed.
 8. `collator`: prepared rows become one flat batch.
 
-`pipeline` is the one door from a dataset to prepared rows; `options` are the settings it reads, `mapping` maps datasets
-and streams alike, `token_text` says what a token stands for.
+`pipeline` is the one door from a dataset to prepared rows; `options` are the settings it reads, `sft_settings` refuses those
+of SFTTrainer that rows do not allow, `mapping` maps datasets and streams alike, `token_text` says what a token stands for.
 """

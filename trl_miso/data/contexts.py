@@ -31,13 +31,15 @@ _PARALLEL_FORMATS = ("contexts", "constraints")
 class ContextRow(NamedTuple):
     """A row as contexts (the full context first, if it is among them), a completion, and weights if the row fixes them.
 
-    `notes` say what the user should know about a row that is kept.
+    `notes` say what the user should know about a row that is kept. `names` say what each context is: `"full"`,
+    `"constraint 2"`, `"bare"`, `"context 3"` (of column `contexts`).
     """
 
     contexts: list[Prompt]
     completion: Prompt
     weights: list[float] | None = None
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ("full",)
 
     @property
     def text(self) -> str:
@@ -114,11 +116,13 @@ def parallel_row(
         return full
     bare = split.bare
     contexts = [with_constraints(bare, [constraint], options.response_template) for constraint in constraints]
+    names = [f"constraint {i}" for i in range(1, len(constraints) + 1)]
     if options.include_full:
-        contexts = [*full.contexts, *contexts]
+        contexts, names = [*full.contexts, *contexts], ["full", *names]
     if options.include_bare:
-        contexts.append(bare)
-    return _check_same_kind(ContextRow(_without_repeats(contexts), full.completion), "prompt")
+        contexts, names = [*contexts, bare], [*names, "bare"]
+    contexts, names = _without_repeats(contexts, names)
+    return _check_same_kind(ContextRow(contexts, full.completion, names=tuple(names)), "prompt")
 
 
 class SplitRow(NamedTuple):
@@ -192,25 +196,29 @@ def _given_contexts(row: dict[str, Any], full: ContextRow) -> ContextRow:
     if not contexts:
         return full
     weights = context_weights_of(row, len(contexts))
+    names = [f"context {i}" for i in range(1, len(contexts) + 1)]
     comparable = list(map(_without_nulls, contexts))
     full_context = _without_nulls(full.contexts[0])
     if full_context in comparable:
         index = comparable.index(full_context)
         contexts.insert(0, contexts.pop(index))
+        names = ["full", *names[:index], *names[index + 1 :]]
         if weights:
             weights.insert(0, weights.pop(index))
-    return _check_same_kind(ContextRow(contexts, full.completion, weights), "contexts")
+    return _check_same_kind(ContextRow(contexts, full.completion, weights, tuple(names)), "contexts")
 
 
-def _without_repeats(contexts: list[Prompt]) -> list[Prompt]:
+def _without_repeats(contexts: list[Prompt], names: list[str]) -> tuple[list[Prompt], list[str]]:
     kept: list[Prompt] = []
+    kept_names: list[str] = []
     comparable: list[Prompt] = []
-    for context in contexts:
+    for context, name in zip(contexts, names, strict=True):
         key = _without_nulls(context)
         if key not in comparable:
             kept.append(context)
+            kept_names.append(name)
             comparable.append(key)
-    return kept
+    return kept, kept_names
 
 
 def _without_nulls(prompt: Prompt) -> Prompt:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypeAlias
 
-import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
-from trl_miso.segments import decode
+from trl_miso.segments import decode, trained_spans
 
 logger = get_logger(__name__)
 
@@ -115,14 +114,17 @@ def report_mixture(dataset: AnyDataset, name: str) -> None:
             contexts += len(example.branches)
             tokens += example.num_tokens
             unshared_tokens += example.num_unshared_tokens
-        answers += sum(map(count_answers, batch["labels"]))
+        answers += sum(map(count_answers, batch["miso_layout"], batch["labels"]))
     logger.info(
         f"{name} dataset: {examples} examples with {answers} answers, {mixed / max(examples, 1):.0%} with several contexts "
         f"({contexts / max(mixed, 1):.1f} on average), {tokens} tokens ({unshared_tokens} without shared prefixes)."
     )
 
 
-def count_answers(labels: Sequence[int]) -> int:
-    """The number of runs of labelled tokens."""
-    labelled = np.asarray(labels) != -100
-    return int(labelled[:1].sum() + (labelled[1:] & ~labelled[:-1]).sum())
+def count_answers(layout: Sequence[int], labels: Sequence[int]) -> int:
+    """The number of answers of a prepared row; see `segments.trained_spans`."""
+    answers = start = 0
+    for example in decode(layout):
+        answers += len(trained_spans(example, labels[start : start + example.num_tokens]))
+        start += example.num_tokens
+    return answers

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -13,15 +14,17 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer, clone_chat_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational
 
 from trl_miso.attention.support import why_not_share
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import STATUS, AnyDataset, Dropped, count_statuses
-from trl_miso.data.pipeline import Pipeline, check_dataset, check_packing, first_row
+from trl_miso.data.pipeline import Pipeline, check_dataset, check_first_row, check_packing, first_row
+from trl_miso.data.schema import row_format
+from trl_miso.data.sft_settings import check_rows, check_token, check_tokens, pad_token
 from trl_miso.data.token_text import token_texts
+from trl_miso.preview.answers import answers_of, context_names, cut_ends
 from trl_miso.preview.statistics import Baseline, ModelShape, dataset_statistics
-from trl_miso.segments import decode
+from trl_miso.segments import Example, decode
 
 
 def preview_dataset(
@@ -34,6 +37,7 @@ def preview_dataset(
     rows: int = 5,
     complete: bool = True,
     shares_prefixes: bool = True,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prepare a dataset as training would, through the same pipeline, and describe the result.
 
@@ -44,11 +48,12 @@ def preview_dataset(
         rows: How many rows to show. The first row dropped for each reason, and the first row cut, are shown besides.
         complete: Whether `dataset` is the whole dataset.
         shares_prefixes: Whether the model allows to compute common prefixes once.
+        warnings: What to show before the statistics.
 
     Returns:
         `{"statistics": ..., "rows": [...]}`, all values JSON-compatible. A row has its `ids`, `texts` and `labels` in
-        packed order, its `segments` and `contexts` (the branches of `trl_miso.segments`), and the texts of the tokens that
-        were `cut`; or the reason why it was `dropped`.
+        packed order, its `segments` and `answers` (`answers.answers_of`; with the texts of the tokens that were `cut`), the
+        number of tokens `cut` from all answers and of those `saved` by sharing, and `notes`; or the reason why it was `dropped`.
 
     Raises:
         ValueError: As `MISOSFTTrainer`, for settings or rows that cannot be trained on; for a stream; for rows that were
@@ -56,39 +61,41 @@ def preview_dataset(
     """
     _check(dataset, args, name)
     # Training sets a chat template, a pad token, ... on the tokenizer it is given.
-    tokenizer, chat_template = _training_tokenizer(deepcopy(tokenizer), args, first_row(dataset, name))
+    tokenizer, chat_template = _training_tokenizer(deepcopy(tokenizer), args)
     pipeline = Pipeline.of(
         args,
         tokenizer,
         _SFTPreparation(tokenizer, chat_template, args, dataset.column_names),
         chat_template=chat_template,
-        vocab_size=1 + max(tokenizer.get_vocab().values()),  # some vocabularies have gaps
+        vocab_size=_vocab_size(tokenizer, args, shape),
         shares_prefixes=shares_prefixes and args.share_prefixes and not _noise(args),
     )
-    return _Preview(dataset, pipeline, args, shape, name, rows, complete).build()
+    return _Preview(dataset, pipeline, args, shape, name, rows, complete, warnings).build()
 
 
 def _check(dataset: Dataset, args: MISOSFTConfig, name: str) -> None:
-    """Refuse a dataset without rows to show, or without rows to prepare."""
+    """Refuse a dataset without rows to prepare; everything else as training refuses it."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"Got {name} as {type(dataset).__name__}, expected a Dataset, whose rows can be counted. Fix: preview the first rows of "
             "a stream, Dataset.from_list(list(stream.take(1000)))."
         )
-    if not len(dataset):
-        raise ValueError(f"Got no rows in {name}, expected at least one. Fix: check the file or the split.")
     if "miso_layout" in dataset.column_names or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise ValueError(
             f"Got {name}, which is prepared already and no longer has its raw rows, expected raw rows. Fix: preview the "
             "dataset it was prepared from, without skip_prepare_dataset."
         )
-    check_dataset(dataset, name)
+    check_first_row(dataset, args.assistant_only_loss)
+    check_rows(args, first_row(dataset, "train"))
+    check_dataset(dataset, "train")
     check_packing(args.packing, args.max_length)
-    if args.padding_free and not args.packing and args.max_length is not None:
-        raise ValueError(
-            f"Got padding_free=True without packing and max_length={args.max_length}, which TRL does not enforce then. Expected "
-            "packing=True or max_length=None. Fix: leave padding_free out, since MISO's batches have no padding."
-        )
+
+
+def _vocab_size(tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, shape: ModelShape) -> int:
+    """The model's vocabulary, or the tokenizer's if the shape does not tell it or a chat template adds tokens."""
+    if shape.vocab_size is None or args.chat_template_path is not None:
+        return 1 + max(tokenizer.get_vocab().values())  # some vocabularies have gaps
+    return shape.vocab_size
 
 
 def _noise(args: MISOSFTConfig) -> str:
@@ -97,15 +104,11 @@ def _noise(args: MISOSFTConfig) -> str:
 
 
 def _training_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig, row: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase, args: MISOSFTConfig
 ) -> tuple[PreTrainedTokenizerBase, str | None]:
-    """The tokenizer as SFTTrainer sets it up, and the chat template that replaces its own, in the same order.
-
-    Raises:
-        ValueError: As SFTTrainer, for tokens that the vocabulary lacks and rows without assistant turns to label.
-    """
+    """The tokenizer as SFTTrainer sets it up, and the chat template that replaces its own, in the same order."""
+    check_tokens(args, tokenizer)
     if args.eos_token is not None:
-        _check_token(tokenizer, "eos_token", args.eos_token)
         tokenizer.eos_token = args.eos_token
     path = args.chat_template_path
     if path is not None and path.endswith((".jinja", ".j2")) and Path(path).is_file():
@@ -116,23 +119,12 @@ def _training_tokenizer(
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
         _, tokenizer, _ = clone_chat_template(model, tokenizer, path)
     chat_template = None
-    if args.assistant_only_loss:
-        if not is_conversational(row):
-            raise ValueError(
-                "Got assistant_only_loss=True and rows that are not conversations, expected messages. Fix: leave "
-                "assistant_only_loss out, or convert the rows."
-            )
-        if not has_generation_markers(tokenizer.chat_template):
-            chat_template = get_training_chat_template(tokenizer)
-    pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    _check_token(tokenizer, "pad_token", pad_token)
-    tokenizer.pad_token = pad_token
+    if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+        chat_template = get_training_chat_template(tokenizer)
+    padding = pad_token(args, tokenizer)
+    check_token(tokenizer, "pad_token", padding)
+    tokenizer.pad_token = padding
     return tokenizer, chat_template
-
-
-def _check_token(tokenizer: PreTrainedTokenizerBase, name: str, token: str | None) -> None:
-    if token not in tokenizer.get_vocab():
-        raise ValueError(f"Got {name}={token!r}, expected a token of the vocabulary. Fix: correct {name}.")
 
 
 @dataclass
@@ -165,6 +157,7 @@ class _Preview:
     name: str
     num_rows: int
     complete: bool
+    warnings: Sequence[str]
 
     def build(self) -> dict[str, Any]:
         # Neither shuffled nor packed, so that prepared rows keep the order of the raw rows.
@@ -174,7 +167,7 @@ class _Preview:
             baseline = Baseline.of(prepared.rows)
         else:
             # Plain SFT may be unable to train on some rows, whose full context is the longest: cut by the baseline itself.
-            baseline = Baseline.of(self._uncut(self.dataset, prepared.mode, as_sft=True), self.args.max_length)
+            baseline = Baseline.of(self._as_sft(prepared.mode), self.args.max_length)
         statistics = dataset_statistics(
             prepared.rows,
             mode=prepared.mode,
@@ -190,6 +183,8 @@ class _Preview:
             "model": self.shape.name,
             "rows": len(self.dataset),
             "complete": self.complete,
+            "train_turns": self._train_turns(prepared.mode),
+            "warnings": list(self.warnings),
             "statuses": dict(statuses),
             "dropped": {why: {"rows": len(set(which)), "first_row": which[0]} for why, which in dropped.items()},
         }
@@ -207,67 +202,101 @@ class _Preview:
             "examples_per_bin": round(statistics["examples"] / bins, 1),
         }
 
-    def _uncut(self, dataset: Dataset, mode: str, as_sft: bool = False) -> Dataset:
-        """Rows prepared in `mode`, or as plain SFT on the full prompts, whose ends are not cut off."""
-        options = replace(self.pipeline.options, context_mode=mode, max_length=None)
-        pipeline = replace(self.pipeline, options=options, shuffle_seed=None, eval_contexts="standard")
+    def _uncut(self, dataset: Dataset, mode: str) -> Dataset:
+        """Rows prepared in `mode`, whose ends are not cut off."""
+        return self._prepared(dataset, None, context_mode=mode, max_length=None)
+
+    def _as_sft(self, mode: str) -> Dataset:
+        """Rows as plain SFT trains on them, a conversation or an answer to the full prompt as one run, whose ends are not cut off."""
+        # Evaluation rows of standard inference are the full contexts that plain SFT trains on.
+        return self._prepared(self.dataset, mode, context_mode=mode, max_length=None, train_turns="last")
+
+    def _prepared(self, dataset: Dataset, training_mode: str | None, **options: Any) -> Dataset:
+        """Rows prepared a second time, with other options."""
+        options = {
+            "options": replace(self.pipeline.options, **options),
+            "shuffle_seed": None,
+            "eval_contexts": "standard",
+        }
         with _quiet():
-            # Evaluation rows of standard inference are the full contexts that plain SFT trains on.
-            return pipeline(dataset, "train", training_mode=mode if as_sft else None).rows
+            return replace(self.pipeline, **options)(dataset, "train", training_mode).rows
+
+    @property
+    def _kind(self) -> str:
+        return row_format(self.dataset.column_names, self.args.dataset_text_field)
+
+    def _train_turns(self, mode: str) -> str:
+        """Which answers of these rows are trained, in a sentence."""
+        if mode in ("single", "augment"):
+            return f"no effect in {mode}, whose labels are those of SFTTrainer"
+        setting, by_row = self.args.train_turns, ""
+        if setting == "auto":
+            setting = "all" if self._kind == "messages" else "last"
+            given = self.dataset["train_turns"][:] if "train_turns" in self.dataset.column_names else []
+            chosen = [f"{own} {count:,}" for own, count in Counter(given).items() if own not in (None, "auto")]
+            by_row = f"; column train_turns overrides it (rows: {', '.join(chosen)})" if chosen else ""
+        sentences = {
+            ("all", "messages"): "every assistant turn is trained",
+            ("last", "messages"): "the last assistant turn is trained, earlier ones are not",
+            ("all", "other"): "every completion is trained, and every assistant turn within the prompts",
+            ("last", "other"): "every completion is trained, assistant turns within the prompts are not",
+        }
+        kind = "messages" if self._kind == "messages" else "other"
+        return f"{self.args.train_turns}: {sentences[setting, kind]}{by_row}"
 
     def _rows(self, prepared: Dataset, mode: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
-        """The first rows, then one dropped for each reason, then the first that was cut."""
-        numbers = [
-            number for batch in prepared.select_columns("miso_row").iter(1000) for (number,) in batch["miso_row"]
-        ]
-        cuts = [cut for batch in prepared.select_columns("miso_cut").iter(1000) for (cut,) in batch["miso_cut"]]
+        """The first rows, then one dropped for each reason, then the first that was cut and the first with each note."""
+        facts = prepared.select_columns(["miso_row", "miso_cut", "miso_notes"])[:]
+        numbers, cuts = ([first for (first,) in facts[name]] for name in ("miso_row", "miso_cut"))
+        noted: dict[str, int] = {}
+        for number, notes in zip(numbers, facts["miso_notes"], strict=True):
+            for note in notes:
+                noted.setdefault(note, number)
         to_show = list(range(min(self.num_rows, len(self.dataset))))
         if self.num_rows:
             to_show += [which[0] for which in dropped.values()]
             to_show += [number for number, cut in zip(numbers, cuts, strict=True) if cut][:1]
+            to_show += noted.values()
         dataset = self.dataset.with_format(None)
         for number in dict.fromkeys(to_show):
             raw = dataset[number]
-            common: dict[str, Any] = {
-                "index": number,
-                "status": raw.get(STATUS) or "",
-                "dropped": "",
-                "raw": "",
-                "cut": [],
-            }
+            common = {"index": number, "status": raw.get(STATUS) or "", "dropped": "", "raw": ""}
             for i, row_number in enumerate(numbers):
                 if row_number == number:
-                    row = self._prepared_row(prepared[i], mode)
-                    if cuts[i]:
-                        row["cut"] = self._cut_texts(dataset, mode, number, row["ids"])
-                    yield common | row
+                    yield common | self._prepared_row(prepared[i], mode, raw)
             # In augment mode some contexts of a row may be dropped and others not.
             for reason, which in dropped.items():
                 if number in which:
-                    empty: dict[str, list] = {key: [] for key in ("ids", "texts", "labels", "segments", "contexts")}
+                    lists = ("ids", "texts", "labels", "segments", "answers", "notes")
+                    empty: dict[str, Any] = {name: [] for name in lists} | {"cut": 0, "saved": 0}
                     yield common | {"mode": mode, "dropped": reason, "raw": _excerpt(raw)} | empty
 
-    def _cut_texts(self, dataset: Dataset, mode: str, number: int, ids: list[int]) -> list[str]:
-        """The texts of the tokens that were cut off after `ids`; none where the start of rows is cut."""
-        if self.args.truncation_mode != "keep_start":
-            return []
-        for uncut_ids in self._uncut(dataset.select([number]), mode)["input_ids"]:
-            if uncut_ids[: len(ids)] == ids:
-                return token_texts(uncut_ids[len(ids) :], self.pipeline.tokenizer)
-        raise AssertionError("a cut row is the beginning of the row before it was cut")
-
-    def _prepared_row(self, row: dict[str, Any], mode: str) -> dict[str, Any]:
-        # A row that TRL packed before holds several runs: the first of them is shown.
-        example = next(decode(row["miso_layout"]))
-        ids, labels = row["input_ids"][: example.num_tokens], row["labels"][: example.num_tokens]
+    def _prepared_row(self, row: dict[str, Any], mode: str, raw: dict[str, Any]) -> dict[str, Any]:
+        example, ids, labels = first = _first_example(row)
+        names = context_names(raw, self._kind, mode, self.pipeline.options)
+        answers = answers_of(example, labels, names)
+        (cut,) = row["miso_cut"]
+        if cut and self.args.truncation_mode == "keep_start":
+            uncut = self._uncut(self.dataset.with_format(None).select(row["miso_row"]), mode)
+            for answer, end in zip(answers, cut_ends(first, map(_first_example, uncut), names), strict=True):
+                answer["cut"] = token_texts(end, self.pipeline.tokenizer)
         return {
-            "mode": mode if example.branches or mode == "augment" else "single",
+            "mode": mode if example.outputs or mode == "augment" else "single",
+            "notes": row["miso_notes"],
+            "cut": cut,
+            "saved": example.num_unshared_tokens - example.num_tokens if self.pipeline.shares_prefixes else 0,
             "ids": ids,
             "texts": token_texts(ids, self.pipeline.tokenizer),
             "labels": labels,
             "segments": [segment._asdict() for segment in example.segments],
-            "contexts": [branch._asdict() for branch in example.branches],
+            "answers": answers,
         }
+
+
+def _first_example(row: dict[str, Any]) -> tuple[Example, list[int], list[int]]:
+    """Example, ids and labels of a prepared row. A row that TRL packed before holds several: the first of them is shown."""
+    example = next(decode(row["miso_layout"]))
+    return example, row["input_ids"][: example.num_tokens], row["labels"][: example.num_tokens]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trl_miso.attention.support import head_dim
-from trl_miso.segments import Example, decode, single, unshare
+from trl_miso.segments import Example, decode, single, trained_spans, unshare
 
 _PERCENTILES = [0, 5, 25, 50, 75, 95, 100]
 
@@ -21,12 +22,13 @@ class ModelShape:
     """What a model's compute depends on.
 
     `weights` is the number of weights that every token is multiplied with; `width` is query heads times head dimension,
-    summed over layers.
+    summed over layers; `vocab_size` is the number of token ids, which bounds those of the rows.
     """
 
     name: str
     weights: int
     width: int
+    vocab_size: int | None = None
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> "ModelShape":
@@ -39,7 +41,8 @@ class ModelShape:
         is_tied = head is not None and head.weight is embedding
         if not is_tied:
             weights -= embedding.numel()  # a lookup, not a multiplication
-        return cls(name, weights, text.num_hidden_layers * text.num_attention_heads * head_dim(text))
+        width = text.num_hidden_layers * text.num_attention_heads * head_dim(text)
+        return cls(name, weights, width, getattr(text, "vocab_size", None))
 
     def flops(self, tokens: int, score_pairs: int) -> int:
         """FLOPs of a forward pass: 2 per weight and token, and 4 per unit of width and score pair (QK and PV)."""
@@ -55,16 +58,19 @@ class Baseline:
 
     @classmethod
     def of(cls, prepared: Dataset, max_length: int | None = None) -> "Baseline":
-        """From rows prepared in single mode, cut to `max_length` if it is given."""
+        """From rows of causal runs, each cut to `max_length` if it is given. Several completions of a row are several runs."""
         tokens, pairs = Counter[int](), Counter[int]()
         for row in _examples(prepared):
-            example = row.example
-            if max_length is not None:
-                if (row.labels[:max_length] == -100).all():
-                    continue
-                example = single(min(example.num_tokens, max_length))
-            tokens[row.number] += example.num_tokens
-            pairs[row.number] += score_pairs(example)
+            bounds = list(accumulate((segment.length for segment in row.example.segments), initial=0))
+            for run in row.example.copies():
+                length = sum(row.example.segments[i].length for i in run)
+                if max_length is not None:
+                    labels = np.concatenate([row.labels[bounds[i] : bounds[i + 1]] for i in run])
+                    if (labels[:max_length] == -100).all():
+                        continue
+                    length = min(length, max_length)
+                tokens[row.number] += length
+                pairs[row.number] += score_pairs(single(length))
         return cls(tokens, pairs)
 
 
@@ -75,14 +81,14 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def score_pairs(example: Example) -> int:
-    """Query-key pairs that attention scores: each segment with its path, causally, and the output with every path."""
-    lengths = [segment.length for segment in example.segments]
+    """Query-key pairs that attention scores: each segment with its path, causally, and each output with all of its contexts."""
     pairs = 0
-    for i, length in enumerate(lengths):
-        pairs += length * (length + 1) // 2
-        pairs += length * sum(lengths[s] for s in example.path(i)[:-1])
-    for branch in example.branches:
-        pairs += lengths[-1] * sum(lengths[s] for s in example.path(branch.segment))
+    for i, segment in enumerate(example.segments):
+        pairs += segment.length * (segment.length + 1) // 2
+        pairs += segment.length * (example.path_length(i) - segment.length)
+    for output in example.outputs:
+        length = example.segments[output.segment].length
+        pairs += length * sum(example.path_length(branch.segment) for branch in output.branches)
     return pairs
 
 
@@ -103,10 +109,11 @@ def dataset_statistics(
 
 
 class _Row(NamedTuple):
-    """One example: the number of its raw row, the output tokens that were cut, and its labels."""
+    """One example: the number of its raw row, the output tokens that were cut from the row, notes on the row, and its labels."""
 
     number: int
     cut: int
+    notes: list[str]
     example: Example
     labels: np.ndarray
 
@@ -118,10 +125,13 @@ class _Totals:
     mode: str
     shared: bool
     modes: Counter[str] = field(default_factory=Counter)
-    contexts: Counter[int] = field(default_factory=Counter)
+    answers: Counter[int] = field(default_factory=Counter)  # answers of an example -> examples
+    contexts: Counter[int] = field(default_factory=Counter)  # contexts of an answer -> answers
     unique: list[int] = field(default_factory=list)
+    longest_path: list[int] = field(default_factory=list)
     longest_context: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
+    noted: dict[str, list[int]] = field(default_factory=dict)
     compared_rows: set[int] = field(default_factory=set)
     compared_tokens: int = 0
     compared_pairs: int = 0
@@ -132,28 +142,42 @@ class _Totals:
 
     def add(self, row: _Row, compared: bool) -> None:
         example = row.example
-        is_mixed, labelled = bool(example.branches), int((row.labels != -100).sum())
         computed = example if self.shared else unshare(example, [])[0]
-        output = example.segments[-1].length if is_mixed else labelled
-        context_lengths = []
-        for branch in example.branches:
-            context_lengths.append(sum(example.segments[s].length for s in example.path(branch.segment)))
-        self.modes[self.mode if is_mixed or self.mode == "augment" else "single"] += 1
-        self.contexts[max(1, len(example.branches))] += 1
+        self.modes[self.mode if example.outputs or self.mode == "augment" else "single"] += 1
+        self._add_answers(example, row.labels)
         self.unique.append(computed.num_tokens)
-        self.output.append(output)
-        self.longest_context.append(max(context_lengths, default=example.num_tokens - output))
+        self.longest_path.append(example.longest)
         self.unshared += example.num_unshared_tokens
-        self.labelled += labelled
+        self.labelled += int((row.labels != -100).sum())
         self.cut_rows += row.cut > 0
         self.cut_tokens += row.cut
+        for note in row.notes:
+            self.noted.setdefault(note, []).append(row.number)
         if compared:
             self.compared_rows.add(row.number)
             self.compared_tokens += computed.num_tokens
             self.compared_pairs += score_pairs(computed)
 
+    def _add_answers(self, example: Example, labels: np.ndarray) -> None:
+        spans = trained_spans(example, labels)
+        branches_of = {output.segment: output.branches for output in example.outputs}
+        begins = list(accumulate((segment.length for segment in example.segments), initial=0))
+        self.answers[len(spans)] += 1
+        for span in spans:
+            branches = branches_of.get(span.segment, ())
+            above = example.path_length(span.segment) - example.segments[span.segment].length
+            lengths = [example.path_length(branch.segment) for branch in branches]
+            self.contexts[max(1, len(branches))] += 1
+            self.longest_context.append(max(lengths, default=above + span.start - begins[span.segment]))
+            self.output.append(span.length)
+
     def report(self) -> dict[str, Any]:
-        columns = {"unique_tokens": self.unique, "longest_context": self.longest_context, "output": self.output}
+        columns = {
+            "unique_tokens": self.unique,
+            "longest_path": self.longest_path,
+            "longest_context": self.longest_context,
+            "output": self.output,
+        }
         lengths: dict[str, Any] = {"percentiles": _PERCENTILES}
         for name, values in columns.items():
             lengths[name] = np.percentile(values, _PERCENTILES).astype(int).tolist()
@@ -161,7 +185,9 @@ class _Totals:
             "mode": self.mode,
             "examples": len(self.unique),
             "modes": dict(self.modes),
-            "contexts_per_example": {str(n): self.contexts[n] for n in sorted(self.contexts)},
+            "answers": sum(self.contexts.values()),
+            "answers_per_example": {str(n): self.answers[n] for n in sorted(self.answers)},
+            "contexts_per_answer": {str(n): self.contexts[n] for n in sorted(self.contexts)},
             "tokens": {
                 "unique": sum(self.unique),
                 "unshared": self.unshared,
@@ -169,6 +195,7 @@ class _Totals:
                 "labelled": self.labelled,
             },
             "cut": {"rows": self.cut_rows, "tokens": self.cut_tokens},
+            "notes": {note: {"rows": len(which), "first_row": which[0]} for note, which in self.noted.items()},
             "lengths": lengths,
             "bins": None,
         }
@@ -189,11 +216,13 @@ class _Totals:
 
 def _examples(prepared: Dataset) -> Iterator[_Row]:
     """Every example of every prepared row."""
-    names = ["labels", "miso_layout", "miso_row", "miso_cut"]
+    names = ["labels", "miso_layout", "miso_row", "miso_cut", "miso_notes"]
     for batch in prepared.select_columns(names).with_format("numpy").iter(500):
-        for labels, layout, (number,), (cut,) in zip(*(batch[name] for name in names), strict=True):
+        for labels, layout, (number,), (cut,), notes in zip(*(batch[name] for name in names), strict=True):
             start = 0
             for i, example in enumerate(decode(layout.tolist())):
                 end = start + example.num_tokens
-                yield _Row(int(number), int(cut) if i == 0 else 0, example, labels[start:end])
+                # What belongs to the row counts once.
+                row_cut, row_notes = (int(cut), [str(note) for note in notes]) if i == 0 else (0, [])
+                yield _Row(int(number), row_cut, row_notes, example, labels[start:end])
                 start = end

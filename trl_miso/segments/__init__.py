@@ -7,6 +7,7 @@ from trl_miso.segments.tree import (
     Branch,
     Example,
     Output,
+    Span,
     bits_float,
     decode,
     encode,
@@ -15,6 +16,7 @@ from trl_miso.segments.tree import (
     parallel,
     single,
     successive,
+    trained_spans,
     unshare,
     unshare_row,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "Output",
     "PackedSegments",
     "Segment",
+    "Span",
     "Varlen",
     "bits_float",
     "common_prefix",
@@ -39,6 +42,7 @@ __all__ = [
     "parallel",
     "single",
     "successive",
+    "trained_spans",
     "unshare",
     "unshare_row",
 ]

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trl_miso.segments.forest import ROOT, Segment, grow
+from trl_miso.segments.forest import NO_LABEL, ROOT, Segment, grow
 
 
 class Branch(NamedTuple):
@@ -268,6 +268,32 @@ def unshare_row(example: Example, input_ids: list[int], labels: list[int]) -> tu
         first_copies = set(np.unique(sources, return_index=True)[1].tolist())
         labels = [label if i in first_copies else -100 for i, label in enumerate(labels)]
     return unshared, ids, labels
+
+
+class Span(NamedTuple):
+    """A trained answer: `length` tokens from token `start` of the example, within segment `segment`."""
+
+    segment: int
+    start: int
+    length: int
+
+
+def trained_spans(example: Example, labels: Sequence[int] | np.ndarray) -> list[Span]:
+    """The answers of an example, in token order: every output as a whole, and every run of labels in the forest."""
+    outputs = {output.segment for output in example.outputs}
+    labelled = np.asarray(labels) != NO_LABEL
+    spans = []
+    begin = 0
+    for i, segment in enumerate(example.segments):
+        end = begin + segment.length
+        if i in outputs:
+            spans.append(Span(i, begin, segment.length))
+        else:
+            changes = np.diff(labelled[begin:end].astype(np.int8), prepend=0, append=0)
+            bounds = (np.flatnonzero(changes) + begin).tolist()
+            spans += [Span(i, start, stop - start) for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+        begin = end
+    return spans
 
 
 def encode(example: Example) -> list[int]:

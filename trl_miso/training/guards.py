@@ -6,13 +6,14 @@ Limits of a model alone are in `attention/support.py`, of a setting alone in `co
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import KernelOptions, resolve_kernel
 from trl_miso.attention.mixture import check_window
 from trl_miso.attention.support import ModelSupport, check_adapters, check_config, check_relative, head_dim
 from trl_miso.config import MISOSFTConfig
+from trl_miso.data.sft_settings import check_tokens
 
 
 def check_request(
@@ -34,14 +35,8 @@ def check_request(
             f"Got processing_class={type(processing_class).__name__}, expected a tokenizer: MISO trains on text. Fix: pass "
             "processor.tokenizer."
         )
-    if processing_class is not None:
-        padding = [args.pad_token, args.eos_token]
-        padding += [getattr(processing_class, name, None) for name in ("pad_token", "eos_token")]
-        if not any(padding):
-            raise ValueError(
-                "Got a tokenizer with neither a pad nor an eos token, expected one of them, to pad with. Fix: set pad_token or "
-                "eos_token of the tokenizer or of the config."
-            )
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        check_tokens(args, processing_class)
     check_adapters(model, peft_config)
     _check_lines(args)
     uneven = not (args.accelerator_config.even_batches or args.dataloader_drop_last)

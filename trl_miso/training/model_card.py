@@ -4,7 +4,6 @@ import json
 import os
 import re
 from importlib.metadata import version
-from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from trl.trainer.utils import get_config_model_id
 
 from trl_miso.evaluation.callback import Scores, callbacks_of
-from trl_miso.segments import decode
+from trl_miso.segments import decode, trained_spans
 from trl_miso.verification.checks import Check
 from trl_miso.version import __version__
 
@@ -32,6 +31,11 @@ _METHODS = {
     "succ": f"{_METHOD} The contexts are successive chunks of the input.",
     "single": 'Rows were not split (`context_mode="single"`): ordinary supervised fine-tuning, without a mixture of contexts.',
     "augment": 'Each context was an example of its own (`context_mode="augment"`), without a mixture of contexts.',
+}
+_TRAIN_TURNS = {
+    "auto": 'every assistant turn of a conversation, every completion of a prompt, or what the row says (`train_turns="auto"`)',
+    "all": 'every assistant turn, those of prompts and demonstrations too (`train_turns="all"`)',
+    "last": 'the last answer of a conversation, every completion of a prompt (`train_turns="last"`)',
 }
 _WEIGHTINGS = {
     "uniform": "uniform (all equal, or the row's `context_weights`)",
@@ -153,7 +157,12 @@ def _settings(trainer: Any, is_adapter: bool) -> list[tuple[str, str]]:
         settings["weights of the contexts"] = _WEIGHTINGS[args.context_weighting]
         if args.full_context_weight is not None:
             settings["weight of the full context"] = f"{args.full_context_weight:g}"
-        settings["contexts per example"] = count_contexts(trainer.train_dataset)
+        answers, contexts = count_answers_and_contexts(trainer.train_dataset)
+        if args.train_turns != "auto" or answers:
+            settings["answers that are trained"] = _TRAIN_TURNS[args.train_turns]
+        if answers:
+            settings["answers per example"] = answers
+        settings["contexts per answer"] = contexts
     if mode == "succ":
         settings["probabilities of 1, 2, ... chunks"] = ", ".join(f"{p:g}" for p in args.chunk_probs)
     if mode in ("para", "augment"):
@@ -169,24 +178,41 @@ def _settings(trainer: Any, is_adapter: bool) -> list[tuple[str, str]]:
     return list(settings.items())
 
 
-def count_contexts(dataset: Any) -> str:
-    """Describe how many contexts an example has, from about a thousand evenly spaced rows of a prepared dataset."""
+def count_answers_and_contexts(dataset: Any) -> tuple[str, str]:
+    """Describe how many answers an example has and how many contexts an answer, from about a thousand evenly spaced rows.
+
+    Args:
+        dataset: A prepared dataset.
+
+    Returns:
+        The two texts, the first empty if every example has one answer.
+    """
     if not isinstance(dataset, Dataset):
-        return "not counted (streamed data)"
+        return "", "not counted (streamed data)"
     if "miso_layout" not in dataset.column_names:
-        return "1"
+        return "", "1"
     rows = range(0, len(dataset), ceil(len(dataset) / _ROWS_COUNTED) or 1)
-    counts: list[int] = []
-    for batch in dataset.select_columns("miso_layout").select(rows).iter(_ROWS_COUNTED):
-        for example in chain.from_iterable(map(decode, batch["miso_layout"])):
-            counts.append(max(1, len(example.branches)))
-    if not counts:
-        return "none"
-    several = sum(count > 1 for count in counts) / len(counts)
-    return (
-        f"{sum(counts) / len(counts):.1f} on average ({min(counts)} to {max(counts)}), several in {several:.0%} of the examples; "
-        f"counted in {len(counts):,} examples from {len(rows):,} of {len(dataset):,} rows"
-    )
+    answers: list[int] = []
+    contexts: list[int] = []
+    for batch in dataset.select_columns(["miso_layout", "labels"]).select(rows).iter(_ROWS_COUNTED):
+        for layout, labels in zip(batch["miso_layout"], batch["labels"], strict=True):
+            start = 0
+            for example in decode(layout):
+                spans = trained_spans(example, labels[start : start + example.num_tokens])
+                start += example.num_tokens
+                answers.append(len(spans))
+                contexts += [1] * (len(spans) - len(example.outputs))
+                contexts += [len(output.branches) for output in example.outputs]
+    if not contexts:
+        return "", "none"
+    several = sum(count > 1 for count in contexts) / len(contexts)
+    counted = f"counted in {len(answers):,} examples from {len(rows):,} of {len(dataset):,} rows"
+    of_answers = f"{_summary(contexts)}, several for {several:.0%} of the answers; {counted}"
+    return (_summary(answers) if max(answers) > 1 else "", of_answers)
+
+
+def _summary(counts: list[int]) -> str:
+    return f"{sum(counts) / len(counts):.1f} on average ({min(counts)} to {max(counts)})"
 
 
 def _adapter(config: Any) -> str:

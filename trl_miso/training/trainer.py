@@ -26,8 +26,9 @@ from trl_miso.config import MISOSFTConfig
 from trl_miso.data.bins import ROW_LENGTHS
 from trl_miso.data.collator import ROWS, MISODataCollator
 from trl_miso.data.dropped import AnyDataset, Dropped
-from trl_miso.data.pipeline import Pipeline, check_first_row
+from trl_miso.data.pipeline import Pipeline, check_first_row, first_row
 from trl_miso.data.preparation import COLUMNS
+from trl_miso.data.sft_settings import check_rows
 from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
@@ -116,8 +117,10 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         args = _miso_config(args, model)
         config = guards.check_request(args, model, data_collator, processing_class, peft_config)
         check_first_row(train_dataset, args.assistant_only_loss)
-        if train_dataset is not None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            Pipeline.of(args).check(train_dataset, formatting_func)  # before the weights of a model are loaded
+        if train_dataset is not None:
+            check_rows(args, first_row(train_dataset, "train"))
+            if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+                Pipeline.of(args).check(train_dataset, formatting_func)  # before the weights of a model are loaded
         if args.accelerator_config.dispatch_batches:
             logger.warning(
                 "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
