@@ -129,7 +129,7 @@ def test_the_log_says_once_what_was_dropped(rows, tokenizer, make_config, caplog
     with caplog.at_level(logging.INFO):
         preview_dataset(rows, tokenizer, make_config(max_length=160), SHAPE)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("trl_miso")]
-    assert len(lines) == len(set(lines)) == 4  # two reasons, what was cut, and the mixture
+    assert len(lines) == len(set(lines)) == 5  # train_turns, two reasons, what was cut, and the mixture
 
 
 # The command

@@ -205,7 +205,7 @@ def _given_contexts(row: dict[str, Any], full: ContextRow) -> ContextRow:
         names = ["full", *names[:index], *names[index + 1 :]]
         if weights:
             weights.insert(0, weights.pop(index))
-    return _check_same_kind(ContextRow(contexts, full.completion, weights, tuple(names)), "contexts")
+    return _check_same_kind(ContextRow(contexts, full.completion, weights, names=tuple(names)), "contexts")
 
 
 def _without_repeats(contexts: list[Prompt], names: list[str]) -> tuple[list[Prompt], list[str]]:

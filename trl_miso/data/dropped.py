@@ -86,22 +86,6 @@ def report_statuses(statuses: Mapping[str, int], name: str, streamed: bool = Fal
     )
 
 
-def report_train_turns(setting: str, kind: str, has_column: bool, name: str) -> None:
-    """Log in one line which answers of chat rows are trained."""
-    meaning = describe_train_turns(setting, kind, has_column)
-    logger.info(f"{name} dataset: train_turns={setting!r} trains {meaning}.")
-
-
-def describe_train_turns(setting: str, kind: str, has_column: bool) -> str:
-    """Which answers of rows of format `kind` are trained; `has_column`: whether the rows have a column `train_turns`."""
-    if setting == "all":
-        return "every answer of a row, those of its prompt too"
-    if setting == "last":
-        return "the last answer of a row alone"
-    default = "every answer of a conversation" if kind == "messages" else "the completion alone"
-    return f"{default}, or what a row's own column train_turns says" if has_column else default
-
-
 def report_mixture(dataset: AnyDataset, name: str) -> None:
     """Log how many examples mix contexts, and how many tokens shared prefixes save."""
     if not isinstance(dataset, Dataset) or not logger.isEnabledFor(logging.INFO):

@@ -1,11 +1,12 @@
 """The one door from a dataset to prepared rows, for every mode. The trainer, preview and the dry run all go through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, NamedTuple
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
@@ -21,7 +22,6 @@ from trl_miso.data.dropped import (
     count_statuses,
     report_mixture,
     report_statuses,
-    report_train_turns,
 )
 from trl_miso.data.mapping import naming, same_columns
 from trl_miso.data.mixed import report_held, warn_unless_mixed
@@ -31,7 +31,10 @@ from trl_miso.data.schema import RowDropped, has_answer_in_messages, row_format
 from trl_miso.data.settings import check_effects, check_weights
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
 from trl_miso.data.tokenization import RowTokenizer
+from trl_miso.data.turns import count_own_settings, describe_train_turns
 from trl_miso.segments import decode
+
+logger = get_logger(__name__)
 
 FIRST_ROWS = 100  # rows whose contexts are made before a model is loaded
 
@@ -146,7 +149,11 @@ class Pipeline:
             report_held(dataset, self.options, self.num_proc, name)
         raw_rows = dataset
         if not by_trl and _is_chat(dataset, kind) is not False:
-            report_train_turns(self.options.train_turns, kind, "train_turns" in columns, name)
+            own: Iterable[Any] = ()
+            if "train_turns" in columns and isinstance(dataset, Dataset):
+                own = dataset["train_turns"][:]
+            meaning = describe_train_turns(self.options.train_turns, kind, count_own_settings(own))
+            logger.info(f"{name} dataset: train_turns={meaning}.")
         if by_trl:
             dataset, dropped = self._prepare_as_sft(dataset, kind, mode, formatting_func, name)
         else:

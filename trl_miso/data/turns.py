@@ -1,5 +1,7 @@
 """Rows to answers: every turn of a conversation, or every completion of a prompt, that is trained."""
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trl_miso.data.contexts import ContextRow
@@ -49,6 +51,32 @@ def opens_with_answer(prompt: Prompt) -> bool:
 
 def _has_request(turns: list[dict[str, Any]]) -> bool:
     return any(has_content(turn) and turn["role"] not in (*_INSTRUCTING, "assistant") for turn in turns)
+
+
+def describe_train_turns(setting: str, kind: str, own_settings: Mapping[str, int]) -> str:
+    """Which answers of chat rows of format `kind` are trained, in a line.
+
+    Args:
+        setting: `train_turns` of the config.
+        own_settings: How many rows have which value in their column `train_turns`.
+    """
+    by_row = ""
+    if setting == "auto" and own_settings:
+        counts = ", ".join(f"{own} {count:,}" for own, count in own_settings.items())
+        by_row = f"; column train_turns overrides it (rows: {counts})"
+    trains_all = setting == "all" or (setting == "auto" and kind == "messages")
+    sentences = {
+        (True, True): "every assistant turn is trained",
+        (False, True): "the last assistant turn is trained, earlier ones are not",
+        (True, False): "every completion is trained, and every assistant turn within the prompts",
+        (False, False): "every completion is trained, assistant turns within the prompts are not",
+    }
+    return f"{setting}: {sentences[trains_all, kind == 'messages']}{by_row}"
+
+
+def count_own_settings(values: Iterable[Any]) -> Counter[str]:
+    """How often rows have which value in their column `train_turns`, `auto` and null apart."""
+    return Counter(own for own in values if own not in (None, "auto"))
 
 
 def each_completion(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -22,6 +21,7 @@ from trl_miso.data.pipeline import Pipeline, check_dataset, check_first_row, che
 from trl_miso.data.schema import row_format
 from trl_miso.data.sft_settings import check_rows, check_token, check_tokens, pad_token
 from trl_miso.data.token_text import token_texts
+from trl_miso.data.turns import count_own_settings, describe_train_turns
 from trl_miso.preview.answers import answers_of, context_names, cut_ends
 from trl_miso.preview.statistics import Baseline, ModelShape, dataset_statistics
 from trl_miso.segments import Example, decode
@@ -229,20 +229,8 @@ class _Preview:
         """Which answers of these rows are trained, in a sentence."""
         if mode in ("single", "augment"):
             return f"no effect in {mode}, whose labels are those of SFTTrainer"
-        setting, by_row = self.args.train_turns, ""
-        if setting == "auto":
-            setting = "all" if self._kind == "messages" else "last"
-            given = self.dataset["train_turns"][:] if "train_turns" in self.dataset.column_names else []
-            chosen = [f"{own} {count:,}" for own, count in Counter(given).items() if own not in (None, "auto")]
-            by_row = f"; column train_turns overrides it (rows: {', '.join(chosen)})" if chosen else ""
-        sentences = {
-            ("all", "messages"): "every assistant turn is trained",
-            ("last", "messages"): "the last assistant turn is trained, earlier ones are not",
-            ("all", "other"): "every completion is trained, and every assistant turn within the prompts",
-            ("last", "other"): "every completion is trained, assistant turns within the prompts are not",
-        }
-        kind = "messages" if self._kind == "messages" else "other"
-        return f"{self.args.train_turns}: {sentences[setting, kind]}{by_row}"
+        own = self.dataset["train_turns"][:] if "train_turns" in self.dataset.column_names else []
+        return describe_train_turns(self.args.train_turns, self._kind, count_own_settings(own))
 
     def _rows(self, prepared: Dataset, mode: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
         """The first rows, then one dropped for each reason, then the first that was cut and the first with each note."""
