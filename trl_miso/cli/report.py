@@ -38,7 +38,8 @@ Measure on multi-constraint rows how much attention a model's answers give to ea
 output itself; whether the answers follow the constraints; and how several contexts change the output's share. With --compare, for
 two models (before and after training) side by side. Writes report.html, report.json, masses.npz and PNG figures to --output_dir.
 
-The answers are those of the rows, or with --generate each model's own (greedy, standard inference). Constraints are checked where
+The answers are the completions of the rows, whatever train_turns says (earlier answers have no constraints to follow), or with
+--generate each model's own (greedy, standard inference). Constraints are checked where
 the rows have IFEval's instruction_id_list and kwargs (pip install 'trl-miso[eval]'); other constraints count as unknown.
 
 DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file; without it, rows are generated. All options of
