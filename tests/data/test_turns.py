@@ -154,3 +154,34 @@ def test_all_templates_are_tried():
         "Got a turn of role",
         "Got 1 tools in column",
     }
+
+
+MESSAGES = CONVERSATIONS["long"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "setting", "answers"),
+    [
+        ("messages", {"messages": MESSAGES}, "auto", 4),
+        ("messages", {"messages": MESSAGES}, "last", 1),
+        ("messages", {"messages": MESSAGES, "train_turns": "last"}, "auto", 1),
+        ("messages", {"messages": MESSAGES, "train_turns": "last"}, "all", 4),
+        ("messages", {"messages": MESSAGES, "train_turns": None}, "auto", 4),
+        ("constraints", {"messages": MESSAGES, "constraints": ["Rhyme."]}, "auto", 4),
+        ("prompt", {"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, "auto", 1),
+        ("prompt", {"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, "all", 4),
+        ("prompt", {"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:], "train_turns": "all"}, "auto", 4),
+        ("contexts", {"contexts": [MESSAGES[:-1], MESSAGES[:1]], "completion": MESSAGES[-1:]}, "all", 4),
+        ("prompt", {"prompt": "a b", "completion": "c"}, "all", 1),
+    ],
+)
+def test_the_setting_and_the_row_say_which_answers_are_trained(kind, row, setting, answers):
+    options = DataOptions(train_turns=setting)
+    full = full_row(row, kind, options)
+    assert 1 + len(earlier_answers(row, kind, options, full)) == answers
+
+
+def test_an_unknown_value_in_the_column_is_an_error():
+    row = {"messages": MESSAGES, "train_turns": "some"}
+    with pytest.raises(ValueError, match="Got 'some' in column 'train_turns', expected one of auto, all, last"):
+        earlier_answers(row, "messages", DataOptions(), full_row(row, "messages"))

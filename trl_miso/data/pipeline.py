@@ -31,7 +31,7 @@ from trl_miso.data.schema import RowDropped, has_answer_in_messages, row_format
 from trl_miso.data.settings import check_effects, check_weights
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
 from trl_miso.data.tokenization import RowTokenizer
-from trl_miso.data.turns import count_own_settings, describe_train_turns
+from trl_miso.data.turns import count_own_settings, describe_train_turns, is_conversation
 from trl_miso.segments import decode
 
 logger = get_logger(__name__)
@@ -152,7 +152,9 @@ class Pipeline:
             own: Iterable[Any] = ()
             if "train_turns" in columns and isinstance(dataset, Dataset):
                 own = dataset["train_turns"][:]
-            meaning = describe_train_turns(self.options.train_turns, kind, count_own_settings(own))
+            meaning = describe_train_turns(
+                self.options.train_turns, is_conversation(kind, columns), count_own_settings(own)
+            )
             logger.info(f"{name} dataset: train_turns={meaning}.")
         if by_trl:
             dataset, dropped = self._prepare_as_sft(dataset, kind, mode, formatting_func, name)

@@ -1,30 +1,35 @@
 """Rows to answers: every turn of a conversation, or every completion of a prompt, that is trained."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import Prompt, has_content, wrong_type
+from trl_miso.data.schema import Prompt, has_answer_in_messages, has_content, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
 OPENING = "an assistant turn before the first request is read and not trained"
 _INSTRUCTING = ("system", "developer")
 
 
+def is_conversation(kind: str, columns: Container[str]) -> bool:
+    """Whether the answers of rows with these columns are turns of their messages."""
+    return kind == "messages" or (kind == "constraints" and has_answer_in_messages(columns))
+
+
 def trains_all_turns(row: dict[str, Any], kind: str, options: DataOptions) -> bool:
     """Whether the earlier answers of a row are trained too.
 
     With `train_turns="auto"` the row's own column `train_turns` decides, if it has one. Without it, all answers of
-    conversations (format `messages`) are trained, and the completion alone in every other format, as in TRL.
+    conversations are trained, and the completion alone of every other row, as in TRL.
     """
     if options.train_turns != "auto":
         return options.train_turns == "all"
     own = row.get("train_turns")
     if own not in (None, *TRAIN_TURNS):
         raise wrong_type(own, "train_turns", f"one of {', '.join(TRAIN_TURNS)}, or null")
-    return kind == "messages" if own in (None, "auto") else own == "all"
+    return is_conversation(kind, row) if own in (None, "auto") else own == "all"
 
 
 def earlier_answers(row: dict[str, Any], kind: str, options: DataOptions, full: ContextRow) -> list[ContextRow]:
@@ -53,25 +58,26 @@ def _has_request(turns: list[dict[str, Any]]) -> bool:
     return any(has_content(turn) and turn["role"] not in (*_INSTRUCTING, "assistant") for turn in turns)
 
 
-def describe_train_turns(setting: str, kind: str, own_settings: Mapping[str, int]) -> str:
-    """Which answers of chat rows of format `kind` are trained, in a line.
+def describe_train_turns(setting: str, in_messages: bool, own_settings: Mapping[str, int]) -> str:
+    """Which answers of chat rows are trained, in a line.
 
     Args:
         setting: `train_turns` of the config.
+        in_messages: See `is_conversation`.
         own_settings: How many rows have which value in their column `train_turns`.
     """
     by_row = ""
     if setting == "auto" and own_settings:
         counts = ", ".join(f"{own} {count:,}" for own, count in own_settings.items())
         by_row = f"; column train_turns overrides it (rows: {counts})"
-    trains_all = setting == "all" or (setting == "auto" and kind == "messages")
+    trains_all = setting == "all" or (setting == "auto" and in_messages)
     sentences = {
         (True, True): "every assistant turn is trained",
         (False, True): "the last assistant turn is trained, earlier ones are not",
         (True, False): "every completion is trained, and every assistant turn within the prompts",
         (False, False): "every completion is trained, assistant turns within the prompts are not",
     }
-    return f"{setting}: {sentences[trains_all, kind == 'messages']}{by_row}"
+    return f"{setting}: {sentences[trains_all, in_messages]}{by_row}"
 
 
 def count_own_settings(values: Iterable[Any]) -> Counter[str]:

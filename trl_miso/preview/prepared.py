@@ -21,7 +21,7 @@ from trl_miso.data.pipeline import Pipeline, check_dataset, check_first_row, che
 from trl_miso.data.schema import row_format
 from trl_miso.data.sft_settings import check_rows, check_token, check_tokens, pad_token
 from trl_miso.data.token_text import token_texts
-from trl_miso.data.turns import count_own_settings, describe_train_turns
+from trl_miso.data.turns import count_own_settings, describe_train_turns, is_conversation
 from trl_miso.preview.answers import answers_of, context_names, cut_ends
 from trl_miso.preview.statistics import Baseline, ModelShape, dataset_statistics
 from trl_miso.segments import Example, decode
@@ -230,7 +230,8 @@ class _Preview:
         if mode in ("single", "augment"):
             return f"no effect in {mode}, whose labels are those of SFTTrainer"
         own = self.dataset["train_turns"][:] if "train_turns" in self.dataset.column_names else []
-        return describe_train_turns(self.args.train_turns, self._kind, count_own_settings(own))
+        in_messages = is_conversation(self._kind, self.dataset.column_names)
+        return describe_train_turns(self.args.train_turns, in_messages, count_own_settings(own))
 
     def _rows(self, prepared: Dataset, mode: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
         """The first rows, then one dropped for each reason, then the first that was cut and the first with each note."""
