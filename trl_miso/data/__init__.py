@@ -4,7 +4,7 @@
    refuses settings without an effect on the format.
 2. `contexts`: the row becomes contexts and a completion (`constraints` takes constraints out of a text, and adds them).
 3. `chat_template`: conversations become text, and no turn gets lost (`plain_templates` saves most renderings).
-4. `tokenization`: text becomes token ids, with the boundary between contexts and output.
+4. `tokenization`: text becomes token ids, with the boundary between contexts and output (`tokenizers` refuses tokenizers).
 5. `layout`: ids become an example: weights, chunks, truncation, draws.
 6. `preparation` (or `sft_rows`, for rows that TRL prepares): batches of rows become columns; `dropped` counts the rest, and
    `mixed` warns where nothing mixes.

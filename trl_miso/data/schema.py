@@ -87,7 +87,7 @@ def check_prompt(value: Any, column: str) -> Prompt:
         is_empty = not (value or "").strip()
     if is_empty:
         raise RowDropped("no output: the completion is empty" if column == "completion" else "an empty context")
-    return check_text(list(map(_without_nulls, value)) if isinstance(value, list) else value, column)
+    return check_text(list(map(message_without_nulls, value)) if isinstance(value, list) else value, column)
 
 
 def has_answer_in_messages(columns: Container[str]) -> bool:
@@ -165,7 +165,10 @@ def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     kwargs: Any = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
     if not isinstance(kwargs, dict) or not all(isinstance(k, str) and k not in _RESERVED_ARGUMENTS for k in kwargs):
         raise wrong_type(kwargs, "chat_template_kwargs", "a dict of arguments of the chat template's own")
-    return {"tools": check_text(without_nulls(tools), "tools"), **check_text(kwargs, "chat_template_kwargs")}
+    return {
+        "tools": check_text(without_nulls(tools), "tools"),
+        **check_text(without_nulls(kwargs), "chat_template_kwargs"),
+    }
 
 
 def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -178,7 +181,7 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     for turn in turns or []:
         message = _to_message(turn)
         _check_message(message, column, turn)
-        messages.append(_without_nulls(message))
+        messages.append(message_without_nulls(message))
     return check_text(messages, column)
 
 
@@ -219,6 +222,11 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def message_without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without null keys. Its content stays: templates ask whether it is null."""
+    return {key: without_nulls(item) for key, item in message.items() if item is not None or key == "content"}
+
+
 def wrong_type(value: Any, column: str, expected: str) -> ValueError:
     """The error for a value of the wrong type in a column."""
     return ValueError(f"Got {value!r:.200} in column {column!r}, expected {expected}. Fix: convert the column.")
@@ -233,11 +241,6 @@ def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(role, str):
         role = ROLES.get(role.strip().lower(), role.strip().lower())
     return {"role": role, "content": turn.get("value")} | extra
-
-
-def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    """The message without null keys. Its content stays: templates ask whether it is null."""
-    return {key: without_nulls(item) for key, item in message.items() if item is not None or key == "content"}
 
 
 def _check_message(message: Any, column: str, raw: Any) -> None:
