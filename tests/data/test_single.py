@@ -233,3 +233,81 @@ def test_trl_warns_of_a_prompt_whose_end_training_lacks(prepare, caplog):
     type(sft_trainer.logger).warning_once.cache_clear()
     prepare([row], tokenizer_of("deepseek_r1_distill"))
     assert "is left out of the training sequence: '<think>\\n'" in caplog.text
+
+
+# Several completions of one prompt
+
+
+def answers(prepared):
+    """(tokens before, labels) of each answer in each of its contexts, in an order of their own."""
+    found = []
+    for row in prepared:
+        for parts in parts_of(row):
+            start = next(i for i, label in enumerate(parts.labels) if label != -100)
+            for context in parts.contexts:
+                found.append(([*context, *parts.output[:start]], parts.output[start:], parts.labels[start:]))
+    return sorted(found)
+
+
+def as_chat(value):
+    return [user(value)]
+
+
+TEXTS = ["It is blue.", "It is calm and blue.", "Wet."]
+PROMPTS = {
+    "prompt": {"prompt": "What is the sea?\nAnswer:\n"},
+    "constraints": {"prompt": "What is the sea?\nAnswer:\n", "constraints": ["Be brief.", "Rhyme!"]},
+    "contexts": {"contexts": ["What is the sea?\nAnswer:\n", "And the ocean?\nAnswer:\n"]},
+}
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("mode", ["single", "succ", "para", "augment"])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_each_completion_is_trained(kind, mode, is_chat, prepare):
+    """Equal to rows of one completion each, for training and evaluation; the tokens of a prompt are stored once."""
+    if kind == "prompt" and mode in ("para", "augment"):
+        pytest.skip("one context")
+    tokenizer, row, completions, config = tokenizer_of("qwen2_5"), dict(PROMPTS[kind]), TEXTS, {}
+    if is_chat:
+        row |= (
+            {"prompt": as_chat(row["prompt"])} if "prompt" in row else {"contexts": list(map(as_chat, row["contexts"]))}
+        )
+        completions = [[assistant(text)] for text in TEXTS]
+    elif kind == "constraints" and mode in ("para", "augment"):
+        config = {"response_template": "\nAnswer:\n"}
+    first = row | {"completion": completions[0]}
+    given = [
+        [row | {"completion": None, "completions": completions}, first | {"completions": None}],
+        stream([row | {"completions": completions}, row | {"completions": completions[:1]}]),
+    ]
+    for training_mode in (None, "para", "single"):
+        rows = [row | {"completion": one} for one in completions] + [first]
+        expected = prepare(rows, tokenizer, mode, training_mode, **config)
+        for rows in given:
+            prepared = prepare(rows, tokenizer, mode, training_mode, **config)
+            assert answers(prepared) == answers(expected)
+            if (training_mode or mode) in ("para", "succ"):
+                assert len(prepared) == 2
+                assert sum(map(len, ids_of(prepared))) < sum(map(len, ids_of(expected)))
+
+
+@pytest.mark.parametrize("mode", ["single", "succ"])
+def test_rows_without_completions_are_dropped_and_counted(mode, prepare, caplog):
+    row = {"prompt": "the sea", "completions": ["blue"]}
+    prepared = prepare([row | {"completions": []}, row, row | {"completions": None}], tokenizer_of("qwen2_5"), mode)
+    assert [one["miso_row"] for one in prepared] == [[1]]
+    assert "(first: row 0): no output: the completions column is empty" in caplog.text
+    assert "(first: row 2): no output: the completion is empty" in caplog.text
+
+
+def test_completions_beside_messages_and_checks_before_loading(prepare, tmp_path):
+    """The prompt is the column's, not the messages'; a wrong context is refused without a tokenizer."""
+    tokenizer, completions = tokenizer_of("qwen2_5"), [[assistant("Blue.")], [assistant("Calm.")]]
+    row = {"prompt": [user("the sea")], "constraints": ["Rhyme!"], "messages": [user("a"), assistant("b")]}
+    expected = prepare([row | {"completion": one} for one in completions], tokenizer, "para")
+    assert answers(prepare([row | {"completions": completions}], tokenizer, "para")) == answers(expected)
+    args = MISOSFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    wrong = {"contexts": [[user("the sea")], "the sea"], "completions": completions}
+    with pytest.raises(ValueError, match=r"Row 0: .*expected all of a row's prompts, contexts and completion"):
+        Pipeline.of(args).check(stream([wrong]))

@@ -31,6 +31,7 @@ from trl_miso.data.settings import check_effects, check_weights
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
 from trl_miso.data.tokenization import RowTokenizer
 from trl_miso.data.tokenizers import check_tokenizer, rendering_no_nulls, without_added_eos
+from trl_miso.data.turns import each_completion
 from trl_miso.segments import decode
 
 FIRST_ROWS = 100  # rows whose contexts are made before a model is loaded
@@ -174,7 +175,8 @@ class Pipeline:
         make = parallel_row if mode in ("para", "augment") else full_row
         for index, row in enumerate(islice(dataset, FIRST_ROWS)):
             with naming(index), suppress(RowDropped):
-                make(row, kind, self.options)
+                for one in each_completion(row):
+                    make(one, kind, self.options)
 
     def _mode(self, dataset: AnyDataset, columns: list[str], kind: str, is_trained_on: bool) -> str:
         """The mode of rows that are prepared as for training. Raises ValueError for settings without an effect on them."""
@@ -326,7 +328,7 @@ def _is_chat(dataset: AnyDataset, kind: str) -> bool | None:
     if kind in ("text", "tokenized"):
         return False
     for row in islice(dataset, SAMPLE):
-        completion = row.get("completion")
+        completion = row.get("completion") or next(iter(row.get("completions") or []), None)
         if completion and isinstance(completion, str | list):
             return isinstance(completion, list)
     return None

@@ -12,6 +12,8 @@ this table whose columns are all there applies:
 | `prompt`, `completion` | `prompt` |
 | `messages` or ShareGPT `conversations`, ending in an assistant turn | `messages` |
 | the text field | `text`: one context, plain language modelling |
+
+`completions`, several answers to one prompt, may stand for `completion`: each of them is an answer that is trained.
 """
 
 import json
@@ -92,7 +94,7 @@ def check_prompt(value: Any, column: str) -> Prompt:
 
 def has_answer_in_messages(columns: Container[str]) -> bool:
     """Whether the completion of rows with constraints is the last answer of their messages."""
-    has_both = "prompt" in columns and "completion" in columns
+    has_both = "prompt" in columns and ("completion" in columns or "completions" in columns)
     return not has_both and ("messages" in columns or "conversations" in columns)
 
 

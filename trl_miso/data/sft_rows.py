@@ -25,6 +25,7 @@ from trl_miso.data.schema import (
     wrong_type,
 )
 from trl_miso.data.tokenization import RowTokenizer
+from trl_miso.data.turns import each_completion
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ class SFTRows:
         if self.kind == "tokenized":
             return [token_row(row, self.padding)]
         template_columns = _template_columns(row)
-        context_row = full_row(row, self.kind, self.options)
-        if self.augment:
-            context_row = parallel_row(row, self.kind, self.options, context_row)
-        return [
-            {"prompt": self._without_bos(context), "completion": context_row.completion} | template_columns
-            for context in context_row.contexts
-        ]
+        sft_rows = []
+        for one in each_completion(row):
+            context_row = full_row(one, self.kind, self.options)
+            if self.augment:
+                context_row = parallel_row(one, self.kind, self.options, context_row)
+            for context in context_row.contexts:
+                columns = {"prompt": self._without_bos(context), "completion": context_row.completion}
+                sft_rows.append(columns | template_columns)
+        return sft_rows
 
     def _without_bos(self, text: Prompt) -> Prompt:
         return self.tokenizer.without_bos(text) if self.tokenizer is not None and isinstance(text, str) else text
@@ -237,9 +240,11 @@ def _type_options(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
     raw = dataset.features
     sources = {name: [List(Value("int64"))] for name in (*TOKEN_COLUMNS, "miso_row")}
     sources[rows.text_field] = [Value("string")]
-    for name in ("completion", *TEMPLATE_COLUMNS):
+    for name in TEMPLATE_COLUMNS:
         if name in raw:
             sources[name] = [raw[name]]
+    sources["completion"] = [raw[name] for name in ("completion",) if name in raw]
+    sources["completion"] += [getattr(raw[name], "feature", None) for name in ("completions",) if name in raw]
     sources["messages"] = [_message_types(raw[name]) for name in ("messages", "conversations") if name in raw]
     sources["prompt"] = [raw[name] for name in ("prompt", "full_prompt") if name in raw]
     if rows.kind == "contexts":

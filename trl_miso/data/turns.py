@@ -4,7 +4,7 @@ from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import has_content, wrong_type
+from trl_miso.data.schema import RowDropped, has_content, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
 
@@ -45,5 +45,7 @@ def each_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
         return [row]
     if not isinstance(completions, list):
         raise wrong_type(completions, "completions", "a list of completions, each a string or a list of messages")
+    if not completions:
+        raise RowDropped("no output: the completions column is empty")
     others = {name: value for name, value in row.items() if name != "completions"}
     return [others | {"completion": completion} for completion in completions]
