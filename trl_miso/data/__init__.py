@@ -6,7 +6,8 @@
    of a text, and adds them).
 3. `chat_template`: conversations become text, and no turn gets lost (`plain_templates` saves most renderings); `boundary`
    finds where the answer begins.
-4. `tokenization`: text becomes token ids, with the boundary between contexts and output.
+4. `tokenization`: text becomes token ids, with the boundary between contexts and output (`tokenizers` refuses
+   tokenizers).
 5. `layout`: the answers of a row become an example: weights, chunks, truncation, draws.
 6. `preparation` (or `sft_rows`, for rows that TRL prepares): batches of rows become columns; `dropped` counts the rest, and
    `mixed` warns where nothing mixes.

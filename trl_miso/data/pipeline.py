@@ -31,15 +31,16 @@ from trl_miso.data.schema import RowDropped, has_answer_in_messages, row_format
 from trl_miso.data.settings import check_effects, check_weights
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
 from trl_miso.data.tokenization import RowTokenizer
-from trl_miso.data.turns import count_own_settings, describe_train_turns, is_conversation
+from trl_miso.data.tokenizers import check_tokenizer, rendering_no_nulls, without_added_eos
+from trl_miso.data.turns import count_own_settings, describe_train_turns, each_completion, is_conversation
 from trl_miso.segments import decode
 
 logger = get_logger(__name__)
 
 FIRST_ROWS = 100  # rows whose contexts are made before a model is loaded
 
-# TRL's own preparation: rows of `SFTRows`, the dataset's name, whether only completions are labelled -> tokenized rows.
-SFTPreparation = Callable[[AnyDataset, str, bool], AnyDataset]
+# TRL's own preparation: rows of `SFTRows`, the tokenizer, the dataset's name, whether only completions are labelled -> tokenized rows.
+SFTPreparation = Callable[[AnyDataset, PreTrainedTokenizerBase, str, bool], AnyDataset]
 
 
 class PreparedDataset(NamedTuple):
@@ -168,7 +169,7 @@ class Pipeline:
         return PreparedDataset(self._shuffled(dataset), mode, dropped)
 
     def check(self, dataset: AnyDataset, formatting_func: Callable[[dict], str] | None = None) -> None:
-        """Refuse training rows that columns, settings and the first rows show to be wrong: quick, and without a tokenizer.
+        """Refuse training rows that columns, settings, the tokenizer's class and the first rows show to be wrong: quick.
 
         Raises:
             ValueError: As `__call__`.
@@ -177,13 +178,16 @@ class Pipeline:
         if formatting_func is not None or "miso_layout" in columns:
             return
         kind = row_format(columns, self.dataset_text_field)
+        if self.tokenizer is not None and kind != "tokenized":
+            check_tokenizer(self.tokenizer)
         mode = self._mode(dataset, columns, kind, is_trained_on=True)
         if kind in ("text", "tokenized"):
             return
         make = parallel_row if mode in ("para", "augment") else full_row
         for index, row in enumerate(islice(dataset, FIRST_ROWS)):
             with naming(index), suppress(RowDropped):
-                make(row, kind, self.options)
+                for one in each_completion(row):
+                    make(one, kind, self.options)
 
     def _mode(self, dataset: AnyDataset, columns: list[str], kind: str, is_trained_on: bool) -> str:
         """The mode of rows that are prepared as for training. Raises ValueError for settings without an effect on them."""
@@ -229,25 +233,32 @@ class Pipeline:
         name: str,
     ) -> tuple[AnyDataset, Dropped]:
         """Convert rows for TRL, let TRL tokenize and label them, then cut them to `max_length`."""
+        tokenizer = self._row_tokenizer(dataset, kind)
         rows = SFTRows(
             kind=kind,
             options=self.options,
             augment=mode == "augment",
-            tokenizer=self._row_tokenizer(dataset, kind),
+            tokenizer=tokenizer,
             padding=_padding_token(self.tokenizer),
             text_field=self.dataset_text_field,
             formatting_func=formatting_func,
         )
         assert self.prepare_as_sft is not None
         has_completion = kind not in ("messages", "text", "tokenized")
+        completions_only = has_completion and self.completion_only_loss is None
         dataset, dropped = prepare_sft_rows(dataset, rows, name, self.num_proc)
-        dataset = self.prepare_as_sft(dataset, name, has_completion and self.completion_only_loss is None)
-        dataset, cut = fit_rows(dataset, self.options, name, self.num_proc, self.vocab_size)
+        dataset = self.prepare_as_sft(dataset, rendering_no_nulls(tokenizer.tokenizer), name, completions_only)
+        end_ids = set() if kind == "tokenized" else tokenizer.end_ids()
+        dataset, cut = fit_rows(dataset, self.options, name, self.num_proc, self.vocab_size, end_ids)
         return dataset, dropped | cut
 
     def _row_tokenizer(self, dataset: AnyDataset, kind: str) -> RowTokenizer:
+        tokenizer = self.tokenizer
+        if kind != "tokenized":
+            check_tokenizer(tokenizer)
+            tokenizer = without_added_eos(tokenizer)
         return RowTokenizer(
-            self.tokenizer,
+            tokenizer,
             self.chat_template,
             self.options.response_template,
             self.options.assistant_only_loss,
@@ -328,7 +339,7 @@ def _is_chat(dataset: AnyDataset, kind: str) -> bool | None:
     if kind in ("text", "tokenized"):
         return False
     for row in islice(dataset, SAMPLE):
-        completion = row.get("completion")
+        completion = row.get("completion") or next(iter(row.get("completions") or []), None)
         if completion and isinstance(completion, str | list):
             return isinstance(completion, list)
     return None

@@ -1,7 +1,7 @@
 """Batches of raw rows to prepared columns: contexts, tokens, layout. Rows are dropped with a reason and counted."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -16,7 +16,7 @@ from trl_miso.data.layout import Layout, columns
 from trl_miso.data.mapping import REASON, KeepRow, check_not_empty, map_rows, naming, rows_of
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped, template_kwargs
-from trl_miso.data.tokenization import RowTokenizer, Tokenized
+from trl_miso.data.tokenization import NO_END, RowTokenizer, Tokenized, lacks_end
 from trl_miso.data.turns import OPENING, each_completion, earlier_answers, opens_with_answer, trains_all_turns
 from trl_miso.segments import encode, single
 
@@ -148,13 +148,22 @@ def prepare_rows(
 
 
 def fit_rows(
-    dataset: AnyDataset, options: DataOptions, name: str, num_proc: int | None, vocab_size: int | None = None
+    dataset: AnyDataset,
+    options: DataOptions,
+    name: str,
+    num_proc: int | None,
+    vocab_size: int | None = None,
+    end_ids: Set[int] = frozenset(),
 ) -> tuple[AnyDataset, Dropped]:
-    """Cut tokenized rows to `max_length` as TRL does, and give each the layout of causal runs; see `prepare_rows`."""
+    """Cut tokenized rows to `max_length` as TRL does, and give each the layout of causal runs; see `prepare_rows`.
+
+    Args:
+        end_ids: The tokens that can end a turn, to note rows whose labels have none; empty for no such notes.
+    """
     if dataset.column_names is None:
         check_not_empty(dataset)
     names = [c for c in get_dataset_column_names(dataset) if c in ("input_ids", "labels", "seq_lengths", "miso_row")]
-    runs = _CausalRuns(options.max_length, options.truncation_mode, vocab_size)
+    runs = _CausalRuns(options.max_length, options.truncation_mode, vocab_size, tuple(sorted(end_ids)))
     dataset = dataset.select_columns(names)
     return _drop(map_rows(dataset, runs, num_proc, f"Laying out {name} dataset", features=_FEATURES), name)
 
@@ -166,6 +175,7 @@ class _CausalRuns:
     max_length: int | None
     truncation_mode: str
     vocab_size: int | None = None
+    end_ids: tuple[int, ...] = ()
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         numbers = [number for (number,) in batch["miso_row"]] if "miso_row" in batch else indices
@@ -192,7 +202,8 @@ class _CausalRuns:
             raise RowDropped("no label left within max_length" if had_labels else "no label")
         layout = list(chain.from_iterable(encode(single(length)) for length in lengths))
         prepared = {"input_ids": ids[kept], "labels": labels[kept], "miso_layout": layout}
-        return prepared | {"miso_row": [number], "miso_cut": [len(ids) - len(ids[kept])], "miso_notes": []}
+        notes = [NO_END] if self.end_ids and lacks_end(labels, set(self.end_ids)) else []
+        return prepared | {"miso_row": [number], "miso_cut": [len(ids) - len(ids[kept])], "miso_notes": notes}
 
 
 def _with_reason(prepare: Callable, row: Any, *args: Any) -> dict[str, Any]:

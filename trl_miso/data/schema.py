@@ -12,6 +12,8 @@ this table whose columns are all there applies:
 | `prompt`, `completion` | `prompt` |
 | `messages` or ShareGPT `conversations`, with an assistant turn | `messages` |
 | the text field | `text`: one context, plain language modelling |
+
+`completions`, several answers to one prompt, may stand for `completion`: each of them is an answer that is trained.
 """
 
 import json
@@ -87,12 +89,12 @@ def check_prompt(value: Any, column: str) -> Prompt:
         is_empty = not (value or "").strip()
     if is_empty:
         raise RowDropped("no output: the completion is empty" if column == "completion" else "an empty context")
-    return check_text(list(map(_without_nulls, value)) if isinstance(value, list) else value, column)
+    return check_text(list(map(message_without_nulls, value)) if isinstance(value, list) else value, column)
 
 
 def has_answer_in_messages(columns: Container[str]) -> bool:
     """Whether the completion of rows with constraints is the last answer of their messages."""
-    has_both = "prompt" in columns and "completion" in columns
+    has_both = "prompt" in columns and ("completion" in columns or "completions" in columns)
     return not has_both and ("messages" in columns or "conversations" in columns)
 
 
@@ -165,7 +167,10 @@ def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     kwargs: Any = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
     if not isinstance(kwargs, dict) or not all(isinstance(k, str) and k not in _RESERVED_ARGUMENTS for k in kwargs):
         raise wrong_type(kwargs, "chat_template_kwargs", "a dict of arguments of the chat template's own")
-    return {"tools": check_text(without_nulls(tools), "tools"), **check_text(kwargs, "chat_template_kwargs")}
+    return {
+        "tools": check_text(without_nulls(tools), "tools"),
+        **check_text(without_nulls(kwargs), "chat_template_kwargs"),
+    }
 
 
 def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -178,7 +183,7 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     for turn in turns or []:
         message = _to_message(turn)
         _check_message(message, column, turn)
-        messages.append(_without_nulls(message))
+        messages.append(message_without_nulls(message))
     return check_text(messages, column)
 
 
@@ -219,6 +224,13 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def message_without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without null keys. Its content stays: templates ask whether it is null."""
+    if len(message) == 2:  # role and content
+        return message
+    return {key: without_nulls(item) for key, item in message.items() if item is not None or key == "content"}
+
+
 def wrong_type(value: Any, column: str, expected: str) -> ValueError:
     """The error for a value of the wrong type in a column."""
     return ValueError(f"Got {value!r:.200} in column {column!r}, expected {expected}. Fix: convert the column.")
@@ -233,13 +245,6 @@ def _to_message(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(role, str):
         role = ROLES.get(role.strip().lower(), role.strip().lower())
     return {"role": role, "content": turn.get("value")} | extra
-
-
-def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    """The message without null keys. Its content stays: templates ask whether it is null."""
-    if len(message) == 2:  # role and content
-        return message
-    return {key: without_nulls(item) for key, item in message.items() if item is not None or key == "content"}
 
 
 def _check_message(message: Any, column: str, raw: Any) -> None:

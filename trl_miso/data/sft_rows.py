@@ -14,6 +14,7 @@ from trl_miso.data.options import DEFAULTS, DataOptions
 from trl_miso.data.schema import (
     TEMPLATE_COLUMNS,
     TOKEN_COLUMNS,
+    Prompt,
     RowDropped,
     check_text,
     has_answer_in_messages,
@@ -24,6 +25,7 @@ from trl_miso.data.schema import (
     wrong_type,
 )
 from trl_miso.data.tokenization import RowTokenizer
+from trl_miso.data.turns import each_completion
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class SFTRows:
         kind: The format of the rows, see `schema.row_format`.
         options: `include_full`, `include_bare` and `response_template` are read.
         augment: Make every context a prompt-completion row of its own (the paper's "no MISO" ablation).
-        tokenizer: Checks rows as TRL will render them; None skips the check.
+        tokenizer: Checks rows as TRL will render them, and removes a BOS from plain text that TRL's call adds. None skips both.
+        checked: Whether all rows were checked before.
         padding: The token that pads tokenized rows; None if it also stands for something else.
         text_field: The column of plain text.
         formatting_func: Makes the plain text of a row.
@@ -47,6 +50,7 @@ class SFTRows:
     options: DataOptions = DEFAULTS
     augment: bool = False
     tokenizer: RowTokenizer | None = None
+    checked: bool = False
     padding: int | None = None
     text_field: str = "text"
     formatting_func: Callable[[dict], str] | None = None
@@ -86,7 +90,7 @@ class SFTRows:
         """One or more rows for TRL. Raises RowDropped if nothing can be learned from the row."""
         with naming(index):
             sft_rows = self._make(row)
-            if self.tokenizer is not None and self.kind != "tokenized":
+            if self.tokenizer is not None and not self.checked and self.kind != "tokenized":
                 kwargs = template_kwargs(row)
                 for sft_row in sft_rows:
                     prompt = sft_row.get("prompt")
@@ -99,17 +103,22 @@ class SFTRows:
             return [messages_row(row)]  # the conversation may end in any turn: TRL's masks apply
         if self.kind == "text":
             row = {self.text_field: self.formatting_func(row)} if self.formatting_func else row
-            return [text_row(row, self.text_field)]
+            return [{self.text_field: self._without_bos(text_row(row, self.text_field)[self.text_field])}]
         if self.kind == "tokenized":
             return [token_row(row, self.padding)]
-        context_row = full_row(row, self.kind, self.options)
-        if self.augment:
-            context_row = parallel_row(row, self.kind, self.options, context_row)
         template_columns = _template_columns(row)
-        return [
-            {"prompt": context, "completion": context_row.completion} | template_columns
-            for context in context_row.contexts
-        ]
+        sft_rows = []
+        for one in each_completion(row):
+            context_row = full_row(one, self.kind, self.options)
+            if self.augment:
+                context_row = parallel_row(one, self.kind, self.options, context_row)
+            for context in context_row.contexts:
+                columns = {"prompt": self._without_bos(context), "completion": context_row.completion}
+                sft_rows.append(columns | template_columns)
+        return sft_rows
+
+    def _without_bos(self, text: Prompt) -> Prompt:
+        return self.tokenizer.without_bos(text) if self.tokenizer is not None and isinstance(text, str) else text
 
 
 def messages_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +215,7 @@ def prepare_sft_rows(dataset: AnyDataset, rows: SFTRows, name: str, num_proc: in
         return dataset, dropped
     if dropped:
         dataset = dataset.select([i for i, reason in enumerate(reasons) if not reason])
-    rows = replace(rows, reported=tuple(dropped), tokenizer=None)  # all rows were checked above
+    rows = replace(rows, reported=tuple(dropped), checked=True)
     return map_rows(dataset, rows, num_proc, desc, **_type_options(dataset, rows)), dropped
 
 
@@ -231,9 +240,11 @@ def _type_options(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
     raw = dataset.features
     sources = {name: [List(Value("int64"))] for name in (*TOKEN_COLUMNS, "miso_row")}
     sources[rows.text_field] = [Value("string")]
-    for name in ("completion", *TEMPLATE_COLUMNS):
+    for name in TEMPLATE_COLUMNS:
         if name in raw:
             sources[name] = [raw[name]]
+    sources["completion"] = [raw[name] for name in ("completion",) if name in raw]
+    sources["completion"] += [getattr(raw[name], "feature", None) for name in ("completions",) if name in raw]
     sources["messages"] = [_message_types(raw[name]) for name in ("messages", "conversations") if name in raw]
     sources["prompt"] = [raw[name] for name in ("prompt", "full_prompt") if name in raw]
     if rows.kind == "contexts":

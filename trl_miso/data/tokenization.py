@@ -7,7 +7,7 @@ output is token for token what SFTTrainer trains on.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, groupby, islice, pairwise
 from operator import itemgetter
@@ -19,6 +19,7 @@ from trl_miso.data.boundary import answer_start, changed_end, changed_start
 from trl_miso.data.chat_template import ChatRenderer
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.schema import Prompt, RowDropped
+from trl_miso.data.tokenizers import check_tokenizer
 from trl_miso.segments import common_prefix
 
 LOST_REASONING = "the chat template leaves out the reasoning of the answer"
@@ -88,11 +89,12 @@ class RowTokenizer:
         Raises:
             ValueError: If the contexts of a row share no beginning of the output, or the chat template leaves out a turn.
         """
+        check_tokenizer(self.tokenizer)
         rendered = self._render(rows, template_kwargs)
         is_plain_text = bool(rows) and isinstance(rows[0].completion, str)
         kept = [texts for texts in rendered if isinstance(texts, _Rendered)]
         ids = self.token_ids([[t.whole, t.before, t.start, *t.prompts] for t in kept], is_plain_text)
-        end_ids, blank = self._end_ids(), dict[int, bool]()
+        end_ids, blank = self.end_ids(), dict[int, bool]()
         results: list[Tokenized | RowDropped] = []
         for row, kwargs, texts in zip(rows, template_kwargs, rendered, strict=True):
             if isinstance(texts, RowDropped):
@@ -103,9 +105,8 @@ class RowTokenizer:
             except RowDropped as reason:
                 results.append(reason)
                 continue
-            labels = [label for label in tokenized.labels if label != -100]
-            ends = not labels or not end_ids.isdisjoint(labels[-3:])
-            tokenized.notes = (*row.notes, *texts.notes, *([] if ends else [NO_END]))
+            no_end = [NO_END] if lacks_end(tokenized.labels, end_ids) else []
+            tokenized.notes = (*row.notes, *texts.notes, *no_end)
             tokenized.turn = self._turn(tokenized.output, end_ids, blank)
             results.append(tokenized)
         return results
@@ -313,10 +314,10 @@ class RowTokenizer:
                 break
         return turn
 
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
         """The tokens that can end a turn: special ones."""
         added = self.tokenizer.added_tokens_decoder.items()
-        return {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)} - {None}
 
     def _check_eos(self) -> None:
         if not self.tokenizer.eos_token:
@@ -389,6 +390,12 @@ class RowTokenizer:
             f"Got contexts that end differently: {ends}. Expected the tokens before the completion to be common to all "
             f"contexts, since the output begins with them. Fix: {fix}."
         )
+
+
+def lacks_end(labels: list[int], end_ids: Set[int]) -> bool:
+    """Whether some tokens are labelled, but not all, and none of the last labels can end a turn."""
+    labelled = [label for label in labels if label != -100]
+    return 0 < len(labelled) < len(labels) and end_ids.isdisjoint(labelled[-3:])
 
 
 def _keep_whole(text: str) -> list[str]:

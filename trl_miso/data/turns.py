@@ -6,7 +6,7 @@ from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import Prompt, has_answer_in_messages, has_content, wrong_type
+from trl_miso.data.schema import Prompt, RowDropped, has_answer_in_messages, has_content, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
 OPENING = "an assistant turn before the first request is read and not trained"
@@ -92,5 +92,7 @@ def each_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
         return [row]
     if not isinstance(completions, list):
         raise wrong_type(completions, "completions", "a list of completions, each a string or a list of messages")
+    if not completions:
+        raise RowDropped("no output: the completions column is empty")
     others = {name: value for name, value in row.items() if name != "completions"}
     return [others | {"completion": completion} for completion in completions]

@@ -137,13 +137,15 @@ class _SFTPreparation:
     columns: list[str]
     completion_only_loss: bool = False
 
-    def __call__(self, rows: AnyDataset, name: str, completions_only: bool) -> AnyDataset:
+    def __call__(
+        self, rows: AnyDataset, tokenizer: PreTrainedTokenizerBase, name: str, completions_only: bool
+    ) -> AnyDataset:
         has_both = {"prompt", "completion"} <= set(self.columns)
         setting = self.args.completion_only_loss
         self.completion_only_loss = completions_only or (has_both if setting is None else setting)
         uncut = copy(self.args)
         uncut.max_length, uncut.shuffle_dataset = None, False
-        return SFTTrainer._prepare_dataset(self, rows, self._tokenizer, uncut, False, None, name)
+        return SFTTrainer._prepare_dataset(self, rows, tokenizer, uncut, False, None, name)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
+    AutoProcessor,
     DataCollator,
     EvalPrediction,
     PreTrainedModel,
@@ -116,11 +117,18 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
     ):
         args = _miso_config(args, model)
         config = guards.check_request(args, model, data_collator, processing_class, peft_config)
+        if processing_class is None:  # as SFTTrainer, but now
+            revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+            options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+            processing_class = AutoProcessor.from_pretrained(get_config_model_id(config), **options)
         check_first_row(train_dataset, args.assistant_only_loss)
         if train_dataset is not None:
             check_rows(args, first_row(train_dataset, "train"))
             if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-                Pipeline.of(args).check(train_dataset, formatting_func)  # before the weights of a model are loaded
+                # Before the weights of a model are loaded.
+                is_processor = isinstance(processing_class, ProcessorMixin)
+                tokenizer = processing_class.tokenizer if is_processor else processing_class
+                Pipeline.of(args, tokenizer).check(train_dataset, formatting_func)
         if args.accelerator_config.dispatch_batches:
             logger.warning(
                 "`dispatch_batches=True` is forced to False: flat batches of several ranks cannot be concatenated."
@@ -203,10 +211,12 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         uncut = copy(args)
         uncut.max_length = None  # the pipeline cuts rows, and counts the rows without a label left
 
-        def prepare_as_sft(rows: AnyDataset, name: str, completions_only: bool) -> AnyDataset:
+        def prepare_as_sft(
+            rows: AnyDataset, tokenizer: PreTrainedTokenizerBase, name: str, completions_only: bool
+        ) -> AnyDataset:
             if completions_only:
                 self.completion_only_loss = True
-            return super(MISOSFTTrainer, self)._prepare_dataset(rows, processing_class, uncut, False, None, name)
+            return super(MISOSFTTrainer, self)._prepare_dataset(rows, tokenizer, uncut, False, None, name)
 
         pipeline = Pipeline.of(
             args,
