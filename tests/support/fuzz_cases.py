@@ -92,7 +92,7 @@ def text_rows(draw, prompt, answer, optional):
 
 @st.composite
 def token_rows(draw, prompt, answer, optional):
-    ids = draw(st.lists(st.integers(0, 300), min_size=2, max_size=40))
+    ids = draw(st.lists(st.integers(5, 300), min_size=2, max_size=40))  # none of which is padding
     row = {"input_ids": ids}
     if optional:
         row["labels"] = [
@@ -297,10 +297,11 @@ def ids(name, prompt, completion=None):
         messages = prompt + (completion or [])
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=completion is None)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = prompt + (completion or "")
     if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        prompt = prompt.removeprefix(tokenizer.bos_token)  # which the tokenizer adds itself
+        text = text.removeprefix(tokenizer.bos_token)  # which the tokenizer adds itself
     eos = "" if completion is None or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return tokenizer(prompt + (completion or "") + eos)["input_ids"]
+    return tokenizer(text + eos)["input_ids"]
 
 
 def common(a, b):

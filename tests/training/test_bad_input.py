@@ -324,7 +324,6 @@ TURNS = {
         ("fails", "brief", "cannot render .ZeroDivisionError"),
         ("calls", "calls", None),
         ("reads parts", "parts", None),
-        ("trims and drops thinking", "thinking", None),
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "single"])
@@ -335,6 +334,16 @@ def test_templates_render_every_turn_or_the_error_names_the_row(template, turns,
     error = error and rf"^Row {len(rows) - 1}: .*{error}.*expected.*Fix"
     with pytest.raises(ValueError, match=error) if error else nullcontext():
         assert learns(fit(rows, tokenizer=tokenizer, context_mode=mode))
+
+
+def test_thinking_may_be_left_out_of_the_history_and_not_of_an_answer_that_is_trained(tok, fit):
+    tokenizer = deepcopy(tok)
+    tokenizer.chat_template = LOOP.replace("%s", TEMPLATES["trims and drops thinking"])
+    rows = [{"messages": TURNS["thinking"]}]
+    assert learns(fit(rows, tokenizer=tokenizer, context_mode="single"))
+    assert learns(fit(rows, tokenizer=tokenizer, train_turns="last"))
+    with pytest.raises(ValueError, match="none of which can be trained on .*leaves out the reasoning of the answer"):
+        fit(rows, tokenizer=tokenizer)
 
 
 def test_a_template_without_a_generation_prompt(tok, fit):
