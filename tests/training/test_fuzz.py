@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from tests.data.test_property import tokenizer_of
 from tests.support.fuzz_cases import cases, check_meaning, fits
 from tests.support.models import tiny_model
-from tests.support.rows_oracle import parts_of, positions_of, rows_loss
+from tests.support.rows_oracle import examples_of, parts_of, positions_of, rows_loss
 from tests.training.test_bad_input import as_dataset
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.attention.support import prepare_model
@@ -160,6 +160,7 @@ def outcomes(lab, case):
         "dropped": any(trainer.dropped_rows.values()),
         "evaluated": case.evaluated,
         "mixed": mixed,
+        "several answers": any(len(example) > 1 for row in rows for example in examples_of(row)),
     }
     return [f"trained {trainer.training_mode}", *(name for name, present in features.items() if present)]
 
@@ -213,6 +214,7 @@ def test_any_rows_and_settings(tmp_path, quick):
         *trained,
         *WEIGHTINGS,
         "mixed",
+        "several answers",
         "refused",
         "all dropped",
         "dropped",
