@@ -71,6 +71,9 @@ def _previewed(rows, tokenizer, args):
     return sorted((row["index"], row["ids"], row["labels"]) for row in shown["rows"] if not row["dropped"])
 
 
+WITHOUT_TURNS = ("text", "tokenized", "completions of texts")
+
+
 @pytest.mark.parametrize("train_turns", TRAIN_TURNS)
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_those_that_are_trained(name, train_turns, make_config):
@@ -89,7 +92,7 @@ def test_rows_are_those_that_are_trained(name, train_turns, make_config):
         expected, shown = both(rows, TOKENIZERS[template], args)
         assert shown == expected, settings
         trained.add(isinstance(expected, list))
-    assert (True in trained) != (train_turns != "auto" and name in ("text", "tokenized")), "refused, without effect"
+    assert (True in trained) != (train_turns != "auto" and name in WITHOUT_TURNS), "refused, without effect"
 
 
 BROKEN = {"messages": [{"role": None, "content": "a"}]}

@@ -372,8 +372,8 @@ def earlier_answers(case, meant):
     if not trains_all or not isinstance(meant.full, list):
         return
     for i, message in enumerate(meant.full):
-        said_before = any(m["content"].strip() for m in meant.full[:i])
-        if message["role"] == "assistant" and message["content"].strip() and said_before:
+        is_asked = any(m["role"] == "user" and m["content"].strip() for m in meant.full[:i])
+        if message["role"] == "assistant" and message["content"].strip() and is_asked:
             prompt = meant.full[:i]
             yield ids(case.tokenizer, prompt, [message]), ids(case.tokenizer, prompt)
 

@@ -136,7 +136,8 @@ def test_logits_are_preprocessed_as_rows(make, chats, packing):
     assert best.shape == normalisers.shape == recorder.calls[0].label_ids.shape
 
 
-MIXED = {"eval_contexts": "miso", "max_length": 2048, "chunk_probs": [0.2, 0.4, 0.4], "shuffle_dataset": False}
+MIXED = {"eval_contexts": "miso", "max_length": 2048, "shuffle_dataset": False}
+CHUNKS = {"para": {}, "succ": {"chunk_probs": [0.2, 0.4, 0.4]}}
 
 
 def one_at_a_time(prepared_rows, mode):
@@ -171,7 +172,7 @@ def one_at_a_time(prepared_rows, mode):
 def test_lines_of_mixed_examples_equal_one_example_at_a_time(make, para_dataset, tokenizer, mode, options):
     """Each line has the tokens of its row in their order, and the loss of the row alone."""
     rows = para_dataset.select(range(7))
-    options = MIXED | {"context_mode": mode, "include_for_metrics": ["inputs"]} | options
+    options = MIXED | CHUNKS[mode] | {"context_mode": mode, "include_for_metrics": ["inputs"]} | options
     trainer, recorder = make(rows, train_dataset=rows, **options)
     prepared, _ = make(rows, train_dataset=rows, **options | {"packing": False})
     expected = one_at_a_time(prepared.eval_dataset, mode)
