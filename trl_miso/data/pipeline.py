@@ -339,7 +339,8 @@ def _is_chat(dataset: AnyDataset, kind: str) -> bool | None:
     if kind in ("text", "tokenized"):
         return False
     for row in islice(dataset, SAMPLE):
-        completion = row.get("completion") or next(iter(row.get("completions") or []), None)
-        if completion and isinstance(completion, str | list):
-            return isinstance(completion, list)
+        several = row.get("completions")
+        for completion in (row.get("completion"), *(several if isinstance(several, list) else [])):
+            if isinstance(completion, str | list) and completion:
+                return isinstance(completion, list)
     return None
