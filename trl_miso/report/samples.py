@@ -97,6 +97,10 @@ class Sampler:
             RowDropped: If the row has nothing to measure, a part cannot be located, or the sample is longer than `max_length`.
         """
         template, kwargs = self.options.response_template, template_kwargs(row)
+        tokenize = RowTokenizer(self.tokenizer, response_template=template)
+        for name in ("prompt", "full_prompt"):
+            if isinstance(row.get(name), str):
+                row = row | {name: tokenize.without_bos(row[name])}
         full = full_row(row, self.kind, self.options)
         constraints = constraints_of(row) if self.kind == "constraints" else []
         if self.kind == "constraints" and not constraints:
@@ -118,7 +122,6 @@ class Sampler:
 
         # The contexts, and the answer after the full prompt and after the contexts.
         mixed = parallel_row(row, self.kind, self.options, full)
-        tokenize = RowTokenizer(self.tokenizer, response_template=template)
         one_context, tokenized = (_unless_dropped(tokens) for tokens in tokenize([full, mixed], [kwargs] * 2))
         if self.own_answers:
             head = self._prompt_ids(mixed.contexts[0], kwargs)[len(tokenized.contexts[0]) :]
