@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_miso.sources.tulu_persona import tulu_persona_row, without_sentences
+from trl_miso.sources.tulu_persona import tulu_persona_row
 
 LISTED = Path(__file__).parents[3] / "shared/data/muldimif/dev.jsonl"
 
@@ -55,7 +55,9 @@ def test_sentences_of_the_prompt_are_split_off():
     ],
 )
 def test_sentences_are_whole_and_unique(text, sentences, rest):
-    assert without_sentences(text, sentences) == rest
+    out = tulu_persona_row(tulu(text, sentences))
+    assert out["miso_status"] == ("not_verbatim" if rest is None else "split")
+    assert out["prompt"][-1]["content"] == (text if rest is None else rest)
 
 
 def test_real_prompts_lose_their_constraints_and_nothing_else():

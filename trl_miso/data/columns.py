@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from accelerate.logging import get_logger
 
-from trl_miso.data.schema import TEMPLATE_COLUMNS, TOKEN_COLUMNS, has_answer_in_messages
+from trl_miso.data.schema import TEMPLATE_COLUMNS, TOKEN_COLUMNS, is_conversation
 
 logger = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def unread_columns(columns: Sequence[str], kind: str, text_field: str) -> list[s
     read = {*_READ[kind], text_field} if kind == "text" else set(_READ[kind])
     if kind not in ("text", "tokenized"):
         read.update(_COMMON)
-    if kind == "constraints" and has_answer_in_messages(columns):
+    if is_conversation(kind, columns):
         read = read - {"prompt", *_COMPLETIONS} | set(_MESSAGES)
     return [name for name in columns if name not in read and not name.startswith("miso_")]
 

@@ -15,11 +15,12 @@ from trl_miso.data.schema import (
     check_prompt,
     constraints_of,
     context_weights_of,
-    has_answer_in_messages,
     has_content,
+    is_conversation,
     is_given,
     list_column,
     to_messages,
+    without_nulls,
     wrong_type,
 )
 
@@ -180,7 +181,7 @@ def _with_instruction(prompt: Prompt, text: str) -> Prompt:
 
 def _request(row: dict[str, Any], kind: str) -> tuple[Any, Any, str]:
     """The prompt and the completion of a row, unchecked, and the column of the prompt: their columns, or its messages."""
-    if kind != "messages" and not (kind == "constraints" and has_answer_in_messages(row)):
+    if not is_conversation(kind, row):
         return row.get("prompt"), row.get("completion"), "prompt"
     messages = to_messages(row)
     while messages and not (messages[-1]["role"] == "assistant" and has_content(messages[-1])):
@@ -197,8 +198,8 @@ def _given_contexts(row: dict[str, Any], full: ContextRow) -> ContextRow:
         return full
     weights = context_weights_of(row, len(contexts))
     names = [f"context {i}" for i in range(1, len(contexts) + 1)]
-    comparable = list(map(_without_nulls, contexts))
-    full_context = _without_nulls(full.contexts[0])
+    comparable = list(map(without_nulls, contexts))
+    full_context = without_nulls(full.contexts[0])
     if full_context in comparable:
         index = comparable.index(full_context)
         contexts.insert(0, contexts.pop(index))
@@ -213,19 +214,12 @@ def _without_repeats(contexts: list[Prompt], names: list[str]) -> tuple[list[Pro
     kept_names: list[str] = []
     comparable: list[Prompt] = []
     for context, name in zip(contexts, names, strict=True):
-        key = _without_nulls(context)
+        key = without_nulls(context)
         if key not in comparable:
             kept.append(context)
             kept_names.append(name)
             comparable.append(key)
     return kept, kept_names
-
-
-def _without_nulls(prompt: Prompt) -> Prompt:
-    """The prompt without null keys, for comparison: Arrow gives messages of different columns different null keys."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 
 def _with_completion(context: Prompt, completion: Any, column: str) -> ContextRow:

@@ -27,12 +27,12 @@ from trl_miso.data.mapping import naming, same_columns
 from trl_miso.data.mixed import report_held, warn_unless_mixed
 from trl_miso.data.options import DataOptions
 from trl_miso.data.preparation import RowPreparation, fit_rows, prepare_rows
-from trl_miso.data.schema import RowDropped, has_answer_in_messages, row_format
+from trl_miso.data.schema import RowDropped, is_conversation, row_format
 from trl_miso.data.settings import check_effects, check_weights
 from trl_miso.data.sft_rows import SFTRows, prepare_sft_rows
 from trl_miso.data.tokenization import RowTokenizer
 from trl_miso.data.tokenizers import check_tokenizer, rendering_no_nulls, without_added_eos
-from trl_miso.data.turns import count_own_settings, describe_train_turns, each_completion, is_conversation
+from trl_miso.data.turns import count_own_settings, describe_train_turns, each_completion
 from trl_miso.segments import decode
 
 logger = get_logger(__name__)
@@ -334,7 +334,7 @@ def first_row(dataset: AnyDataset, name: str) -> Any:
 
 def _is_chat(dataset: AnyDataset, kind: str) -> bool | None:
     """Whether rows are messages, by the first row with a completion; None if no row decides it."""
-    if kind == "messages" or (kind == "constraints" and has_answer_in_messages(get_dataset_column_names(dataset))):
+    if is_conversation(kind, get_dataset_column_names(dataset)):
         return True
     if kind in ("text", "tokenized"):
         return False

@@ -92,10 +92,11 @@ def check_prompt(value: Any, column: str) -> Prompt:
     return check_text(list(map(message_without_nulls, value)) if isinstance(value, list) else value, column)
 
 
-def has_answer_in_messages(columns: Container[str]) -> bool:
-    """Whether the completion of rows with constraints is the last answer of their messages."""
+def is_conversation(kind: str, columns: Container[str]) -> bool:
+    """Whether the answers of rows of format `kind` with these columns are turns of their messages."""
     has_both = "prompt" in columns and ("completion" in columns or "completions" in columns)
-    return not has_both and ("messages" in columns or "conversations" in columns)
+    has_messages = "messages" in columns or "conversations" in columns
+    return kind == "messages" or (kind == "constraints" and has_messages and not has_both)
 
 
 def is_given(row: dict[str, Any], column: str) -> bool:

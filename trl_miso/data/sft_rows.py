@@ -17,9 +17,9 @@ from trl_miso.data.schema import (
     Prompt,
     RowDropped,
     check_text,
-    has_answer_in_messages,
     has_content,
     integer_column,
+    is_conversation,
     template_kwargs,
     to_messages,
     wrong_type,
@@ -249,7 +249,7 @@ def _type_options(dataset: Dataset, rows: SFTRows) -> dict[str, Any]:
     sources["prompt"] = [raw[name] for name in ("prompt", "full_prompt") if name in raw]
     if rows.kind == "contexts":
         sources["prompt"] += [getattr(raw["contexts"], "feature", None)]
-    if rows.kind == "constraints" and has_answer_in_messages(raw):
+    if is_conversation(rows.kind, raw):
         sources["prompt"] = sources["messages"] + [raw[name] for name in ("full_prompt",) if name in raw]
         sources["completion"] = sources["messages"]
     if raw.get("chat_template_kwargs") == Value("null"):

@@ -1,21 +1,16 @@
 """Rows to answers: every turn of a conversation, or every completion of a prompt, that is trained."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import Prompt, RowDropped, has_answer_in_messages, has_content, wrong_type
+from trl_miso.data.schema import Prompt, RowDropped, has_content, is_conversation, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
 OPENING = "an assistant turn before the first request is read and not trained"
 _INSTRUCTING = ("system", "developer")
-
-
-def is_conversation(kind: str, columns: Container[str]) -> bool:
-    """Whether the answers of rows with these columns are turns of their messages."""
-    return kind == "messages" or (kind == "constraints" and has_answer_in_messages(columns))
 
 
 def trains_all_turns(row: dict[str, Any], kind: str, options: DataOptions) -> bool:
@@ -63,7 +58,7 @@ def describe_train_turns(setting: str, in_messages: bool, own_settings: Mapping[
 
     Args:
         setting: `train_turns` of the config.
-        in_messages: See `is_conversation`.
+        in_messages: See `schema.is_conversation`.
         own_settings: How many rows have which value in their column `train_turns`.
     """
     by_row = ""

@@ -18,10 +18,10 @@ from trl_miso.attention.support import why_not_share
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import STATUS, AnyDataset, Dropped, count_statuses
 from trl_miso.data.pipeline import Pipeline, check_dataset, check_first_row, check_packing, first_row
-from trl_miso.data.schema import row_format
+from trl_miso.data.schema import is_conversation, row_format
 from trl_miso.data.sft_settings import check_rows, check_token, check_tokens, pad_token
 from trl_miso.data.token_text import token_texts
-from trl_miso.data.turns import count_own_settings, describe_train_turns, is_conversation
+from trl_miso.data.turns import count_own_settings, describe_train_turns
 from trl_miso.preview.answers import answers_of, context_names, cut_ends
 from trl_miso.preview.statistics import Baseline, ModelShape, dataset_statistics
 from trl_miso.segments import Example, decode

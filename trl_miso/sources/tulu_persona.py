@@ -8,9 +8,9 @@ from a type's name, so such rows keep one context. Data sets with these columns 
 split.
 """
 
-import re
 from typing import TYPE_CHECKING, Any
 
+from trl_miso.data.constraints import split_text
 from trl_miso.sources.sharegpt import sharegpt_row
 
 if TYPE_CHECKING:
@@ -59,28 +59,12 @@ def split_last_turn(
     if status == "split" and not constraints:
         status = "no_constraints"
     if status == "split":
-        base = without_sentences(prompt[-1]["content"], constraints) if prompt[-1]["role"] == "user" else None
-        if base is None:
+        split = split_text(prompt[-1]["content"], constraints)
+        if split.missing or split.obstacle or prompt[-1]["role"] != "user":
             status = "not_verbatim"
         else:
-            columns |= {"prompt": [*prompt[:-1], {"role": "user", "content": base}], "constraints": constraints}
+            columns |= {"prompt": [*prompt[:-1], {"role": "user", "content": split.bare}], "constraints": constraints}
     return columns | {"miso_status": status}
-
-
-def without_sentences(text: str, sentences: list[str]) -> str | None:
-    """The text without these sentences or lines of a list; None if one is not there exactly once, or nothing is left.
-
-    >>> without_sentences("Write a poem. Use no commas. Be brief.", ["Be brief", "Use no commas."])
-    'Write a poem.'
-    """
-    for sentence in sorted(sentences, key=len, reverse=True):
-        # The text before ends a sentence or a line, and so does this one, with or without its full stop.
-        words = re.escape(sentence.strip().rstrip("."))
-        pattern = rf"(?:^|(?<=[.!?\n]))[ \t]*(?:(?:[-*]|\d+[.)])[ \t]+)?{words}(?:\.|(?<=[.!?])|(?=\n|$))(?=\s|$)"
-        text, count = re.subn(pattern, "", text) if words else (text, 0)
-        if count != 1:
-            return None
-    return re.sub(r"\n{3,}", "\n\n", text).strip() or None
 
 
 def constraint_texts(row: dict[str, Any], column: str) -> list[str]:
