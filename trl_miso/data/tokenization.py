@@ -252,7 +252,7 @@ class RowTokenizer:
         start = self._answer_start(messages, size, before, prompts[0], whole, kwargs)
         if self._chat.lost_reasoning(messages, whole, size, kwargs):
             raise RowDropped(LOST_REASONING)
-        if start == len(prompts[0]) and whole.startswith(prompts[0]):
+        if whole.startswith(prompts[0]):
             return _Rendered(whole, before, prompts[0], prompts)
         lost = prompts[0][common_prefix(prompts[0], whole) :]
         return _Rendered(whole, before, whole[:start], prompts, (f"{OTHER_END}: {lost!r:.60}",))

@@ -236,20 +236,17 @@ def unshare(example: Example, columns: Sequence[list[int]]) -> tuple[Example, li
         return example, list(columns)
     segments: list[Segment] = []
     outputs: list[Output] = []
-    branches: list[Branch] = []
-    offsets = iter([branch.offset for branch in example.branches])
-    output_of = {output.segment: output for output in example.outputs}
-    for copy in copies:
-        length = sum(example.segments[i].length for i in copy)
-        start = example.segments[copy[0]].start
-        if copy[0] in output_of:
-            outputs.append(Output(len(segments), tuple(branches)))
-            branches = []
-        elif len(outputs) < len(example.outputs):
-            start -= next(offsets)
-            weight = example.outputs[len(outputs)].branches[len(branches)].weight
-            branches.append(Branch(len(segments), 0, weight))
-        segments.append(Segment(length, ROOT, start))
+    # In the order of `copies`: the contexts of each output and the output, then the causal runs.
+    for output in example.outputs:
+        branches: list[Branch] = []
+        for branch in output.branches:
+            branches.append(Branch(len(segments), 0, branch.weight))
+            start = example.segments[example.path(branch.segment)[0]].start - branch.offset
+            segments.append(Segment(example.path_length(branch.segment), ROOT, start))
+        outputs.append(Output(len(segments), tuple(branches)))
+        segments.append(example.segments[output.segment])
+    for run in copies[len(segments) :]:
+        segments.append(Segment(example.path_length(run[-1]), ROOT, example.segments[run[0]].start))
 
     bounds = np.cumsum([0, *(segment.length for segment in example.segments)]).tolist()
     copied = []
