@@ -137,19 +137,20 @@ class Pipeline:
             self._check_prepared(dataset, name)
             return PreparedDataset(self.pack(dataset) if packing else dataset, training_mode or "para", None)
         kind = row_format(columns, self.dataset_text_field)
+        is_chat = _is_chat(dataset, kind)
         report_unread(columns, kind, self.dataset_text_field, name)
         if training_mode is not None and self.eval_contexts == "standard":
             mode = "single"
             by_trl = kind in ("text", "tokenized") or training_mode in ("single", "augment")
         else:
-            mode = self._mode(dataset, columns, kind, is_trained_on=training_mode is None)
+            mode = self._mode(columns, kind, is_chat, is_trained_on=training_mode is None)
             by_trl = mode in ("single", "augment")
         if STATUS in columns:
             report_statuses(count_statuses(dataset), name, isinstance(dataset, IterableDataset))
         if kind == "constraints" and mode in ("para", "augment"):
             report_held(dataset, self.options, self.num_proc, name)
         raw_rows = dataset
-        if not by_trl and _is_chat(dataset, kind) is not False:
+        if not by_trl and is_chat is not False:
             own: Iterable[Any] = ()
             if "train_turns" in columns and isinstance(dataset, Dataset):
                 own = dataset["train_turns"][:]
@@ -158,9 +159,9 @@ class Pipeline:
             )
             logger.info(f"{name} dataset: train_turns={meaning}.")
         if by_trl:
-            dataset, dropped = self._prepare_as_sft(dataset, kind, mode, formatting_func, name)
+            dataset, dropped = self._prepare_as_sft(dataset, kind, is_chat, mode, formatting_func, name)
         else:
-            dataset, dropped = self._prepare_contexts(dataset, kind, mode, name)
+            dataset, dropped = self._prepare_contexts(dataset, kind, is_chat, mode, name)
         report_mixture(dataset, name)
         if mode == "para":
             warn_unless_mixed(dataset, raw_rows, kind, self.options, name)
@@ -180,7 +181,7 @@ class Pipeline:
         kind = row_format(columns, self.dataset_text_field)
         if self.tokenizer is not None and kind != "tokenized":
             check_tokenizer(self.tokenizer)
-        mode = self._mode(dataset, columns, kind, is_trained_on=True)
+        mode = self._mode(columns, kind, _is_chat(dataset, kind), is_trained_on=True)
         if kind in ("text", "tokenized"):
             return
         make = parallel_row if mode in ("para", "augment") else full_row
@@ -189,13 +190,13 @@ class Pipeline:
                 for one in each_completion(row):
                     make(one, kind, self.options)
 
-    def _mode(self, dataset: AnyDataset, columns: list[str], kind: str, is_trained_on: bool) -> str:
+    def _mode(self, columns: list[str], kind: str, is_chat: bool | None, is_trained_on: bool) -> str:
         """The mode of rows that are prepared as for training. Raises ValueError for settings without an effect on them."""
         mode = resolve_mode(self.options.context_mode, kind)
         if "context_weights" in columns:
             check_weights(self._changed, mode, kind)
         if is_trained_on:
-            check_effects(self._changed, mode, kind, _is_chat(dataset, kind))
+            check_effects(self._changed, mode, kind, is_chat)
         return mode
 
     @property
@@ -215,25 +216,28 @@ class Pipeline:
     def _shuffled(self, dataset: AnyDataset) -> AnyDataset:
         return dataset if self.shuffle_seed is None else dataset.shuffle(seed=self.shuffle_seed)
 
-    def _prepare_contexts(self, dataset: AnyDataset, kind: str, mode: str, name: str) -> tuple[AnyDataset, Dropped]:
+    def _prepare_contexts(
+        self, dataset: AnyDataset, kind: str, is_chat: bool | None, mode: str, name: str
+    ) -> tuple[AnyDataset, Dropped]:
         if self.completion_only_loss is False:
             raise ValueError(
                 f"Got completion_only_loss=False with context_mode={self.options.context_mode!r}, expected None or True: with several contexts "
                 "only their common output has a loss. Fix: leave it unset, or set context_mode='single'."
             )
-        rows = RowPreparation(kind, mode, self.options, self._row_tokenizer(dataset, kind), self.vocab_size)
+        rows = RowPreparation(kind, mode, self.options, self._row_tokenizer(kind, is_chat), self.vocab_size)
         return prepare_rows(dataset, rows, name, self.num_proc)
 
     def _prepare_as_sft(
         self,
         dataset: AnyDataset,
         kind: str,
+        is_chat: bool | None,
         mode: str,
         formatting_func: Callable[[dict], str] | None,
         name: str,
     ) -> tuple[AnyDataset, Dropped]:
         """Convert rows for TRL, let TRL tokenize and label them, then cut them to `max_length`."""
-        tokenizer = self._row_tokenizer(dataset, kind)
+        tokenizer = self._row_tokenizer(kind, is_chat)
         rows = SFTRows(
             kind=kind,
             options=self.options,
@@ -252,7 +256,7 @@ class Pipeline:
         dataset, cut = fit_rows(dataset, self.options, name, self.num_proc, self.vocab_size, end_ids)
         return dataset, dropped | cut
 
-    def _row_tokenizer(self, dataset: AnyDataset, kind: str) -> RowTokenizer:
+    def _row_tokenizer(self, kind: str, is_chat: bool | None) -> RowTokenizer:
         tokenizer = self.tokenizer
         if kind != "tokenized":
             check_tokenizer(tokenizer)
@@ -262,7 +266,7 @@ class Pipeline:
             self.chat_template,
             self.options.response_template,
             self.options.assistant_only_loss,
-            _is_chat(dataset, kind),
+            is_chat,
         )
 
     def _check_prepared(self, dataset: AnyDataset, name: str) -> None:
