@@ -2,14 +2,14 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import TypeAlias
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
-from trl_miso.segments import decode, trained_spans
+from trl_miso.segments import decode_with, trained_spans
 
 logger = get_logger(__name__)
 
@@ -92,23 +92,14 @@ def report_mixture(dataset: AnyDataset, name: str) -> None:
         return
     examples = mixed = contexts = tokens = unshared_tokens = answers = 0
     for batch in dataset.select_columns(["miso_layout", "labels"]).iter(1000):
-        for example in chain.from_iterable(map(decode, batch["miso_layout"])):
+        for example, labels in chain.from_iterable(map(decode_with, batch["miso_layout"], batch["labels"])):
             examples += 1
+            answers += len(trained_spans(example, labels))
             mixed += bool(example.outputs)
             contexts += len(example.branches)
             tokens += example.num_tokens
             unshared_tokens += example.num_unshared_tokens
-        answers += sum(map(count_answers, batch["miso_layout"], batch["labels"]))
     logger.info(
         f"{name} dataset: {examples} examples with {answers} answers, {mixed / max(examples, 1):.0%} with several contexts "
         f"({contexts / max(mixed, 1):.1f} on average), {tokens} tokens ({unshared_tokens} without shared prefixes)."
     )
-
-
-def count_answers(layout: Sequence[int], labels: Sequence[int]) -> int:
-    """The number of answers of a prepared row; see `segments.trained_spans`."""
-    answers = start = 0
-    for example in decode(layout):
-        answers += len(trained_spans(example, labels[start : start + example.num_tokens]))
-        start += example.num_tokens
-    return answers

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trl_miso.attention.support import head_dim
-from trl_miso.segments import Example, decode, single, trained_spans, unshare
+from trl_miso.segments import Example, decode_with, single, trained_spans, unshare
 
 _PERCENTILES = [0, 5, 25, 50, 75, 95, 100]
 
@@ -219,10 +219,7 @@ def _examples(prepared: Dataset) -> Iterator[_Row]:
     names = ["labels", "miso_layout", "miso_row", "miso_cut", "miso_notes"]
     for batch in prepared.select_columns(names).with_format("numpy").iter(500):
         for labels, layout, (number,), (cut,), notes in zip(*(batch[name] for name in names), strict=True):
-            start = 0
-            for i, example in enumerate(decode(layout.tolist())):
-                end = start + example.num_tokens
+            for i, (example, own_labels) in enumerate(decode_with(layout.tolist(), labels)):
                 # What belongs to the row counts once.
                 row_cut, row_notes = (int(cut), [str(note) for note in notes]) if i == 0 else (0, [])
-                yield _Row(int(number), row_cut, row_notes, example, labels[start:end])
-                start = end
+                yield _Row(int(number), row_cut, row_notes, example, own_labels)

@@ -29,7 +29,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -334,6 +334,14 @@ def decode(flat: Sequence[int]) -> Iterator[Example]:
         outputs = [Output(output, tuple(members)) for output, members in branches.items()]
         yield Example(tuple(segments), tuple(outputs))
         start = end
+
+
+def decode_with(flat: Sequence[int], column: Sequence) -> Iterator[tuple[Example, Any]]:
+    """`decode`, each example with its part of a per-token column of the row."""
+    start = 0
+    for example in decode(flat):
+        yield example, column[start : start + example.num_tokens]
+        start += example.num_tokens
 
 
 def float_bits(x: float) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from importlib.metadata import version
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard
 from trl.trainer.utils import get_config_model_id
 
 from trl_miso.evaluation.callback import Scores, callbacks_of
-from trl_miso.segments import decode, trained_spans
+from trl_miso.segments import decode_with, trained_spans
 from trl_miso.verification.checks import Check
 from trl_miso.version import __version__
 
@@ -195,14 +196,11 @@ def count_answers_and_contexts(dataset: Any) -> tuple[str, str]:
     answers: list[int] = []
     contexts: list[int] = []
     for batch in dataset.select_columns(["miso_layout", "labels"]).select(rows).iter(_ROWS_COUNTED):
-        for layout, labels in zip(batch["miso_layout"], batch["labels"], strict=True):
-            start = 0
-            for example in decode(layout):
-                spans = trained_spans(example, labels[start : start + example.num_tokens])
-                start += example.num_tokens
-                answers.append(len(spans))
-                contexts += [1] * (len(spans) - len(example.outputs))
-                contexts += [len(output.branches) for output in example.outputs]
+        for example, labels in chain.from_iterable(map(decode_with, batch["miso_layout"], batch["labels"])):
+            spans = trained_spans(example, labels)
+            answers.append(len(spans))
+            contexts += [1] * (len(spans) - len(example.outputs))
+            contexts += [len(output.branches) for output in example.outputs]
     if not contexts:
         return "", "none"
     several = sum(count > 1 for count in contexts) / len(contexts)
