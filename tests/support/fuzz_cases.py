@@ -417,6 +417,12 @@ def check_answers(case, example: list[Parts], meant, contexts, mode, as_trl):
     assert Counter(chain.from_iterable(map(label_runs, others))) == expected
 
 
+def is_only_context(case, meant, contexts, example):
+    """Whether the example presents the row's only context, rather than its prompt."""
+    whole = ids(case.tokenizer, contexts[0], meant.completion)
+    return len(contexts) == 1 and example[-1].output == whole[: len(example[-1].output)]
+
+
 def check_meaning(case, rows, trainer):
     """Rows that were not spoiled became what they mean, or did not fit."""
     training, single = trainer.training_mode, case.evaluated and case.options["eval_contexts"] == "standard"
@@ -445,11 +451,7 @@ def check_meaning(case, rows, trainer):
                 examples = [examples[i] for i in sorted(range(len(wholes)), key=lambda i: wholes.index(wholes[i]))]
                 made[number].sort(key=lambda example: wholes.index(example[0].output))
             for example, contexts in zip(made[number], examples, strict=True):
-                if (
-                    mode == "para"
-                    and len(contexts) > 1
-                    and case.options["para_prob"] < 1
-                    and not any(len(parts.contexts) > 1 for parts in example)
-                ):
+                plain = case.options["para_prob"] < 1 and not any(len(parts.contexts) > 1 for parts in example)
+                if mode == "para" and plain and not is_only_context(case, meant, contexts, example):
                     contexts = [meant.full]  # presented as plain SFT
                 check_answers(case, example, meant, contexts, mode, as_trl)
