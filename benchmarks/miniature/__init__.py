@@ -8,7 +8,6 @@ In the order of a run:
     training.py      fine-tuning of the base model by one method
     evaluate.py      standard inference: verdicts on answers, attention on the constraints
     grid.py          all runs of a study, with a ledger from which a killed study resumes
-    statistics.py    accuracies and bootstrap intervals
     report.py        tables and figure
     run.py           a study from the first step to the written report
 """

@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.miniature.folders import exclusive_lock
+from benchmarks.common.folders import exclusive_lock
 from benchmarks.miniature.grid import start_worker
 from benchmarks.miniature.run import estimate_seconds, run_study, write_report
 from benchmarks.miniature.study import FULL, LARGE, MIXES, QUICK, SMOKE, Study

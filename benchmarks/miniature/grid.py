@@ -20,33 +20,13 @@ import torch
 import transformers
 import trl
 
+from benchmarks.common.ledger import Ledger
+from benchmarks.common.statistics import instruction_level
 from benchmarks.miniature import evaluate, language, pretraining, training
 from benchmarks.miniature.evaluate import examination, examine
 from benchmarks.miniature.pretraining import pretrain
-from benchmarks.miniature.statistics import instruction_level
 from benchmarks.miniature.study import Study
 from benchmarks.miniature.training import Run, finetune, silence
-
-
-class Ledger:
-    """Records by key, one JSON line each in a file. A line that was half written when a process died is cut off."""
-
-    def __init__(self, file: Path):
-        self._file = file
-        content = file.read_bytes() if file.exists() else b""
-        complete = content[: content.rfind(b"\n") + 1]
-        if complete != content:
-            file.write_bytes(complete)
-        self.records = {record["key"]: record for record in map(json.loads, complete.splitlines())}
-
-    def add(self, record: dict[str, Any]) -> None:
-        if record["key"] in self.records:
-            raise ValueError(f"Got a second record {record['key']}, expected one. Fix: report this.")
-        with self._file.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.records[record["key"]] = record
 
 
 @cache

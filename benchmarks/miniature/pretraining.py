@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.miniature.folders import atomic_folder
+from benchmarks.common.folders import atomic_folder
 from benchmarks.miniature.language import WORDS, build_tokenizer, draw_rows, messages, prompt
 
 # hidden size, intermediate size, layers, heads, key-value heads

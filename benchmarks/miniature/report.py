@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
 from benchmarks.miniature.evaluate import SETS
 from benchmarks.miniature.grid import Grid
-from benchmarks.miniature.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
 from benchmarks.miniature.study import BASE, METHODS, SFT
 from benchmarks.miniature.training import Run
 

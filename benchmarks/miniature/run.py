@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.common.ledger import Ledger
 from benchmarks.common.measure import machine, print_table, write_json
-from benchmarks.miniature.grid import Grid, Ledger, Workshop
+from benchmarks.miniature.grid import Grid, Workshop
 from benchmarks.miniature.pretraining import pretrain
 from benchmarks.miniature.report import Report, digest, markdown
 from benchmarks.miniature.study import Study, describe

@@ -13,7 +13,7 @@ import transformers
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PrinterCallback
 
-from benchmarks.miniature.folders import atomic_folder
+from benchmarks.common.folders import atomic_folder
 from benchmarks.miniature.language import build_tokenizer, draw_rows, messages
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.common.folders import exclusive_lock
+from benchmarks.common.ledger import Ledger
+from benchmarks.common.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
 from benchmarks.miniature import __main__ as miniature
 from benchmarks.miniature import language
 from benchmarks.miniature.evaluate import examination
-from benchmarks.miniature.folders import exclusive_lock
-from benchmarks.miniature.grid import Grid, Ledger, Workshop
+from benchmarks.miniature.grid import Grid, Workshop
 from benchmarks.miniature.language import (
     CHECKS,
     TOPICS,
@@ -31,7 +33,6 @@ from benchmarks.miniature.language import (
     well_formed,
 )
 from benchmarks.miniature.report import Report
-from benchmarks.miniature.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
 from benchmarks.miniature.study import METHODS
 
 TEXT = "oak hunts wolf , dark owl finds wolf . deer hides path ?"
