@@ -1,6 +1,5 @@
 """The study's tables, as Markdown and as numbers, and its figure."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.statistics import Resamples, Sample, instruction_level, prompt_level, with_constraints
+from benchmarks.common.tables import Table
 from benchmarks.miniature.evaluate import SETS
 from benchmarks.miniature.grid import Grid
 from benchmarks.miniature.study import BASE, METHODS, SFT
@@ -22,8 +22,6 @@ LEVELS = {
 }
 COUNTS = range(1, 8)
 REFERENCES = (SFT, "SFT, twice the epochs")
-
-Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
 @dataclass
@@ -183,19 +181,6 @@ class Report:
         figure.tight_layout()
         figure.savefig(file, dpi=130, metadata={"Software": None})
         pyplot.close(figure)
-
-
-def markdown(tables: list[Table]) -> str:
-    parts = []
-    for title, columns, rows in tables:
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-        parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    return "\n".join(parts)
-
-
-def digest(tables: list[Table]) -> str:
-    """A short hash, by which tables of two runs are compared."""
-    return hashlib.sha256(markdown(tables).encode()).hexdigest()[:16]
 
 
 def _accuracies(title: str, rows: dict[str, Result]) -> Table:

@@ -10,9 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.common.ledger import Ledger
 from benchmarks.common.measure import machine, print_table, write_json
+from benchmarks.common.tables import digest, markdown
 from benchmarks.miniature.grid import Grid, Workshop
 from benchmarks.miniature.pretraining import pretrain
-from benchmarks.miniature.report import Report, digest, markdown
+from benchmarks.miniature.report import Report
 from benchmarks.miniature.study import Study, describe
 
 # Costs on a CPU, in units of a pretraining step on 32 exchanges: a fine-tuning step on 32 rows (mean over the methods), and the

@@ -64,8 +64,8 @@ def positions_of(contexts, output, where):
     return [[*range(start, end), *range(first, first + len(output))] for start, end, first in spans]
 
 
-def rows_loss(model, contexts, output, labels, weights, weighting="uniform", positions=None):
-    """Summed negative log-likelihood of the labels (-100: none) of one example, by one-row-per-context execution."""
+def rows_logits(model, contexts, output, weights, weighting="uniform", positions=None):
+    """Logits at the tokens of the output, all but the last, by one-row-per-context execution."""
     lengths = [len(context) for context in contexts]
     width = max(lengths) + len(output)
     ids = torch.zeros(len(contexts), width, dtype=torch.long)
@@ -84,7 +84,12 @@ def rows_loss(model, contexts, output, labels, weights, weighting="uniform", pos
         oracle_weights=weights,
         oracle_weighting=weighting,
     ).logits
-    predicted = logits[0, lengths[0] : lengths[0] + len(output) - 1]
+    return logits[0, lengths[0] : lengths[0] + len(output) - 1]
+
+
+def rows_loss(model, contexts, output, labels, weights, weighting="uniform", positions=None):
+    """Summed negative log-likelihood of the labels (-100: none) of one example, by one-row-per-context execution."""
+    predicted = rows_logits(model, contexts, output, weights, weighting, positions)
     return torch.nn.functional.cross_entropy(
         predicted.double(), torch.tensor(labels[1:], dtype=torch.long), ignore_index=-100, reduction="sum"
     )

@@ -1,0 +1,284 @@
+"""All runs of a study, over several processes, and the ledgers of finished work from which a killed study resumes."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.common.ledger import Ledger
+from benchmarks.common.real_models import add_punkt_tab
+from benchmarks.common.statistics import instruction_level
+from benchmarks.miniature.training import silence
+from benchmarks.real_study.evaluate import attention_on_constraints, evenly, examine, prompts_of
+from benchmarks.real_study.rows import Source, make_splits, read_prompts, write_answers
+from benchmarks.real_study.study import METHODS, Study
+from benchmarks.real_study.training import Run, finetune
+from trl_miso.evaluation.flatten import flatten_rows, load_bases
+from trl_miso.evaluation.ifeval import RANDOM_KEYS, load_prompts, load_scorer
+
+ANSWERED_AT_ONCE = 40
+
+
+@dataclass(frozen=True)
+class Files:
+    """`model`: a checkpoint folder. `prompts`: see `rows.Source`. `ifeval`, `bases`: as for `trl-miso eval`; without bases no Flat."""
+
+    model: str
+    prompts: str
+    ifeval: str | None
+    bases: str | None
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_version() -> str:
+    """The commit at work, with a mark if files differ from it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes rows, trains and examines models. Pickled and sent to worker processes, each of which writes ledgers of its own."""
+
+    study: Study
+    files: Files
+    folder: Path
+    device: str
+    commit: str
+
+    @property
+    def batch(self) -> int:
+        return 512 if self.device == "cuda" else 48
+
+    @property
+    def source(self) -> Source:
+        excluded = tuple(file for file in (self.files.ifeval,) if file)
+        study = self.study
+        return Source(
+            self.files.prompts, study.answers, excluded, study.pool, study.max_prompt_words, study.answer_tokens
+        )
+
+    @cached_property
+    def environment(self) -> list[Any]:
+        """What changes figures without being part of the study: device, versions, and the weights."""
+        device = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+        weights = hashlib.sha256()
+        with (Path(self.files.model) / "model.safetensors").open("rb") as file:
+            while block := file.read(1 << 24):
+                weights.update(block)
+        return [device, *(module.__version__ for module in (torch, transformers, trl)), weights.hexdigest()]
+
+    def ledger(self, name: str) -> Ledger:
+        return Ledger(self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl")
+
+    def load(self) -> tuple[Any, Any]:
+        model = AutoModelForCausalLM.from_pretrained(self.files.model, dtype=self.dtype).to(self.device).eval()
+        return model, AutoTokenizer.from_pretrained(self.files.model)
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    # Rows
+
+    def answer_part(self, name: str, prompts: Sequence[str]) -> None:
+        """Write a part of the answers to the ledger `name`."""
+        model, tokenizer = self.load()
+        texts = write_answers(model, tokenizer, prompts, self.study.answer_tokens)
+        self.ledger(name).add({"key": self.answers_key(prompts), "commit": self.commit, "answers": texts})
+
+    def answers_key(self, prompts: Sequence[str]) -> str:
+        return _digest("answers", self.study.answer_tokens, list(prompts), self.environment)
+
+    def parts(self) -> list[tuple[str, list[str]]]:
+        """Names of ledgers and prompts, for all prompts whose answers the model writes."""
+        prompts = [row["prompt"] for row in read_prompts(self.source)]
+        starts = range(0, len(prompts), ANSWERED_AT_ONCE) if self.study.answers == "own" else ()
+        return [(f"answers {start}", prompts[start : start + ANSWERED_AT_ONCE]) for start in starts]
+
+    @cached_property
+    def splits(self) -> dict[str, list[dict[str, Any]]]:
+        prompts = read_prompts(self.source)
+        if self.study.answers == "own":
+            answers = [
+                answer
+                for name, part in self.parts()
+                for answer in self.ledger(name).records[self.answers_key(part)]["answers"]
+            ]
+        else:
+            answers = [row["answer"] for row in prompts]
+        return make_splits(prompts, answers, self.study.dev, self.study.dense)
+
+    # Examinations
+
+    @cached_property
+    def tests(self) -> dict[str, list[dict[str, Any]]]:
+        """The prompts of each test set."""
+        ifeval = [prompt for prompt in load_prompts(self.files.ifeval) if prompt["key"] not in RANDOM_KEYS]
+        sets = {"IFEval": evenly(ifeval, self.study.ifeval), "Dense": prompts_of(self.splits["dense"])}
+        if self.files.bases:
+            sets["Flat"] = evenly(flatten_rows(ifeval, load_bases(self.files.bases)), self.study.flat)
+        return {name: sets[name] for name in ("IFEval", "Flat", "Dense") if sets.get(name)}
+
+    def examine_dev(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        return self._examine(model, tokenizer, prompts_of(self.splits["dev"]))
+
+    def examine_test(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        sets = {name: self._examine(model, tokenizer, prompts) for name, prompts in self.tests.items()}
+        rows = self.splits["dense"][: self.study.attention]
+        return {"sets": sets, "attention": attention_on_constraints(model, tokenizer, rows)}
+
+    def _examine(self, model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+        return examine(model, tokenizer, prompts, load_scorer(), self.study.answer_tokens, self.batch)
+
+    def key(self, run: Run | None, split: str) -> str:
+        """Key of a record: a hash of everything but the code that determines it."""
+        study = asdict(self.study)
+        for name in ("methods", "seeds", "learning_rates", "resamples"):
+            del study[name]
+        method = asdict(METHODS[run.method]) if run else None
+        return _digest(split, study, asdict(run) if run else None, method, self.splits, self.environment)
+
+    def train(self, run: Run, splits: Sequence[str], ledger: Ledger) -> None:
+        """Fine-tune and examine on the splits, unless the ledger has that."""
+        missing = [split for split in splits if self.key(run, split) not in ledger.records]
+        if not missing:
+            return
+        model, work = finetune(Path(self.files.model), run, self.study, self.training_rows(run), self.device)
+        tokenizer = AutoTokenizer.from_pretrained(self.files.model)
+        model = model.to(getattr(torch, self.dtype))
+        for split in missing:
+            results = self.examine_dev(model, tokenizer) if split == "dev" else self.examine_test(model, tokenizer)
+            record = {"key": self.key(run, split), "split": split, "commit": self.commit} | asdict(run)
+            ledger.add(record | {"work": work, "results": results})
+
+    def training_rows(self, run: Run) -> list[dict[str, Any]]:
+        rows = self.splits["train"]
+        if METHODS[run.method].signal != "misses":
+            return rows
+        verdicts = self.ledger("base").records[self.key(None, "train")]["results"]["verdicts"]
+        return [row | {"followed": [c == "1" for c in flags]} for row, flags in zip(rows, verdicts, strict=True)]
+
+    def examine_base(self) -> None:
+        """The base model on `dev`, on the tests, and on the training rows (for `misses`)."""
+        ledger = self.ledger("base")
+        model, tokenizer = self.load()
+        for split in ("dev", "test", "train"):
+            if self.key(None, split) in ledger.records:
+                continue
+            if split == "train":
+                results = self._examine(model, tokenizer, prompts_of(self.splits["train"]))
+            else:
+                results = self.examine_dev(model, tokenizer) if split == "dev" else self.examine_test(model, tokenizer)
+            ledger.add(
+                {
+                    "key": self.key(None, split),
+                    "split": split,
+                    "commit": self.commit,
+                    "method": "base",
+                    "results": results,
+                }
+            )
+
+    def run_method(self, method: str) -> str:
+        """All runs of a method: choose the learning rate on dev with seed 0, then test each seed."""
+        ledger = self.ledger(method)
+        for rate in self.study.learning_rates:
+            # With one rate there is nothing to choose, and the model is tested at once.
+            splits = ("dev", "test") if len(self.study.learning_rates) == 1 else ("dev",)
+            self.train(Run(method, rate, 0), splits, ledger)
+        rate = self.chosen_rate(method, ledger)
+        for seed in range(self.study.seeds):
+            self.train(Run(method, rate, seed), ("test",), ledger)
+        return method
+
+    def dev_scores(self, method: str, ledger: Ledger) -> dict[float, float]:
+        """Share of the instructions of dev that are followed, by learning rate."""
+        scores = {}
+        for rate in self.study.learning_rates:
+            record = ledger.records[self.key(Run(method, rate, 0), "dev")]
+            scores[rate] = instruction_level([record["results"]["verdicts"]]).accuracy
+        return scores
+
+    def chosen_rate(self, method: str, ledger: Ledger) -> float:
+        """The best rate on dev; of equal ones the smallest."""
+        scores = self.dev_scores(method, ledger)
+        return max(sorted(scores), key=scores.__getitem__)
+
+
+def run_grid(workshop: Workshop, workers: int, advance: Callable[[str], None]) -> None:
+    """Do all work that the ledgers do not hold.
+
+    Args:
+        advance: Called with a line of text after each unit of work.
+    """
+    with _pool(workers) as submit:
+        missing = [
+            (name, part)
+            for name, part in workshop.parts()
+            if workshop.answers_key(part) not in workshop.ledger(name).records
+        ]
+        for number, _ in enumerate(submit(workshop.answer_part, missing), start=1):
+            advance(f"answers: part {number} of {len(missing)}")
+        sizes = ", ".join(f"{len(rows)} {name}" for name, rows in workshop.splits.items())
+        advance(f"rows: {sizes}")
+        workshop.splits  # noqa: B018  # computed once, before the workers
+        for _ in submit(workshop.examine_base, [()]):
+            advance("base examined")
+        for method in submit(workshop.run_method, [(name,) for name in workshop.study.methods]):
+            advance(f"{method} done")
+
+
+Submit = Callable[[Callable, Iterable[tuple]], Iterator[Any]]
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Submit]:
+    """A function that runs work over tuples of arguments in worker processes and yields results as they come."""
+    if workers == 1:
+        start_worker()
+        yield lambda work, arguments: (work(*each) for each in arguments)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+
+        def submit(work: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
+            for future in as_completed([pool.submit(work, *each) for each in arguments]):
+                yield future.result()
+
+        yield submit
+
+
+def start_worker() -> None:
+    """Set up a process: one thread, no log output, NLTK's data, end with the parent process.
+
+    With one thread, results do not depend on the number of processes.
+    """
+    torch.set_num_threads(1)
+    silence()
+    add_punkt_tab()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,0 +1,151 @@
+"""Rows of the study: real prompts, answers (the model's own, or given ones), and constraints back-translated from the answers.
+
+No prompt of an evaluation is among the prompts of training: IFEval's are taken out, and the prompts are split before anything
+else is drawn.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.folders import atomic_folder
+from benchmarks.real_study.constraints import back_translate, restyle
+from trl_miso.data.constraints import add_constraints
+from trl_miso.evaluation.jsonl import read_jsonl
+
+_SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s|$)")
+MIN_WORDS = 15
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        prompts: JSON lines with `prompt` (and `answer`, for given answers).
+        answers: `"own"`: the studied model writes the answers, at temperature 0.7. `"given"`: the file's answers.
+        excluded: JSON lines with `prompt`: prompts that must not be trained on.
+        pool: Number of prompts, for all splits together.
+        max_prompt_words: Longer prompts are left out.
+        max_answer_tokens: Longer answers end at the last end of a sentence within these tokens.
+    """
+
+    prompts: str
+    answers: str
+    excluded: tuple[str, ...]
+    pool: int
+    max_prompt_words: int
+    max_answer_tokens: int
+
+
+def conversation(prompt: str, answer: str | None = None) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": prompt}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+
+
+def normalized(prompt: str) -> str:
+    """A prompt's words, by which equal prompts are found."""
+    return " ".join(re.findall(r"\w+", prompt.lower()))
+
+
+def read_prompts(source: Source) -> list[dict[str, str]]:
+    """The pool of prompts in an order that depends on their texts alone."""
+    excluded = {normalized(row["prompt"]) for file in source.excluded for row in read_jsonl(file, {"prompt": str})}
+    rows = {}
+    for row in read_jsonl(source.prompts, {"prompt": str}):
+        key = normalized(row["prompt"])
+        if key not in excluded and len(row["prompt"].split()) <= source.max_prompt_words:
+            rows[hashlib.sha256(key.encode()).hexdigest()] = row
+    return [rows[digest] for digest in sorted(rows)][: source.pool]
+
+
+def whole_sentences(answer: str) -> str | None:
+    """The answer up to its last end of a sentence, or None if that leaves fewer than 15 words."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(answer)]
+    text = answer[: ends[-1]].strip() if ends else ""
+    return text if len(text.split()) >= MIN_WORDS else None
+
+
+@torch.inference_mode()
+def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[str | None]:
+    """The model's answer to each prompt, sampled at temperature 0.7, as whole sentences; None for what is too short."""
+    chats = [conversation(prompt) for prompt in prompts]
+    tokenizer.padding_side = "left"
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    torch.manual_seed(0)
+    tokens = model.generate(
+        **batch,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+        top_k=0,
+        max_new_tokens=max_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers: list[str | None] = []
+    for response in tokens[:, batch["input_ids"].shape[1] :].tolist():
+        text = tokenizer.decode(response, skip_special_tokens=True).strip()
+        is_whole = tokenizer.eos_token_id in response and len(text.split()) >= MIN_WORDS
+        answers.append(text if is_whole else whole_sentences(text))
+    return answers
+
+
+def constrained_row(prompt: str, answer: str, few: int, most: int, seed: str) -> dict[str, Any] | None:
+    """A row with `few` to `most` constraints that its answer satisfies; None if the answer satisfies fewer.
+
+    Columns: prompt, constraints, completion, full_prompt (the request as standard inference sees it), and IFEval's key,
+    instruction_id_list and kwargs.
+    """
+    rng = random.Random(seed)
+    answer, style = restyle(answer, rng)
+    found = back_translate(answer, rng.randint(few, most), style, rng)
+    if found is None:
+        return None
+    texts = [constraint.text for constraint in found]
+    return {
+        "key": int(hashlib.sha256(seed.encode()).hexdigest()[:8], 16),
+        "prompt": prompt,
+        "constraints": texts,
+        "completion": answer,
+        "full_prompt": add_constraints(prompt, texts),
+        "instruction_id_list": [constraint.name for constraint in found],
+        "kwargs": [constraint.kwargs for constraint in found],
+    }
+
+
+def make_splits(
+    prompts: Sequence[dict[str, str]], answers: Sequence[str | None], dev: int, dense: int
+) -> dict[str, list]:
+    """Rows of the splits `dev` and `dense` (4 to 7 constraints, for testing) and `train` (2 to 6 constraints)."""
+    splits: dict[str, list] = {"dev": [], "dense": [], "train": []}
+    for row, answer in zip(prompts, answers, strict=True):
+        if answer is None:
+            continue
+        name = "dense" if len(splits["dense"]) < dense else "dev" if len(splits["dev"]) < dev else "train"
+        few, most = (2, 6) if name == "train" else (4, 7) if name == "dense" else (2, 7)
+        made = constrained_row(row["prompt"], answer, few, most, f"{name} {row['prompt']}")
+        if made is not None:
+            splits[name].append(made)
+    return splits
+
+
+def load_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {file.stem: [json.loads(line) for line in file.open()] for file in sorted(folder.glob("*.jsonl"))}
+
+
+def save_splits(splits: dict[str, list], folder: Path) -> None:
+    with atomic_folder(folder) as temporary:
+        for name, rows in splits.items():
+            with (temporary / f"{name}.jsonl").open("w") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + os.linesep)

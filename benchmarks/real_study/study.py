@@ -1,0 +1,116 @@
+"""Methods of the study, and everything else that determines its tables."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+BASE, SFT, EQUAL = "base", "SFT", "SFT, equal tokens"
+
+
+@dataclass(frozen=True)
+class Method:
+    """MISOSFTConfig options, and a training signal of `signals.py`, if any.
+
+    `matches`: train on as many tokens as this method does on its rows.
+    """
+
+    options: dict[str, Any]
+    signal: str | None = None
+    matches: str | None = None
+
+
+METHODS = {
+    SFT: Method({"context_mode": "single"}),
+    "para": Method({"context_mode": "para"}),
+    "para, full 3/4": Method({"context_mode": "para", "full_context_weight": 0.75}),
+    "both": Method({"context_mode": "para"}, signal="both"),
+    "distill": Method({"context_mode": "para"}, signal="distill"),
+    EQUAL: Method({"context_mode": "single"}, matches="para"),
+    "fid": Method({"context_mode": "para", "context_weighting": "fid"}),
+    "para_prob 1/2": Method({"context_mode": "para", "para_prob": 0.5}),
+    "para, full 1/2": Method({"context_mode": "para", "full_context_weight": 0.5}),
+    "misses": Method({"context_mode": "para"}, signal="misses"),
+    "anneal": Method({"context_mode": "para"}, signal="anneal"),
+    "succ": Method({"context_mode": "succ"}),
+    "no MISO": Method({"context_mode": "augment"}),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sizes of a study.
+
+    Attributes:
+        answers: `"own"` or `"given"`, see `rows.Source`.
+        pool: Prompts that are answered, for all splits together.
+        rows: Training rows of a run, drawn from the split `train` by the run's seed.
+        learning_rates: One is chosen per method, on the split `dev` with seed 0.
+        dev, dense: Rows of these splits.
+        ifeval, flat: Prompts of IFEval and IFEval-Flatten, evenly spaced; None for all, 0 for none.
+        attention: Rows of `dense` on which attention on the constraints is measured.
+        answer_tokens: Limit of a generated answer, in training rows and in tests.
+    """
+
+    answers: str
+    pool: int
+    rows: int
+    batch: int
+    epochs: int
+    learning_rates: tuple[float, ...]
+    seeds: int
+    dev: int
+    dense: int
+    ifeval: int | None
+    flat: int | None
+    attention: int
+    answer_tokens: int
+    methods: tuple[str, ...] = tuple(METHODS)
+    max_prompt_words: int = 60
+    resamples: int = 2000
+
+
+# For one large GPU: minutes.
+FULL = Study(
+    answers="own",
+    pool=3500,
+    rows=1000,
+    batch=8,
+    epochs=1,
+    learning_rates=(5e-6, 2e-5, 1e-4),
+    seeds=5,
+    dev=150,
+    dense=300,
+    ifeval=None,
+    flat=None,
+    attention=100,
+    answer_tokens=320,
+)
+# For two CPU cores: hours.
+SMALL = replace(
+    FULL,
+    pool=520,
+    rows=96,
+    batch=4,
+    learning_rates=(5e-6, 5e-5, 2e-4),
+    seeds=3,
+    dev=40,
+    dense=72,
+    ifeval=96,
+    flat=64,
+    attention=24,
+    answer_tokens=112,
+)
+# For a look at whether everything runs: minutes.
+QUICK = replace(
+    SMALL,
+    pool=36,
+    rows=8,
+    learning_rates=(1e-4,),
+    seeds=1,
+    dev=4,
+    dense=4,
+    ifeval=4,
+    flat=4,
+    attention=2,
+    answer_tokens=48,
+    resamples=200,
+)

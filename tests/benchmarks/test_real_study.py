@@ -1,0 +1,191 @@
+"""The study on real models: signals equal their definitions, constraints hold, rows stay apart, a killed grid resumes.
+
+Accuracies are not tested.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from benchmarks.real_study import rows as study_rows
+from benchmarks.real_study.evaluate import evenly, repeats
+from benchmarks.real_study.signals import BothTrainer, DistillTrainer, annealed, weighted_by_misses, with_standard
+from benchmarks.real_study.study import METHODS
+from tests.support.conversations import TEMPLATES, assistant, tokenizer_for, user
+from tests.support.models import tiny_model
+from tests.support.rows_oracle import parts_of, rows_logits
+from trl_miso import MISOSFTTrainer
+from trl_miso.segments import decode
+
+TOLERANCE = 512 * torch.finfo(torch.float32).eps
+CONSTRAINTS = ["Rhyme.", "Use no commas.", "Be brief.", "Name a ship."]
+ROWS = [
+    {
+        "prompt": [user(f"Describe {thing}.")],
+        "constraints": CONSTRAINTS[: 1 + i % 4],
+        "completion": [assistant(f"I see {thing}, blue and free.")],
+    }
+    for i, thing in enumerate(["the sea", "the sky", "a ship", "the harbour", "an old sailor"])
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_for(TEMPLATES["qwen3"])
+
+
+def make_trainer(trainer_class, tokenizer, make_config, **options):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    model = tiny_model("llama", **sizes)
+    for parameter in model.parameters():
+        parameter.data *= 3 if parameter.dim() > 1 else 1  # makes attention far from uniform
+    args = make_config(max_length=400, context_mode="para", log_shares=False, **options)
+    return trainer_class(model, args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
+
+
+def losses_by_definition(trainer):
+    """Summed losses of the mixed and of the standard output, and KL(mixed || standard), from separate dense forwards."""
+    mixed_loss = standard_loss = divergence = torch.zeros((), dtype=torch.float64)
+    labelled = 0
+    for row in trainer.train_dataset:
+        mixed, standard = sorted(parts_of(row), key=lambda parts: -len(parts.contexts))
+        assert len(mixed.contexts) > 1 and standard.contexts == [[]]
+        places = torch.tensor(mixed.labels[1:]) != -100
+        targets = torch.tensor(mixed.labels[1:])[places]
+        logits = rows_logits(trainer.model, mixed.contexts, mixed.output, mixed.weights, trainer.args.context_weighting)
+        teacher = log_softmax(logits[places].double(), -1)
+        trainer.model.set_attn_implementation("eager")
+        whole = mixed.contexts[0] + mixed.output
+        assert standard.output == whole
+        logits = trainer.model(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
+        student = log_softmax(logits[len(mixed.contexts[0]) : -1][places].double(), -1)
+        mixed_loss = mixed_loss - teacher.gather(1, targets[:, None]).sum()
+        standard_loss = standard_loss + cross_entropy(student, targets, reduction="sum")
+        divergence = divergence + kl_div(student, teacher.detach(), log_target=True, reduction="sum")
+        labelled += len(targets)
+    return mixed_loss / labelled, standard_loss / labelled, divergence / labelled
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"context_weighting": "fid"}, {"full_context_weight": 0.75, "share_prefixes": False}]
+)
+@pytest.mark.parametrize("trainer_class", [BothTrainer, DistillTrainer])
+def test_both_and_distill_equal_their_definition(trainer_class, options, tokenizer, make_config):
+    trainer = make_trainer(trainer_class, tokenizer, make_config, **options)
+    model, implementation = trainer.model, trainer.model.config._attn_implementation
+    mixed, standard, divergence = losses_by_definition(trainer)
+    expected = (mixed + standard) / 2 if trainer_class is BothTrainer else standard + divergence
+    assert divergence > 1e-3
+    model.zero_grad()
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.set_attn_implementation(implementation)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    model.zero_grad()
+    model.train()
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE)
+    for name, parameter in model.named_parameters():
+        worst = (parameter.grad - gradients[name]).abs().max().item()
+        assert worst <= TOLERANCE * gradients[name].abs().max().item(), name
+
+
+def test_the_standard_output_costs_its_own_tokens(tokenizer, make_config):
+    for row in make_trainer(MISOSFTTrainer, tokenizer, make_config).train_dataset:
+        (example,) = decode(row["miso_layout"])
+        (output,) = example.outputs
+        assert len(with_standard(row)["input_ids"]) == len(row["input_ids"]) + example.segments[output.segment].length
+
+
+def test_distill_refuses_rows_that_are_not_mixed(tokenizer, make_config):
+    trainer = make_trainer(DistillTrainer, tokenizer, make_config)
+    rows = [with_standard(row) for row in trainer.train_dataset]
+    rows[0]["labels"] = [-100] * (len(rows[0]["labels"]) - 5) + rows[0]["labels"][-5:]
+    with pytest.raises(ValueError, match="rows that are not mixed"):
+        trainer.compute_loss(trainer.model, trainer.data_collator(rows[:1]))
+
+
+def test_a_broken_constraint_weighs_twice():
+    row = weighted_by_misses(ROWS[3], [True, False, True, False])
+    assert len(row["contexts"]) == 6  # full, four constraints, bare
+    assert row["context_weights"] == pytest.approx([1 / 8, 1 / 8, 2 / 8, 1 / 8, 2 / 8, 1 / 8])
+
+
+def test_annealed_rows_are_mixed_first_and_plain_last():
+    rows = annealed(ROWS * 40, seed=0)
+    plain = [not row["constraints"] for row in rows]
+    quarters = [sum(plain[i : i + 50]) for i in range(0, 200, 50)]
+    assert quarters == sorted(quarters) and quarters[0] < 15 and quarters[-1] > 35
+    for row, original in zip(rows, ROWS * 40, strict=True):
+        if not row["constraints"]:
+            assert all(constraint in row["prompt"][0]["content"] for constraint in original["constraints"])
+
+
+ANSWER = (
+    "The harbour of Genoa is one of the largest in Italy. Its lighthouse, the Lanterna, stands above the harbour.\n\n"
+    "Sailors from many countries have visited Genoa for a thousand years, and they still do. The lighthouse has guided them."
+)
+
+
+def test_constraints_hold_on_their_answer():
+    pytest.importorskip("lm_eval")
+    from benchmarks.common.real_models import add_punkt_tab
+    from benchmarks.real_study.constraints import back_translate, restyle
+    from trl_miso.evaluation.ifeval import load_scorer
+
+    try:
+        add_punkt_tab()
+    except ImportError as reason:
+        pytest.skip(str(reason))
+    score = load_scorer()
+    seen = set()
+    for seed in range(150):
+        rng = random.Random(seed)
+        answer, style = restyle(ANSWER, rng)
+        constraints = back_translate(answer, rng.randint(2, 6), style, rng)
+        assert constraints is not None
+        names = [constraint.name for constraint in constraints]
+        assert len(set(names)) == len(names) and (style is None or style in names)
+        seen.update(names)
+        prompt = {
+            "key": seed,
+            "prompt": "Describe Genoa.",
+            "instruction_id_list": names,
+            "kwargs": [constraint.kwargs for constraint in constraints],
+        }
+        assert all(score(prompt, answer).strict), (names, answer)
+        assert not all(score(prompt, "No.").strict) or len(names) <= 3
+    assert len(seen) >= 14, seen
+
+
+def test_prompts_of_an_evaluation_are_left_out(tmp_path):
+    prompts = [{"prompt": "Describe the sea!"}, {"prompt": "Describe the sky."}, {"prompt": "describe  the sky"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "ifeval.jsonl").write_text(json.dumps({"prompt": "describe the sea"}) + "\n")
+    source = study_rows.Source(str(tmp_path / "prompts.jsonl"), "given", (str(tmp_path / "ifeval.jsonl"),), 10, 60, 100)
+    assert [study_rows.normalized(row["prompt"]) for row in study_rows.read_prompts(source)] == ["describe the sky"]
+
+
+def test_answers_end_with_a_sentence():
+    text = "One two three four five six seven eight. Nine ten eleven twelve thirteen fourteen fifteen sixteen! And then"
+    assert study_rows.whole_sentences(text) == text.removesuffix(" And then")
+    assert study_rows.whole_sentences("Too short. And then") is None
+    assert study_rows.whole_sentences("no end") is None
+
+
+def test_loops_are_found_and_prose_is_not():
+    assert repeats("a dog is a part of every family and " * 6)
+    assert not repeats(ANSWER)
+    assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], None) == [1, 2]
+
+
+def test_every_method_is_a_setting_of_the_trainer(make_config):
+    for method in METHODS.values():
+        make_config(**method.options)
+        assert method.matches is None or method.matches in METHODS
