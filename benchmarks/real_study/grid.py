@@ -178,29 +178,20 @@ class Workshop:
         rows = self.splits["train"]
         if METHODS[run.method].signal != "misses":
             return rows
-        verdicts = self.ledger("base").records[self.key(None, "train")]["results"]["verdicts"]
+        verdicts = self.base_record("train")["results"]["verdicts"]
         return [row | {"followed": [c == "1" for c in flags]} for row, flags in zip(rows, verdicts, strict=True)]
 
-    def examine_base(self) -> None:
-        """The base model on `dev`, on the tests, and on the training rows (for `misses`)."""
-        ledger = self.ledger("base")
-        model, tokenizer = self.load()
-        for split in ("dev", "test", "train"):
-            if self.key(None, split) in ledger.records:
-                continue
+    def base_record(self, split: str) -> dict[str, Any]:
+        """The base model's record on `dev`, `test`, or the training rows (`train`, which only `misses` needs)."""
+        ledger, key = self.ledger(f"base {split}"), self.key(None, split)
+        if key not in ledger.records:
+            model, tokenizer = self.load()
             if split == "train":
                 results = self._examine(model, tokenizer, prompts_of(self.splits["train"]))
             else:
                 results = self.examine_dev(model, tokenizer) if split == "dev" else self.examine_test(model, tokenizer)
-            ledger.add(
-                {
-                    "key": self.key(None, split),
-                    "split": split,
-                    "commit": self.commit,
-                    "method": "base",
-                    "results": results,
-                }
-            )
+            ledger.add({"key": key, "split": split, "commit": self.commit, "method": "base", "results": results})
+        return ledger.records[key]
 
     def run_method(self, method: str) -> str:
         """All runs of a method: choose the learning rate on dev with seed 0, then test each seed."""
@@ -244,9 +235,8 @@ def run_grid(workshop: Workshop, workers: int, advance: Callable[[str], None]) -
             advance(f"answers: part {number} of {len(missing)}")
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in workshop.splits.items())
         advance(f"rows: {sizes}")
-        workshop.splits  # noqa: B018  # computed once, before the workers
-        for _ in submit(workshop.examine_base, [()]):
-            advance("base examined")
+        for record in submit(workshop.base_record, [("dev",), ("test",)]):
+            advance(f"base examined on {record['split']}")
         for method in submit(workshop.run_method, [(name,) for name in workshop.study.methods]):
             advance(f"{method} done")
 

@@ -60,13 +60,8 @@ class Result:
 
 def finished_results(workshop: Workshop) -> dict[str, Result]:
     """The base model and each method all of whose runs are in the ledgers."""
-    base = workshop.ledger(BASE).records
-    results = {
-        BASE: Result(
-            [base[workshop.key(None, "test")]],
-            {0.0: instruction_level([base[workshop.key(None, "dev")]["results"]["verdicts"]]).accuracy},
-        )
-    }
+    dev = instruction_level([workshop.base_record("dev")["results"]["verdicts"]]).accuracy
+    results = {BASE: Result([workshop.base_record("test")], {0.0: dev})}
     for method in workshop.study.methods:
         ledger = workshop.ledger(method)
         try:

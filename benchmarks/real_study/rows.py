@@ -76,7 +76,7 @@ def whole_sentences(answer: str) -> str | None:
 
 @torch.inference_mode()
 def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[str | None]:
-    """The model's answer to each prompt, sampled at temperature 0.7, as whole sentences; None for what is too short."""
+    """The model's answer to each prompt, sampled at temperature 0.7 from the 50 likeliest tokens, as whole sentences; None for what is too short."""
     chats = [conversation(prompt) for prompt in prompts]
     tokenizer.padding_side = "left"
     batch = tokenizer.apply_chat_template(
@@ -87,8 +87,7 @@ def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens
         **batch,
         do_sample=True,
         temperature=0.7,
-        top_p=0.95,
-        top_k=0,
+        top_k=50,
         max_new_tokens=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
     )
