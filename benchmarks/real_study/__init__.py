@@ -5,6 +5,7 @@ In the order of a run:
     study.py         methods and sizes: everything that determines the tables
     constraints.py   constraints that an answer satisfies, by lm-eval's checkers
     rows.py          prompts, answers, rows, splits
+    decoding.py      batches that answers leave once they end
     signals.py       training signals on trial: both, distill, misses, anneal
     training.py      fine-tuning by one method
     evaluate.py      standard inference: verdicts, faults of answers, attention on the constraints

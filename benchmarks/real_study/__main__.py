@@ -43,6 +43,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="JSON lines with 'prompt', and 'answer' for --answers given")
     parser.add_argument("--ifeval", help="IFEval's input_data.jsonl (default: the Hub's data set)")
     parser.add_argument("--bases", help="ifeval_wo_instructions.jsonl, for IFEval-Flatten (default: without it)")
+    parser.add_argument("--chat_template", help="a template file, for a base model")
+    parser.add_argument("--eos_token", help="the token that ends that template's turns")
     parser.add_argument("--answers", choices=("own", "given"), default="own", help="who wrote the training answers")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     study = QUICK if options.quick else SIZES[options.size]
     study = replace(study, answers=options.answers, methods=tuple(options.methods))
     model = str(real_model(options.model)) if options.model in MODELS else options.model
-    files = Files(model, options.prompts, options.ifeval, options.bases)
+    files = Files(model, options.prompts, options.ifeval, options.bases, options.chat_template, options.eos_token)
     workshop = Workshop(study, files, options.folder, options.device, code_version())
     add_punkt_tab()
     start = time.perf_counter()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.real_study.decoding import decode
 from benchmarks.real_study.rows import conversation
-from trl_miso.evaluation.greedy import greedy_responses
 from trl_miso.evaluation.ifeval import Scorer
 
 SETS = ("IFEval", "Flat", "Dense")
@@ -48,10 +48,10 @@ def answers(
     by_prompt: dict[int, tuple[str, bool]] = {}
     for at in range(0, len(order), batch):
         part = order[at : at + batch]
-        responses = greedy_responses(model, tokenizer, [ids[i] for i in part], max_tokens)
+        responses = decode(model, tokenizer, [ids[i] for i in part], max_tokens)
         for i, response in zip(part, responses, strict=True):
             text = tokenizer.decode(response, skip_special_tokens=True).strip()
-            by_prompt[i] = text, tokenizer.eos_token_id in response
+            by_prompt[i] = text, response[-1] == tokenizer.eos_token_id
     return [by_prompt[i] for i in range(len(prompts))]
 
 

@@ -36,12 +36,17 @@ ANSWERED_AT_ONCE = 40
 
 @dataclass(frozen=True)
 class Files:
-    """`model`: a checkpoint folder. `prompts`: see `rows.Source`. `ifeval`, `bases`: as for `trl-miso eval`; without bases no Flat."""
+    """`model`: a checkpoint folder. `prompts`: see `rows.Source`. `ifeval`, `bases`: as for `trl-miso eval`; without bases no Flat.
+
+    `chat_template`, `eos_token`: a template file, and the token that ends its turns, for a base model.
+    """
 
     model: str
     prompts: str
     ifeval: str | None
     bases: str | None
+    chat_template: str | None = None
+    eos_token: str | None = None
 
 
 def _digest(*parts: Any) -> str:
@@ -95,7 +100,21 @@ class Workshop:
 
     def load(self) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(self.files.model, dtype=self.dtype).to(self.device).eval()
-        return model, AutoTokenizer.from_pretrained(self.files.model)
+        model.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        return model, self.tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(self.files.model)
+        if self.files.eos_token:
+            tokenizer.eos_token = self.files.eos_token
+        if self.files.chat_template:
+            tokenizer.chat_template = Path(self.files.chat_template).read_text(encoding="utf-8")
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "Got a model without a chat template, expected one. Fix: give --chat_template and --eos_token."
+            )
+        return tokenizer
 
     @property
     def dtype(self) -> str:
@@ -142,16 +161,16 @@ class Workshop:
             sets["Flat"] = evenly(flatten_rows(ifeval, load_bases(self.files.bases)), self.study.flat)
         return {name: sets[name] for name in ("IFEval", "Flat", "Dense") if sets.get(name)}
 
-    def examine_dev(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        return self._examine(model, tokenizer, prompts_of(self.splits["dev"]))
-
-    def examine_test(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        sets = {name: self._examine(model, tokenizer, prompts) for name, prompts in self.tests.items()}
+    def examine(self, split: str, model: Any) -> dict[str, Any]:
+        """Answer and score the prompts of `dev`, of `train`, or of all tests (`test`, with attention on the constraints)."""
+        if split != "test":
+            return self._examine(model, prompts_of(self.splits[split]))
+        sets = {name: self._examine(model, prompts) for name, prompts in self.tests.items()}
         rows = self.splits["dense"][: self.study.attention]
-        return {"sets": sets, "attention": attention_on_constraints(model, tokenizer, rows)}
+        return {"sets": sets, "attention": attention_on_constraints(model, self.tokenizer, rows)}
 
-    def _examine(self, model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        return examine(model, tokenizer, prompts, load_scorer(), self.study.answer_tokens, self.batch)
+    def _examine(self, model: Any, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+        return examine(model, self.tokenizer, prompts, load_scorer(), self.study.answer_tokens, self.batch)
 
     def key(self, run: Run | None, split: str) -> str:
         """Key of a record: a hash of everything but the code that determines it."""
@@ -159,18 +178,20 @@ class Workshop:
         for name in ("methods", "seeds", "learning_rates", "resamples"):
             del study[name]
         method = asdict(METHODS[run.method]) if run else None
-        return _digest(split, study, asdict(run) if run else None, method, self.splits, self.environment)
+        template = [self.tokenizer.chat_template, self.tokenizer.eos_token]
+        return _digest(split, study, asdict(run) if run else None, method, self.splits, template, self.environment)
 
     def train(self, run: Run, splits: Sequence[str], ledger: Ledger) -> None:
         """Fine-tune and examine on the splits, unless the ledger has that."""
         missing = [split for split in splits if self.key(run, split) not in ledger.records]
         if not missing:
             return
-        model, work = finetune(Path(self.files.model), run, self.study, self.training_rows(run), self.device)
-        tokenizer = AutoTokenizer.from_pretrained(self.files.model)
+        base = Path(self.files.model)
+        model, work = finetune(base, self.tokenizer, run, self.study, self.training_rows(run), self.device)
         model = model.to(getattr(torch, self.dtype))
+        model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         for split in missing:
-            results = self.examine_dev(model, tokenizer) if split == "dev" else self.examine_test(model, tokenizer)
+            results = self.examine(split, model)
             record = {"key": self.key(run, split), "split": split, "commit": self.commit} | asdict(run)
             ledger.add(record | {"work": work, "results": results})
 
@@ -185,11 +206,8 @@ class Workshop:
         """The base model's record on `dev`, `test`, or the training rows (`train`, which only `misses` needs)."""
         ledger, key = self.ledger(f"base {split}"), self.key(None, split)
         if key not in ledger.records:
-            model, tokenizer = self.load()
-            if split == "train":
-                results = self._examine(model, tokenizer, prompts_of(self.splits["train"]))
-            else:
-                results = self.examine_dev(model, tokenizer) if split == "dev" else self.examine_test(model, tokenizer)
+            model, _ = self.load()
+            results = self.examine(split, model)
             ledger.add({"key": key, "split": split, "commit": self.commit, "method": "base", "results": results})
         return ledger.records[key]
 

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.common.folders import atomic_folder
 from benchmarks.real_study.constraints import back_translate, restyle
+from benchmarks.real_study.decoding import decode
 from trl_miso.data.constraints import add_constraints
 from trl_miso.evaluation.jsonl import read_jsonl
 
@@ -74,27 +75,15 @@ def whole_sentences(answer: str) -> str | None:
     return text if len(text.split()) >= MIN_WORDS else None
 
 
-@torch.inference_mode()
 def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[str | None]:
-    """The model's answer to each prompt, sampled at temperature 0.7 from the 50 likeliest tokens, as whole sentences; None for what is too short."""
+    """The model's answer to each prompt, sampled at temperature 0.7, as whole sentences; None for what is too short."""
     chats = [conversation(prompt) for prompt in prompts]
-    tokenizer.padding_side = "left"
-    batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
     torch.manual_seed(0)
-    tokens = model.generate(
-        **batch,
-        do_sample=True,
-        temperature=0.7,
-        top_k=50,
-        max_new_tokens=max_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     answers: list[str | None] = []
-    for response in tokens[:, batch["input_ids"].shape[1] :].tolist():
+    for response in decode(model, tokenizer, ids, max_tokens, temperature=0.7):
         text = tokenizer.decode(response, skip_special_tokens=True).strip()
-        is_whole = tokenizer.eos_token_id in response and len(text.split()) >= MIN_WORDS
+        is_whole = response[-1] == tokenizer.eos_token_id and len(text.split()) >= MIN_WORDS
         answers.append(text if is_whole else whole_sentences(text))
     return answers
 

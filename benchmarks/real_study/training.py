@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 
 from benchmarks.real_study.rows import conversation
 from benchmarks.real_study.signals import BothTrainer, DistillTrainer, annealed, weighted_by_misses
@@ -91,10 +91,9 @@ def num_tokens(trainer: MISOSFTTrainer) -> int:
 
 
 def finetune(
-    base: Path, run: Run, study: Study, train: Sequence[dict[str, Any]], device: str
+    base: Path, tokenizer: Any, run: Run, study: Study, train: Sequence[dict[str, Any]], device: str
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The fine-tuned model, and the run's rows, steps, tokens and seconds."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
     drawn = drawn_rows(train, run.seed)
     with tempfile.TemporaryDirectory() as output:
         rows = drawn[: study.rows]

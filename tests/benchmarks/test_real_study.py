@@ -5,6 +5,7 @@ Accuracies are not tested.
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from benchmarks.real_study import rows as study_rows
+from benchmarks.real_study.decoding import decode
 from benchmarks.real_study.evaluate import evenly, repeats
 from benchmarks.real_study.signals import BothTrainer, DistillTrainer, annealed, weighted_by_misses, with_standard
 from benchmarks.real_study.study import METHODS
@@ -19,7 +21,8 @@ from tests.support.conversations import TEMPLATES, assistant, tokenizer_for, use
 from tests.support.models import tiny_model
 from tests.support.rows_oracle import parts_of, rows_logits
 from trl_miso import MISOSFTTrainer
-from trl_miso.segments import decode
+from trl_miso.evaluation.greedy import greedy_responses
+from trl_miso.segments import decode as decode_layout
 
 TOLERANCE = 512 * torch.finfo(torch.float32).eps
 CONSTRAINTS = ["Rhyme.", "Use no commas.", "Be brief.", "Name a ship."]
@@ -98,7 +101,7 @@ def test_both_and_distill_equal_their_definition(trainer_class, options, tokeniz
 
 def test_the_standard_output_costs_its_own_tokens(tokenizer, make_config):
     for row in make_trainer(MISOSFTTrainer, tokenizer, make_config).train_dataset:
-        (example,) = decode(row["miso_layout"])
+        (example,) = decode_layout(row["miso_layout"])
         (output,) = example.outputs
         assert len(with_standard(row)["input_ids"]) == len(row["input_ids"]) + example.segments[output.segment].length
 
@@ -183,6 +186,27 @@ def test_loops_are_found_and_prose_is_not():
     assert repeats("a dog is a part of every family and " * 6)
     assert not repeats(ANSWER)
     assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], None) == [1, 2]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_answers_that_ended_leave_the_batch(architecture, tokenizer):
+    model = tiny_model(architecture, vocab_size=len(tokenizer)).eval()
+    for parameter in model.parameters():
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    prompts = [
+        tokenizer(text)["input_ids"] for text in ["Describe the sea.", "A ship", "Sing of the old sailor and his ship."]
+    ]
+    free = greedy_responses(model, tokenizer, prompts, 12)
+    ending = free[0][4]  # a token that ends one answer early and not all of them
+    tokenizer = SimpleNamespace(eos_token_id=ending, pad_token_id=0)
+    model.generation_config.eos_token_id = ending
+    expected = greedy_responses(model, tokenizer, prompts, 12)
+    lengths = set()
+    for found, padded in zip(decode(model, tokenizer, prompts, 12), expected, strict=True):
+        assert found == padded[: len(found)]
+        assert len(found) == 12 or (found[-1] == ending and set(padded[len(found) :]) <= {0})
+        lengths.add(len(found))
+    assert len(lengths) > 1
 
 
 def test_every_method_is_a_setting_of_the_trainer(make_config):
