@@ -23,6 +23,8 @@ from trl_miso.data.constraints import add_constraints
 from trl_miso.evaluation.jsonl import read_jsonl
 
 _SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s|$)")
+# An answer that was cut off after the number of a list's next item.
+_DANGLING_NUMBER = re.compile(r"(^|\s)\d+\.$")
 MIN_WORDS = 15
 
 
@@ -117,7 +119,7 @@ def make_splits(
     """Rows of the splits `dev` and `dense` (4 to 7 constraints, for testing) and `train` (2 to 6 constraints)."""
     splits: dict[str, list] = {"dev": [], "dense": [], "train": []}
     for row, answer in zip(prompts, answers, strict=True):
-        if answer is None:
+        if answer is None or _DANGLING_NUMBER.search(answer):
             continue
         name = "dense" if len(splits["dense"]) < dense else "dev" if len(splits["dev"]) < dev else "train"
         few, most = (2, 6) if name == "train" else (4, 7) if name == "dense" else (2, 7)

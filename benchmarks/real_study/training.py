@@ -38,11 +38,13 @@ def drawn_rows(train: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any
 
 def presented_rows(rows: Sequence[dict[str, Any]], signal: str | None, seed: int) -> Dataset:
     """The rows as the method's signal presents them. `followed`, which constraints the model's own answer followed, is for `misses`."""
+    presented = [{name: row[name] for name in ("prompt", "constraints", "completion")} for row in rows]
     if signal == "misses":
-        return Dataset.from_list([weighted_by_misses(row, row["followed"]) for row in rows])
-    presented = annealed(rows, seed) if signal == "anneal" else rows
-    names = ("prompt", "constraints", "completion")
-    return Dataset.from_list([{name: row[name] for name in names} for row in presented])
+        followed = [row["followed"] for row in rows]
+        presented = [weighted_by_misses(row, flags) for row, flags in zip(presented, followed, strict=True)]
+    if signal == "anneal":
+        presented = annealed(presented, seed)
+    return Dataset.from_list(presented)
 
 
 def build_trainer(
@@ -71,7 +73,6 @@ def build_trainer(
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "log_shares": False,
         "verify": False,  # tests/real verifies this model
     }
     trainer_class = _TRAINERS.get(method.signal or "", MISOSFTTrainer)
