@@ -152,6 +152,9 @@ def draw(figures: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.4 * len(figures), 3.4), layout="constrained")
+    top = 1.08 * max(
+        line[key] for model in figures.values() for row in model["rows"] for line in row.values() for key in line
+    )
     axes = figure.subplots(1, len(figures), sharey=True, squeeze=False)[0]
     for axis, (name, model) in zip(axes, figures.items(), strict=True):
         for key, style in STYLES.items():
@@ -162,7 +165,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
                 axis.fill_between(
                     CONTEXTS, by_row.min(0), by_row.max(0), color=line.get_color(), alpha=0.12, linewidth=0
                 )
-        axis.set(title=TITLES.get(name, Path(name).name), xlabel="contexts", xscale="log", ylim=(0, None))
+        axis.set(title=TITLES.get(name, Path(name).name), xlabel="contexts", xscale="log", ylim=(0, top))
         axis.set_xticks(CONTEXTS, map(str, CONTEXTS))
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
