@@ -1,12 +1,14 @@
 """
 One answer from several input contexts at once: the example of the paper's Appendix A (Table 4).
 
-Each choice of a multiple-choice question is a context of its own. One answer attends to all of them, once per weighting:
+Each choice of a multiple-choice question is a context of its own. One answer attends to all of them, once per weighting. Standard
+inference, one prompt with all choices, comes first for comparison:
 
     python examples/generate_multi_context.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct
 
-In the paper "vanilla" (set-prompt's single softmax, eq. 4) fails to write a sentence where "fid" (eq. 7) succeeds. Without arguments a
-tiny random model writes gibberish, offline, in a few seconds: a check that everything runs.
+In the paper's example Llama 3 8B writes no fluent answer under "vanilla" (set-prompt's single softmax, eq. 4) and does under "fid"
+(eq. 7). docs/generation.md has what was measured here on two small models. Without arguments a tiny random model writes gibberish,
+offline, in a few seconds: a check that everything runs.
 """
 
 import argparse
@@ -44,13 +46,34 @@ def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device), AutoTokenizer.from_pretrained(name)
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> torch.Tensor:
+    """The token ids (1, tokens) of one prompt, as a turn where the tokenizer has a chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(question, return_tensors="pt")["input_ids"]
+    messages = [{"role": "user", "content": question}]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+
 def main() -> None:
     args = parse_arguments()
     model, tokenizer = load(args.model_name_or_path)
     questions = [TEMPLATE.format(choice=choice) for choice in CHOICES]
     chat = tokenizer.chat_template is not None
     contexts = [[{"role": "user", "content": question}] if chat else question for question in questions]
-    print("Contexts:", *questions, sep="\n  ")
+    question = TEMPLATE.format(choice=" ".join(CHOICES))
+    print("One prompt:", question, sep="\n  ")
+    ids = prompt_ids(tokenizer, question).to(model.device)
+    torch.manual_seed(0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample,
+    )
+    print(f"\nstandard inference: {tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()!r}")
+
+    print("\nContexts:", *questions, sep="\n  ")
     for weighting in WEIGHTINGS:
         torch.manual_seed(0)
         out = miso_generate(

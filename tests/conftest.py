@@ -16,7 +16,18 @@ from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
 # The longest files come first, so that processes that share the files end together.
-LONG = ["distributed", "resume", "benchmarks", "examples", "hub", "fuzz", "callback", "miniature", "report_page"]
+LONG = [
+    "distributed",
+    "resume",
+    "benchmarks",
+    "examples",
+    "hub",
+    "fuzz",
+    "callback",
+    "miniature",
+    "report_page",
+    "smollm2",
+]
 # `-m fast`: files that cover every step from a row to the gradient, in about a minute.
 FAST = {
     *("the_idea", "rooms", "readme", "config", "segments", "packed"),

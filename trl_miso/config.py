@@ -53,7 +53,8 @@ class MISOSFTConfig(SFTConfig):
 
         context_weighting (`str`, *optional*, defaults to `"uniform"`):
             Weights of the contexts: `"uniform"` (1/n, or the row's `context_weights`; eq. 3), `"fid"` (by attention
-            mass; eq. 7) or `"vanilla"` (one softmax over all contexts; eq. 4, the baseline that breaks generation).
+            mass; eq. 7) or `"vanilla"` (one softmax over all contexts; eq. 4, the baseline under which the output's share
+            of attention falls as contexts are added).
         full_context_weight (`float`, *optional*):
             Fixed weight of the full context, strictly between 0 and 1. The other contexts divide the rest evenly.
             Requires `context_weighting="uniform"` and `include_full=True`. If not set, all contexts have the same
@@ -140,7 +141,8 @@ class MISOSFTConfig(SFTConfig):
         default="uniform",
         metadata={
             "help": "Weights of the contexts: 'uniform' (1/n, or the row's `context_weights`; eq. 3), 'fid' (by attention "
-            "mass; eq. 7) or 'vanilla' (one softmax over all contexts; eq. 4, the baseline that breaks generation).",
+            "mass; eq. 7) or 'vanilla' (one softmax over all contexts; eq. 4, the baseline under which the output's share of "
+            "attention falls as contexts are added).",
             "choices": list(WEIGHTINGS),
         },
     )

@@ -7,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+
+from benchmarks.dilution import repetition, written
+from tests.support.models import tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -62,3 +66,30 @@ def test_decoding(tmp_path):
     assert all(len(case[f"new_{name}"]) == 4 for case in (one, four) for name in ("plain", "miso"))
     assert one["new_miso"] == one["new_plain"]
     assert [case["tokens"] for case in (one, four)] == [256, 1024]
+
+
+def test_dilution(tmp_path, tokenizer):
+    """Any checkpoint is measured. All weightings agree on one context, and vanilla leaves less to the output with each more."""
+    model, file = tmp_path / "model", tmp_path / "figures.json"
+    tiny_model("llama").save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    pages = ["--figure", tmp_path / "figure.png", "--markdown", tmp_path / "tables.md"]
+    printed = run("dilution", "--models", model, "--quick", "--prompts", 1, "--json", file, *pages)
+    figures = json.loads(file.read_text())[str(model)]
+    one, *more = figures["mean"].values()
+    assert list(figures["mean"]) == list(figures["written"]) == ["1", "2", "4", "8"]
+    assert len(set(one.values()) - {one["equation 6"]}) == 1
+    vanilla = [one["vanilla"], *(line["vanilla"] for line in more)]
+    assert vanilla == sorted(vanilla, reverse=True) and len(set(vanilla)) == 4
+    assert all(len(line) == 4 for line in figures["written"].values())
+    assert f"{vanilla[-1]:.1%}" in printed and f"{vanilla[-1]:.1%}" in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_texts_written_without_a_chat_template(tokenizer):
+    plain = deepcopy(tokenizer)
+    plain.chat_template = None
+    found = written(tiny_model("llama").eval(), plain, prompts=2, contexts=2, tokens=4)
+    assert list(found) == ["standard", "uniform", "fid", "vanilla"]
+    assert all(perplexity > 1 for perplexity, _ in found.values())
+    assert repetition([[1, 2, 3, 1, 2, 3, 1, 2, 3], [1, 2, 3]], n=3) == pytest.approx(4 / 8)

@@ -471,3 +471,6 @@ def test_example(capsys, monkeypatch):
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate_multi_context.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert all(f"\n{weighting}: " in printed for weighting in WEIGHTINGS)
+    one_prompt, contexts = printed.split("\nContexts:")
+    assert "\nstandard inference: '" in one_prompt and "1. paralysis" in one_prompt and "4. paralysis" in one_prompt
+    assert "standard" not in contexts

@@ -95,6 +95,25 @@ def rows_loss(model, contexts, output, labels, weights, weighting="uniform", pos
     )
 
 
+def trainer_by_rows(trainer, rows):
+    """A trainer's loss on prepared rows, the gradients by name, and how many outputs have several contexts."""
+    weighting, model = trainer.args.context_weighting, trainer.model
+    implementation = model.config._attn_implementation
+    model.zero_grad()
+    total, count, mixed = torch.zeros((), dtype=torch.float64), 0, 0
+    for row in rows:
+        for contexts, output, labels, weights in parts_of(row):
+            where = "chunks" if trainer.training_mode == "succ" else trainer.args.output_positions
+            positions = positions_of(contexts, output, where if len(contexts) > 1 else "successive")
+            total = total + rows_loss(model, contexts, output, labels, weights, weighting, positions)
+            count += sum(label != -100 for label in labels[1:])
+            mixed += len(contexts) > 1
+    loss = total / count
+    loss.backward()
+    model.set_attn_implementation(implementation)
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}, mixed
+
+
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, sliding_window=None, **kwargs):
     lengths, size = kwargs["oracle_lengths"], kwargs["oracle_output"]
     weights, weighting = kwargs["oracle_weights"], kwargs["oracle_weighting"]

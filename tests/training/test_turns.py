@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.support.conversations import TEMPLATES, assistant, tokenizer_for, user
 from tests.support.models import tiny_model
-from tests.support.rows_oracle import parts_of, positions_of, rows_loss
+from tests.support.rows_oracle import parts_of, trainer_by_rows
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.segments import decode
 
@@ -62,25 +62,6 @@ def make_trainer(rows, tokenizer, make_config, **options):
     return MISOSFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
-def by_oracle(trainer, rows):
-    """Loss and gradients of one batch row per answer and context."""
-    weighting, model = trainer.args.context_weighting, trainer.model
-    implementation = model.config._attn_implementation
-    model.zero_grad()
-    total, count, mixed = torch.zeros((), dtype=torch.float64), 0, 0
-    for row in rows:
-        for contexts, output, labels, weights in parts_of(row):
-            where = "chunks" if trainer.training_mode == "succ" else trainer.args.output_positions
-            positions = positions_of(contexts, output, where if len(contexts) > 1 else "successive")
-            total = total + rows_loss(model, contexts, output, labels, weights, weighting, positions)
-            count += sum(label != -100 for label in labels[1:])
-            mixed += len(contexts) > 1
-    loss = total / count
-    loss.backward()
-    model.set_attn_implementation(implementation)
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}, mixed
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -101,7 +82,7 @@ def by_oracle(trainer, rows):
 def test_loss_and_gradients_are_those_of_one_row_per_answer_and_context(batches, kind, options, qwen3, make_config):
     trainer = make_trainer(ROWS[kind], qwen3, make_config, **options)
     rows = list(trainer.train_dataset)
-    loss, gradients, mixed = by_oracle(trainer, rows)
+    loss, gradients, mixed = trainer_by_rows(trainer, rows)
     examples = [example for row in rows for example in decode(row["miso_layout"])]
     assert any(len(example.outputs) > 1 for example in examples) or "demonstrations" in kind or not mixed
     assert bool(mixed) == (options.get("chunk_probs") != [1.0])
