@@ -11,9 +11,9 @@ from tests.evaluation import test_evaluation
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer, miso_generate
 from trl_miso.cli.readout import main
-from trl_miso.readout.answers import generate_answers, prompt_ids
+from trl_miso.readout.answers import generate_answers, prompt_ids, verdicts_on
 from trl_miso.readout.losses import READINGS, STANDARD, read_answers
-from trl_miso.readout.rows import prepare_rows, sample_rows, verdicts_on
+from trl_miso.readout.rows import prepare_rows, sample_rows
 from trl_miso.readout.summary import compare, in_words, summarize
 from trl_miso.report.constraint_checks import ifeval_check, synthetic_check
 from trl_miso.segments.packed import WEIGHTINGS
@@ -67,15 +67,15 @@ def settings_of(reading):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "compared"),
     [
-        ("llama", {}),
-        ("llama", {"max_length": 120, "output_positions": "after_longest", "include_bare": False}),
-        ("gemma3", {"max_length": 128}),
+        ("llama", {}, READINGS),
+        ("llama", {"max_length": 120, "output_positions": "after_longest", "include_bare": False}, READINGS[1:2]),
+        ("gemma3", {"max_length": 128}, READINGS[-1:]),
     ],
 )
-def test_losses_equal_the_trainers(name, settings, prepare, tokenizer, make_config):
-    sampled, rows, args = prepare(**settings)
+def test_losses_equal_the_trainers(name, settings, compared, prepare, tokenizer, make_config):
+    sampled, rows, args = prepare(count=4, **settings)
     model = uneven(tiny_model(name, max_position_embeddings=1024)).train()
     before = model.config._attn_implementation
     losses, refused = read_answers(
@@ -84,8 +84,10 @@ def test_losses_equal_the_trainers(name, settings, prepare, tokenizer, make_conf
     assert model.training and model.config._attn_implementation == before
     assert refused == {} and list(losses) == [STANDARD, *(reading.name for reading in READINGS)]
     raw = sampled.dataset.select([row.number for row in rows])
-    assert pooled(losses[STANDARD]) == pytest.approx(evaluated(model, tokenizer, raw, make_config, **settings), rel=1e-5)
-    for reading in READINGS:
+    assert pooled(losses[STANDARD]) == pytest.approx(
+        evaluated(model, tokenizer, raw, make_config, **settings), rel=1e-5
+    )
+    for reading in compared:
         expected = evaluated(model, tokenizer, raw, make_config, **settings | settings_of(reading))
         assert pooled(losses[reading.name]) == pytest.approx(expected, rel=1e-5), reading.name
     assert len({round(pooled(of_rows)[0], 4) for of_rows in losses.values()}) > 3  # the weightings differ
@@ -164,7 +166,11 @@ def test_rows_with_other_labels_are_left_out(make_config, tokenizer):
     [
         ({"prompt": "Tell me.", "completion": "No."}, {}, "in the 'prompt' format"),
         ({"prompt": "Tell me.", "constraints": [], "completion": "No."}, {}, "none of which.*fewer than 2 contexts"),
-        ({"prompt": "Tell me.", "constraints": ["Be kind."], "completion": "No."}, {"context_mode": "succ"}, "context_mode"),
+        (
+            {"prompt": "Tell me.", "constraints": ["Be kind."], "completion": "No."},
+            {"context_mode": "succ"},
+            "context_mode",
+        ),
     ],
 )
 def test_rows_that_cannot_be_read_are_refused(row, settings, message, make_config):
@@ -197,9 +203,9 @@ def test_answers_and_verdicts_equal_those_by_hand(prepare, tokenizer, punkt):
     ]
     sampled, prepared, _ = prepare(Dataset.from_list(rows))
     model = uneven(tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)).train()
-    answers, refused = generate_answers(model, tokenizer, prepared, max_new_tokens=6, batch_size=2)
+    answers, refused = generate_answers(model, tokenizer, prepared, max_new_tokens=4, batch_size=2)
     assert model.training and refused == {} and set(answers) == {STANDARD, *(reading.name for reading in READINGS)}
-    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": tokenizer.pad_token_id}
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": tokenizer.pad_token_id}
     check = ifeval_check()
     for place, row in enumerate(prepared):
         ids = torch.tensor([prompt_ids(tokenizer, row.full.contexts[0], {})])
@@ -240,7 +246,12 @@ def test_intervals_are_paired_and_over_rows():
     rng = np.random.default_rng(3)
     tokens = rng.integers(5, 400, 64)
     standard = tokens * rng.normal(2, 0.8, 64)
-    values = {STANDARD: standard, "same": standard, "less": standard - 0.05 * tokens, "noisy": rng.permutation(standard)}
+    values = {
+        STANDARD: standard,
+        "same": standard,
+        "less": standard - 0.05 * tokens,
+        "noisy": rng.permutation(standard),
+    }
     compared = compare(values, tokens)
     assert compared["same"]["interval"] == [0, 0] and compared["same"]["difference"] == 0
     assert compared["less"]["difference"] == pytest.approx(-0.05)
@@ -260,9 +271,13 @@ def test_words_claim_no_more_than_the_intervals():
         return {"standard": {"interval": None}} | {name: {"interval": interval} for name, interval in intervals.items()}
 
     data = {"rows": {"read": 64}, "loss": lines(uniform=[-2, -1], fid=[-1, 1], vanilla=[0, 1]), "followed": None}
-    assert in_words(data).endswith("the loss of the rows' answers is lower under uniform and not clearly different under fid and vanilla.")
+    assert in_words(data).endswith(
+        "the loss of the rows' answers is lower under uniform and not clearly different under fid and vanilla."
+    )
     data["followed"] = lines(uniform=[1, 2], fid=[-3, -1])
-    assert in_words(data).endswith("; the number of constraints that the model's own answers follow is lower under fid and higher under uniform.")
+    assert in_words(data).endswith(
+        "; the number of constraints that the model's own answers follow is lower under fid and higher under uniform."
+    )
     data["rows"]["read"] = 9
     assert "no difference" in in_words(data) and "uniform" not in in_words(data)
 
@@ -274,7 +289,9 @@ def test_words_claim_no_more_than_the_intervals():
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer(synthetic_rows(40), vocab_size=400)
-    model = tiny_model("llama", num_hidden_layers=2, vocab_size=len(tokenizer), eos_token_id=1, max_position_embeddings=1024)
+    model = tiny_model(
+        "llama", num_hidden_layers=2, vocab_size=len(tokenizer), eos_token_id=1, max_position_embeddings=1024
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -282,10 +299,10 @@ def model_folder(tmp_path_factory):
 
 def test_the_command_reads_generated_rows(model_folder, tmp_path, monkeypatch, capsys, wide_terminal):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--num_rows", "12", "--generate", "--max_new_tokens", "4", "--json", "readout.json", "--use_cpu"]
+    arguments = ["--num_rows", "10", "--generate", "--max_new_tokens", "2", "--json", "readout.json", "--use_cpu"]
     main(["--model", model_folder, *arguments])
     data = json.loads((tmp_path / "readout.json").read_text())
-    assert data["rows"]["read"] == 12 and data["dataset"] == "generated rows"
+    assert data["rows"]["read"] == 10 and data["dataset"] == "generated rows"
     names = [STANDARD, *(reading.name for reading in READINGS)]
     for measure in ("loss", "accuracy", "followed"):
         assert list(data[measure]) == names and data[measure]["fid"]["interval"]
@@ -293,7 +310,13 @@ def test_the_command_reads_generated_rows(model_folder, tmp_path, monkeypatch, c
     assert data["tokens"] == sum(by_row["tokens"])
     assert data["loss"]["fid"]["value"] == pytest.approx(sum(by_row["nll"]["fid"]) / data["tokens"])
     printed = capsys.readouterr().out
-    for text in ("12 rows of generated rows", "full 1/2", "vanilla", "Constraints that the model's own answers", data["in_words"]):
+    for text in (
+        "10 rows of generated rows",
+        "full 1/2",
+        "vanilla",
+        "Constraints that the model's own answers",
+        data["in_words"],
+    ):
         assert text in printed, text
 
 

@@ -16,9 +16,9 @@ from trl import ModelConfig
 
 from trl_miso.cli.arguments import command_parser, count_from, output_file, parse_command
 from trl_miso.config import MISOSFTConfig
-from trl_miso.readout.answers import generate_answers
+from trl_miso.readout.answers import generate_answers, verdicts_on
 from trl_miso.readout.losses import read_answers
-from trl_miso.readout.rows import prepare_rows, sample_rows, verdicts_on
+from trl_miso.readout.rows import prepare_rows, sample_rows
 from trl_miso.readout.summary import summarize
 from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, load_tokenizer
 from trl_miso.report.build import load_chat_template, load_model

@@ -13,6 +13,7 @@ from trl_miso.evaluation.greedy import greedy_responses
 from trl_miso.generation import miso_generate
 from trl_miso.readout.losses import READINGS, STANDARD, Reading, full_weight_obstacle
 from trl_miso.readout.rows import PreparedRow, Progress
+from trl_miso.report.samples import ConstraintCheck
 
 
 def generate_answers(
@@ -73,6 +74,13 @@ def generate_answers(
             continue
         answers[reading.name] = texts
     return answers, refused
+
+
+def verdicts_on(check: ConstraintCheck, row: dict[str, Any], answer: str) -> list[bool]:
+    """The verdicts on an answer, one per constraint. `row` passed `sample_rows` with this check."""
+    verdicts = check(row, answer)
+    assert verdicts is not None, "the row has a check"
+    return [bool(verdict) for verdict in verdicts]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kwargs: dict[str, Any]) -> list[int]:

@@ -171,13 +171,6 @@ def prepare_rows(
     return kept
 
 
-def verdicts_on(check: ConstraintCheck, row: dict[str, Any], answer: str) -> list[bool]:
-    """The verdicts on an answer, one per constraint. `row` passed `sample_rows` with this check."""
-    verdicts = check(row, answer)
-    assert verdicts is not None, "the row has a check"
-    return [bool(verdict) for verdict in verdicts]
-
-
 def _check_checkable(row: dict[str, Any], check: ConstraintCheck) -> None:
     """Raise ValueError if a row's constraints cannot be checked."""
     verdicts = check(row, "") if row.get("constraints") else None

@@ -1,6 +1,6 @@
 """A readout as plain data: each reading beside standard inference, with paired intervals over rows, and what they say in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from trl_miso.report.relation import LEAST
 _RESAMPLES = 2000
 
 
-def compare(values: dict[str, Sequence[float]], totals: Sequence[float]) -> dict[str, dict[str, Any]]:
+def compare(values: Mapping[str, Sequence[float]], totals: Sequence[float]) -> dict[str, dict[str, Any]]:
     """Compare readings with standard inference by values summed over rows.
 
     A reading's value is `sum(values) / sum(totals)`: each token, or each constraint, counts the same. The 95 % interval of its
