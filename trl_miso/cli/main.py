@@ -8,6 +8,7 @@ from yaml import YAMLError
 _COMMANDS = {
     "preview": ("trl_miso.cli.preview", "show rows as they will be trained on, and statistics"),
     "verify": ("trl_miso.cli.verify", "check that MISO is exact on a model and its rows, without training"),
+    "readout": ("trl_miso.cli.readout", "show how a model reads several contexts, before or after training"),
     "report": ("trl_miso.cli.report", "show how much attention each constraint gets, before and after training"),
     "eval": ("trl_miso.cli.eval", "score responses to a benchmark beside the paper's numbers"),
 }
