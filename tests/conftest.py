@@ -1,5 +1,6 @@
 """Shared fixtures: everything is local and generated, no hub is asked."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads cost more than they give
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_") in FAST:
             item.add_marker("fast")
+
+
+def pytest_collection_finish(session):
+    """Exempt modules and tests from garbage collection: every training collects, which took a second each over their objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

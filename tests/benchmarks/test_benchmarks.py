@@ -4,26 +4,19 @@ Times are not tested; `tests/attention/test_work.py` counts the work instead.
 """
 
 import json
-import os
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 
 from benchmarks.dilution import repetition, written
 from tests.support.models import tiny_model
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.processes import REPOSITORY, run_python
 
 
 def run(name, *arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_python("-m", f"benchmarks.{name}", *arguments, OMP_NUM_THREADS="1")[0]
 
 
 def test_a_step(tmp_path):
@@ -44,7 +37,11 @@ def test_the_operator_alone(device, tmp_path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     file = tmp_path / "figures.json"
-    run("attention", "--device", device, "--quick", "--repeats", 1, "--patience", 0.01, "--json", file)
+    # In a new interpreter: a CUDA device is not forked.
+    command = [sys.executable, "-m", "benchmarks.attention", "--device", device, "--quick", "--json", str(file)]
+    command += ["--repeats", "1", "--patience", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(file.read_text())
     assert {record["length"] for record in figures["lengths"]} == {1024, 2048, 4096}
     chunks = [record["pairs"] for record in figures["chunks"]]

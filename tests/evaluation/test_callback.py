@@ -2,7 +2,6 @@
 
 import ast
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -20,12 +19,11 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.support import rank_runs
 from tests.support.models import tiny_model
+from tests.support.processes import PROCESSES
 from trl_miso import MISOEvalCallback, MISOSFTTrainer
 from trl_miso.evaluation import in_training
 from trl_miso.evaluation.ifeval import Counts, Verdict
 
-PROCESSES = multiprocessing.get_context("forkserver")  # which imports once
-PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
 PROMPTS = [
     {"prompt": "Write about the river."},
     {"prompt": "Hello"},

@@ -4,30 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import tiny_model
+from tests.support.processes import REPOSITORY, run_python
 
-REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "examples" / "train_crab.py"
 REAL = REPOSITORY.parent / "shared" / "data" / "multi_constraint" / "rows.jsonl"
 
 
 @pytest.fixture
 def train_crab(tmp_path):
     def run(*arguments):
-        environment = os.environ | {
-            "PYTHONPATH": str(REPOSITORY),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        command = [sys.executable, str(REPOSITORY / "examples" / "train_crab.py"), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        return "".join(run_python(SCRIPT, *arguments, cwd=tmp_path))
 
     return run
 
@@ -37,8 +29,13 @@ def _loads(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_embedded_default(train_crab, tmp_path):
-    printed = train_crab("--max_steps", 12, "--logging_steps", 1)
+def test_embedded_default(tmp_path):
+    """In a new interpreter."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, str(SCRIPT), "--max_steps", "12", "--logging_steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout + done.stderr
     losses = [float(x) for x in printed.split("Training loss: ")[1].split(". Saved")[0].split(" -> ")]
     assert losses[1] < losses[0] - 0.5
     assert "Before:" in printed and "After:" in printed and "[x]" in printed

@@ -2,11 +2,7 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.distributed_script import COLUMNS, OPTIONS, run
 from tests.support.models import tiny_model
+from tests.support.processes import REPOSITORY, run_python
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.attention import register_miso_attention
 from trl_miso.attention.support import prepare_model
 from trl_miso.data.collator import MISODataCollator
 
-REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "examples" / "accelerate"
 SCRIPT = REPOSITORY / "tests" / "support" / "distributed_script.py"
 CPU = {"use_cpu": True}
@@ -82,12 +78,9 @@ def folder(tmp_path_factory, para_dataset, tokenizer):
 def _launch(folder, name, launcher, scenarios, **environment):
     """Launch two ranks; return the results of each scenario, one per rank."""
     (folder / f"{name}.json").write_text(json.dumps(scenarios))
-    environment = (
-        os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
-    )
-    command = [sys.executable, "-m", *launcher, str(SCRIPT), str(folder), name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"PET_START_METHOD": "fork", "PET_RUN_PATH": "1"}  # ranks are forked too: torchrun's own options
+    run_python("-m", *launcher, SCRIPT, folder, name, cwd=folder, timeout=240, **environment)
     return {s: [torch.load(folder / f"{name}-{s}-{rank}.pt") for rank in range(2)] for s in scenarios}
 
 

@@ -1,7 +1,6 @@
 """NaN losses and gradients, SIGTERM, and ranks that differ: every rank stops in the same step, or goes on."""
 
 import ast
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,11 +11,10 @@ from datasets import Dataset
 
 from tests.support import rank_runs
 from tests.support.models import tiny_model
+from tests.support.processes import PROCESSES
 from trl_miso import MISOSFTTrainer
 from trl_miso.training.interruption import NonFiniteError
 
-PROCESSES = multiprocessing.get_context("forkserver")  # whose processes share one import
-PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
 POISON = 500  # a token id that occurs in no text
 
 

@@ -1,16 +1,14 @@
 """Training that is killed at any moment and resumed has the losses and weights of an uninterrupted run, bit for bit."""
 
 import json
-import multiprocessing
 import shutil
 import signal
 
 import pytest
 
 from tests.support import resume_runs
+from tests.support.processes import PROCESSES
 
-PROCESSES = multiprocessing.get_context("forkserver")  # whose processes share one import
-PROCESSES.set_forkserver_preload(["tests.support.rank_runs", "tests.support.resume_runs"])
 CHUNKS = {"context_mode": "succ", "chunk_probs": [0.2, 0.4, 0.4], "packing": True, "max_length": 400}
 
 

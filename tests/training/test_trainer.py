@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tests.support.models import tiny_model
+from tests.support.processes import run_python
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def _losses(trainer):
@@ -298,15 +297,8 @@ def test_trl_example_script_with_the_class_swapped(para_dataset, tokenizer, tmp_
         "bf16": "false",
         "use_cpu": "true",
     }
-    command = [
-        sys.executable,
-        str(tmp_path / "sft.py"),
-        *(str(x) for key, value in arguments.items() for x in (f"--{key}", value)),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "multi_context_share" in done.stdout + done.stderr
+    options = [part for key, value in arguments.items() for part in (f"--{key}", value)]
+    assert "multi_context_share" in "".join(run_python(tmp_path / "sft.py", *options, cwd=tmp_path))
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
