@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from benchmarks.common.statistics import instruction_level
 from benchmarks.miniature.training import silence
 from benchmarks.real_study.evaluate import attention_on_constraints, evenly, examine, prompts_of
 from benchmarks.real_study.rows import Source, make_splits, read_prompts, write_answers
-from benchmarks.real_study.study import METHODS, Study
+from benchmarks.real_study.study import BASE, METHODS, Study
 from benchmarks.real_study.training import Run, finetune
 from trl_miso.evaluation.flatten import flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import RANDOM_KEYS, load_prompts, load_scorer
@@ -202,13 +202,18 @@ class Workshop:
         verdicts = self.base_record("train")["results"]["verdicts"]
         return [row | {"followed": [c == "1" for c in flags]} for row, flags in zip(rows, verdicts, strict=True)]
 
+    def examine_base(self) -> str:
+        for split in ("dev", "test"):
+            self.base_record(split)
+        return BASE
+
     def base_record(self, split: str) -> dict[str, Any]:
         """The base model's record on `dev`, `test`, or the training rows (`train`, which only `misses` needs)."""
-        ledger, key = self.ledger(f"base {split}"), self.key(None, split)
+        ledger, key = self.ledger(f"{BASE} {split}"), self.key(None, split)
         if key not in ledger.records:
             model, _ = self.load()
             results = self.examine(split, model)
-            ledger.add({"key": key, "split": split, "commit": self.commit, "method": "base", "results": results})
+            ledger.add({"key": key, "split": split, "commit": self.commit, "method": BASE, "results": results})
         return ledger.records[key]
 
     def run_method(self, method: str) -> str:
@@ -244,36 +249,34 @@ def run_grid(workshop: Workshop, workers: int, advance: Callable[[str], None]) -
         advance: Called with a line of text after each unit of work.
     """
     with _pool(workers) as submit:
-        missing = [
-            (name, part)
-            for name, part in workshop.parts()
-            if workshop.answers_key(part) not in workshop.ledger(name).records
-        ]
-        for number, _ in enumerate(submit(workshop.answer_part, missing), start=1):
+        missing = []
+        for name, part in workshop.parts():
+            if workshop.answers_key(part) not in workshop.ledger(name).records:
+                missing.append((workshop.answer_part, (name, part)))
+        for number, _ in enumerate(submit(missing), start=1):
             advance(f"answers: part {number} of {len(missing)}")
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in workshop.splits.items())
         advance(f"rows: {sizes}")
-        for record in submit(workshop.base_record, [("dev",), ("test",)]):
-            advance(f"base examined on {record['split']}")
-        for method in submit(workshop.run_method, [(name,) for name in workshop.study.methods]):
-            advance(f"{method} done")
+        methods = [(workshop.run_method, (name,)) for name in workshop.study.methods]
+        for name in submit([*methods, (workshop.examine_base, ())]):
+            advance(f"{name} done")
 
 
-Submit = Callable[[Callable, Iterable[tuple]], Iterator[Any]]
+Work = tuple[Callable[..., Any], tuple]  # a function and its arguments
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Submit]:
-    """A function that runs work over tuples of arguments in worker processes and yields results as they come."""
+def _pool(workers: int) -> Iterator[Callable[[list[Work]], Iterator[Any]]]:
+    """A function that does work in worker processes and yields results as they come."""
     if workers == 1:
         start_worker()
-        yield lambda work, arguments: (work(*each) for each in arguments)
+        yield lambda works: (work(*arguments) for work, arguments in works)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
 
-        def submit(work: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
-            for future in as_completed([pool.submit(work, *each) for each in arguments]):
+        def submit(works: list[Work]) -> Iterator[Any]:
+            for future in as_completed([pool.submit(work, *arguments) for work, arguments in works]):
                 yield future.result()
 
         yield submit
