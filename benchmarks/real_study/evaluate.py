@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -65,19 +66,24 @@ def repeats(text: str) -> bool:
 def examine(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompts: Sequence[dict[str, Any]],
+    sets: dict[str, Sequence[dict[str, Any]]],
     score: Scorer,
     max_tokens: int,
     batch: int,
-) -> dict[str, Any]:
-    """Answer the prompts and score the answers.
+) -> dict[str, dict[str, Any]]:
+    """Answer the prompts of all sets and score the answers.
 
     Returns:
-        `verdicts` and `loose`: one string per prompt with one character, 0 or 1, per instruction. `unfinished`, `repeating`,
-        `empty`: one string with one such character per prompt. `words`: the mean length of an answer.
+        For each set: `verdicts` and `loose`: one string per prompt with one character, 0 or 1, per instruction. `unfinished`,
+        `repeating`, `empty`: one string with one such character per prompt. `words`: the mean length of an answer.
     """
     model.eval()
-    given = answers(model, tokenizer, [prompt["prompt"] for prompt in prompts], max_tokens, batch)
+    texts = [prompt["prompt"] for prompts in sets.values() for prompt in prompts]
+    given = iter(answers(model, tokenizer, texts, max_tokens, batch))
+    return {name: _scored(prompts, list(islice(given, len(prompts))), score) for name, prompts in sets.items()}
+
+
+def _scored(prompts: Sequence[dict[str, Any]], given: list[tuple[str, bool]], score: Scorer) -> dict[str, Any]:
     verdicts = [score(prompt, text) for prompt, (text, _) in zip(prompts, given, strict=True)]
     return {
         "verdicts": [_flags(verdict.strict) for verdict in verdicts],
