@@ -5,15 +5,11 @@ Accuracies are not tested: a model this small, trained for seconds, has learnt n
 
 import itertools
 import json
-import logging
 import random
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from benchmarks.common.folders import exclusive_lock
 from benchmarks.common.ledger import Ledger
@@ -52,18 +48,6 @@ TRUE_AND_MUTATED = {
     "no commas .": TEXT,
     "one comma .": TEXT.replace(",", "."),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_logs():
-    """The study turns off logs and progress bars of its process: turn them on again."""
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    yield
-    torch.set_num_threads(threads)
-    logging.disable(logging.NOTSET)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
-    datasets.enable_progress_bars()
 
 
 def test_checkers_hold_on_the_text_and_fail_on_a_mutated_one():

@@ -5,6 +5,7 @@ Accuracies are not tested.
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from benchmarks.common.real_models import add_punkt_tab
+from benchmarks.real_study import __main__ as real_study
+from benchmarks.real_study import grid
 from benchmarks.real_study import rows as study_rows
 from benchmarks.real_study.decoding import decode
 from benchmarks.real_study.evaluate import evenly, repeats
 from benchmarks.real_study.signals import BothTrainer, DistillTrainer, annealed, weighted_by_misses, with_standard
-from benchmarks.real_study.study import METHODS
+from benchmarks.real_study.study import METHODS, QUICK
 from tests.support.conversations import TEMPLATES, assistant, tokenizer_for, user
 from tests.support.models import tiny_model
 from tests.support.rows_oracle import parts_of, rows_logits
@@ -138,7 +142,6 @@ ANSWER = (
 
 def test_constraints_hold_on_their_answer():
     pytest.importorskip("lm_eval")
-    from benchmarks.common.real_models import add_punkt_tab
     from benchmarks.real_study.constraints import back_translate, restyle
     from trl_miso.evaluation.ifeval import load_scorer
 
@@ -213,3 +216,83 @@ def test_every_method_is_a_setting_of_the_trainer(make_config):
     for method in METHODS.values():
         make_config(**method.options)
         assert method.matches is None or method.matches in METHODS
+
+
+PROMPTS = [
+    f"Tell me {how} of {thing}."
+    for how in ("all", "briefly")
+    for thing in ("the sea", "a ship", "Genoa", "the sky", "it")
+]
+SMOKE = replace(QUICK, pool=10, rows=2, batch=2, dev=2, dense=2, ifeval=1, flat=1, attention=1, answer_tokens=6)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, tokenizer):
+    """Arguments of a study on a tiny model with given answers, and a function that runs it and returns its tables."""
+    pytest.importorskip("lm_eval")
+    try:
+        add_punkt_tab()
+    except ImportError as reason:
+        pytest.skip(str(reason))
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = {
+        "prompts": [{"prompt": prompt, "answer": ANSWER} for prompt in PROMPTS],
+        "ifeval": [
+            {"key": 1, "prompt": "Sing. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+        ],
+        "bases": [{"key": 1, "model_output": "Sing."}],
+    }
+    arguments = ["--model", str(tmp_path / "model"), "--answers", "given", "--quick", "--workers", "1"]
+    for name, rows in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments += [f"--{name}", str(tmp_path / name)]
+    monkeypatch.setattr(real_study, "QUICK", SMOKE)
+
+    def run(folder, *more):
+        file = tmp_path / "tables.md"
+        real_study.main([*arguments, "--folder", str(tmp_path / folder), "--markdown", str(file), *more])
+        return file.read_text().partition("\n\n")[2]
+
+    return run
+
+
+def test_a_grid_is_complete_resumes_and_repeats(study, tmp_path, monkeypatch):
+    methods = [
+        "--methods",
+        "SFT",
+        "para",
+        "both",
+        "distill",
+        "SFT, equal tokens",
+        "misses",
+        "anneal",
+        "succ",
+        "no MISO",
+    ]
+    first = study("a", *methods)
+    assert "Not finished: none" in first
+    for method in methods[1:]:
+        assert f"\n| {method} | 0.0001 |" in first, first
+    assert "Difference to SFT, equal tokens" in first and "| IFEval [S]I |" in first and "Flat [S]I" in first
+
+    (tmp_path / "a" / "para.jsonl").unlink()  # a study that was killed before this method
+    with (tmp_path / "a" / "sft.jsonl").open("a") as file:
+        file.write('{"key": "half a reco')
+    trained = []
+    finetune = grid.finetune
+    monkeypatch.setattr(
+        grid,
+        "finetune",
+        lambda base, tokenizer, run, *rest: trained.append(run) or finetune(base, tokenizer, run, *rest),
+    )
+    assert study("a", *methods) == first
+    assert [run.method for run in trained] == ["para"]
+    assert study("b", "--methods", "SFT", "para") == study("a", "--methods", "SFT", "para")
+    assert "Not finished: fid" in study("a", "--methods", "SFT", "fid", "--report")
+
+
+def test_a_model_without_a_chat_template_is_refused(study, tmp_path):
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="without a chat template"):
+        study("a", "--methods", "SFT")
