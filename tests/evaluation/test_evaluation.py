@@ -10,6 +10,7 @@ from statistics import fmean
 
 import pytest
 
+from benchmarks.common.real_models import add_punkt_tab
 from tests.support.chat_server import chat_server
 from trl_miso.cli import eval_ifeval as ifeval_command
 from trl_miso.cli.eval import main
@@ -302,10 +303,11 @@ def test_gpt4s_responses_have_the_published_checkers_counts(order, tmp_path):
     """Strictly 415/539 and 694/830, loosely 429/539 and 710/830: in either order of the rows, in a new process."""
     nltk = pytest.importorskip("nltk", reason="needs pip install 'trl-miso[eval]'")
     try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError:
-        pytest.skip("needs NLTK's punkt_tab: python -m nltk.downloader punkt_tab")
-    assert gpt4_counts(tmp_path, order=order) == [415, 694, 429, 710, 539, 830]
+        add_punkt_tab()
+    except ImportError as reason:
+        pytest.skip(str(reason))
+    folders = {"NLTK_DATA": os.pathsep.join(nltk.data.path)}
+    assert gpt4_counts(tmp_path, folders, order=order) == [415, 694, 429, 710, 539, 830]
 
 
 def test_gpt4s_responses_without_knowledge_of_abbreviations(punkt, tmp_path):
