@@ -6,7 +6,7 @@ An answer may first be restyled (lowercase, a title, no commas, ...): a model's 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trl_miso.evaluation.ifeval import load_checkers
@@ -221,8 +221,3 @@ _PROPOSALS: dict[str, Callable[[str, random.Random], dict[str, Any] | None]] = {
     "startend:end_checker": _end,
     "startend:quotation": _always,
 }
-
-
-def styles() -> Iterator[str]:
-    """The instructions whose form an answer can be given."""
-    yield from sorted(_STYLES)

@@ -25,7 +25,7 @@ from benchmarks.common.real_models import add_punkt_tab
 from benchmarks.common.statistics import instruction_level
 from benchmarks.miniature.training import silence
 from benchmarks.real_study.evaluate import attention_on_constraints, evenly, examine, prompts_of
-from benchmarks.real_study.rows import Source, make_splits, read_prompts, write_answers
+from benchmarks.real_study.rows import make_splits, read_prompts, write_answers
 from benchmarks.real_study.study import BASE, METHODS, Study
 from benchmarks.real_study.training import Run, finetune
 from trl_miso.evaluation.flatten import flatten_rows, load_bases
@@ -36,7 +36,7 @@ ANSWERED_AT_ONCE = 40
 
 @dataclass(frozen=True)
 class Files:
-    """`model`: a checkpoint folder. `prompts`: see `rows.Source`. `ifeval`, `bases`: as for `trl-miso eval`; without bases no Flat.
+    """`model`: a checkpoint folder. `prompts`: see `rows.read_prompts`. `ifeval`, `bases`: as for `trl-miso eval`; without bases no Flat.
 
     `chat_template`, `eos_token`: a template file, and the token that ends its turns, for a base model.
     """
@@ -77,13 +77,13 @@ class Workshop:
     def batch(self) -> int:
         return 512 if self.device == "cuda" else 256  # smaller products take twice the time per row on a CPU
 
-    @property
-    def source(self) -> Source:
-        excluded = tuple(file for file in (self.files.ifeval,) if file)
-        study = self.study
-        return Source(
-            self.files.prompts, study.answers, excluded, study.pool, study.max_prompt_words, study.answer_tokens
-        )
+    @cached_property
+    def prompts(self) -> list[dict[str, str]]:
+        """The prompts that are answered: none of IFEval's, with its constraints or without."""
+        excluded = [prompt["prompt"] for prompt in load_prompts(self.files.ifeval)]
+        if self.files.bases:
+            excluded += load_bases(self.files.bases).values()
+        return read_prompts(self.files.prompts, excluded, self.study.pool, self.study.max_prompt_words)
 
     @cached_property
     def environment(self) -> list[Any]:
@@ -133,13 +133,12 @@ class Workshop:
 
     def parts(self) -> list[tuple[str, list[str]]]:
         """Names of ledgers and prompts, for all prompts whose answers the model writes."""
-        prompts = [row["prompt"] for row in read_prompts(self.source)]
+        prompts = [row["prompt"] for row in self.prompts]
         starts = range(0, len(prompts), ANSWERED_AT_ONCE) if self.study.answers == "own" else ()
         return [(f"answers {start}", prompts[start : start + ANSWERED_AT_ONCE]) for start in starts]
 
     @cached_property
     def splits(self) -> dict[str, list[dict[str, Any]]]:
-        prompts = read_prompts(self.source)
         if self.study.answers == "own":
             answers = [
                 answer
@@ -147,8 +146,8 @@ class Workshop:
                 for answer in self.ledger(name).records[self.answers_key(part)]["answers"]
             ]
         else:
-            answers = [row["answer"] for row in prompts]
-        return make_splits(prompts, answers, self.study.dev, self.study.dense)
+            answers = [row["answer"] for row in self.prompts]
+        return make_splits(self.prompts, answers, self.study.dev, self.study.dense)
 
     # Examinations
 

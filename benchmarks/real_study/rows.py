@@ -5,18 +5,13 @@ else is drawn.
 """
 
 import hashlib
-import json
-import os
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.common.folders import atomic_folder
 from benchmarks.real_study.constraints import back_translate, restyle
 from benchmarks.real_study.decoding import decode
 from trl_miso.data.constraints import add_constraints
@@ -26,27 +21,6 @@ _SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s|$)")
 # An answer that was cut off after the number of a list's next item.
 _DANGLING_NUMBER = re.compile(r"(^|\s)\d+\.$")
 MIN_WORDS = 15
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from.
-
-    Attributes:
-        prompts: JSON lines with `prompt` (and `answer`, for given answers).
-        answers: `"own"`: the studied model writes the answers, at temperature 0.7. `"given"`: the file's answers.
-        excluded: JSON lines with `prompt`: prompts that must not be trained on.
-        pool: Number of prompts, for all splits together.
-        max_prompt_words: Longer prompts are left out.
-        max_answer_tokens: Longer answers end at the last end of a sentence within these tokens.
-    """
-
-    prompts: str
-    answers: str
-    excluded: tuple[str, ...]
-    pool: int
-    max_prompt_words: int
-    max_answer_tokens: int
 
 
 def conversation(prompt: str, answer: str | None = None) -> list[dict[str, str]]:
@@ -59,15 +33,22 @@ def normalized(prompt: str) -> str:
     return " ".join(re.findall(r"\w+", prompt.lower()))
 
 
-def read_prompts(source: Source) -> list[dict[str, str]]:
-    """The pool of prompts in an order that depends on their texts alone."""
-    excluded = {normalized(row["prompt"]) for file in source.excluded for row in read_jsonl(file, {"prompt": str})}
+def read_prompts(file: str, excluded: Iterable[str], count: int, max_words: int) -> list[dict[str, str]]:
+    """The study's prompts, in an order that depends on their texts alone.
+
+    Args:
+        file: JSON lines with `prompt` (and `answer`, for given answers).
+        excluded: Prompts that must not be trained on.
+        count: Number of prompts.
+        max_words: Longer prompts are left out.
+    """
+    left_out = set(map(normalized, excluded))
     rows = {}
-    for row in read_jsonl(source.prompts, {"prompt": str}):
+    for row in read_jsonl(file, {"prompt": str}):
         key = normalized(row["prompt"])
-        if key not in excluded and len(row["prompt"].split()) <= source.max_prompt_words:
+        if key not in left_out and len(row["prompt"].split()) <= max_words:
             rows[hashlib.sha256(key.encode()).hexdigest()] = row
-    return [rows[digest] for digest in sorted(rows)][: source.pool]
+    return [rows[digest] for digest in sorted(rows)][:count]
 
 
 def whole_sentences(answer: str) -> str | None:
@@ -127,15 +108,3 @@ def make_splits(
         if made is not None:
             splits[name].append(made)
     return splits
-
-
-def load_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {file.stem: [json.loads(line) for line in file.open()] for file in sorted(folder.glob("*.jsonl"))}
-
-
-def save_splits(splits: dict[str, list], folder: Path) -> None:
-    with atomic_folder(folder) as temporary:
-        for name, rows in splits.items():
-            with (temporary / f"{name}.jsonl").open("w") as file:
-                for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False) + os.linesep)

@@ -40,14 +40,15 @@ class Study:
     """Sizes of a study.
 
     Attributes:
-        answers: `"own"` or `"given"`, see `rows.Source`.
+        answers: `"own"`: the studied model writes the training answers, at temperature 0.7. `"given"`: those of the file of prompts.
         pool: Prompts that are answered, for all splits together.
         rows: Training rows of a run, drawn from the split `train` by the run's seed.
         learning_rates: One is chosen per method, on the split `dev` with seed 0.
         dev, dense: Rows of these splits.
         ifeval, flat: Prompts of IFEval and IFEval-Flatten, evenly spaced; None for all, 0 for none.
         attention: Rows of `dense` on which attention on the constraints is measured.
-        answer_tokens: Limit of a generated answer, in training rows and in tests.
+        answer_tokens: Limit of a generated answer, in tests and in training rows, where a longer one ends at its last whole sentence.
+        max_prompt_words: Longer prompts are left out.
     """
 
     answers: str

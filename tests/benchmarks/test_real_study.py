@@ -171,11 +171,10 @@ def test_constraints_hold_on_their_answer():
 
 
 def test_prompts_of_an_evaluation_are_left_out(tmp_path):
-    prompts = [{"prompt": "Describe the sea!"}, {"prompt": "Describe the sky."}, {"prompt": "describe  the sky"}]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    (tmp_path / "ifeval.jsonl").write_text(json.dumps({"prompt": "describe the sea"}) + "\n")
-    source = study_rows.Source(str(tmp_path / "prompts.jsonl"), "given", (str(tmp_path / "ifeval.jsonl"),), 10, 60, 100)
-    assert [study_rows.normalized(row["prompt"]) for row in study_rows.read_prompts(source)] == ["describe the sky"]
+    prompts = ["Describe the sea!", "Describe the sky.", "describe  the sky", "Describe " + "very " * 20 + "much."]
+    (tmp_path / "prompts").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    found = study_rows.read_prompts(str(tmp_path / "prompts"), ["describe the sea"], count=10, max_words=20)
+    assert [study_rows.normalized(row["prompt"]) for row in found] == ["describe the sky"]
 
 
 def test_answers_end_with_a_sentence():
