@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache
 
@@ -72,6 +73,21 @@ class ContextCache(DynamicCache):
         self._kept: dict[nn.Module, KeysAndValues] = {}  # of all parts
         self._in_window: dict[nn.Module, KeysAndValues] = {}  # of each branch, as far as its window reaches
         self._steps: dict[tuple[int, torch.device], _Step] = {}
+        self._attended: set[nn.Module] = set()
+
+    def check_attended(self) -> None:
+        """Raise RuntimeError unless every attention layer has attended to the contexts since they were read."""
+        if len(self._attended) < self._layers:
+            raise RuntimeError(
+                f"Got an output for which {len(self._attended)} of {self._layers} attention layers read the contexts, expected all: "
+                f"`generate` of transformers {transformers.__version__} does not hand their cache to the model. Fix: install a "
+                "version of transformers that trl-miso admits."
+            )
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """For transformers 5.24, which feeds all ids to a cache whose layers are all linear, as those of an empty list are."""
+        return [False] * self._layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._before + super().get_seq_length(layer_idx)
@@ -119,6 +135,7 @@ class ContextCache(DynamicCache):
             (B, new, H, D).
         """
         kernel, options = self._settings[module]
+        self._attended.add(module)
         batch, _, new, _ = query.shape
         # A window binds if the longest context with its output is longer.
         window = options.window if options.window < self._longest + key.shape[2] else 0

@@ -5,6 +5,7 @@ which begins with the common end of all contexts (the chat template's generation
 tokens differs: a weighted mix of their attention to each context followed by the output (`decoding.py`).
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ from trl_miso.segments import Example, parallel, unshare
 from trl_miso.segments.packed import WEIGHTINGS, pack
 
 # Arguments of `generate` that miso_generate makes from the contexts.
-_RESERVED = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
-_RESERVED |= {"custom_generate", "prefill_chunk_size"}
+_RESERVED = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache"}
+_RESERVED |= {"cache", "past_key_values", "custom_generate", "prefill_chunk_size"}
 # Options, also of a generation config, that need another cache. Speculative decoding takes tokens back, which the cache cannot do.
 _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "cache_implementation")
 
@@ -230,10 +231,11 @@ def _continue(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         position_ids=(starts + torch.arange(-width, head, device=model.device)).clamp(min=0),
-        past_key_values=cache,
         use_cache=True,
+        **{_cache_argument(model): cache},
         **generate_kwargs,
     )
+    cache.check_attended()
     if isinstance(out, torch.Tensor):
         return out[:, ids.shape[1] :]
     out.sequences = out.sequences[:, ids.shape[1] :]
@@ -284,10 +286,15 @@ def _inspect_once(model: PreTrainedModel, name: str) -> ModelSupport:
 
 def _with_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook that passes the cache on to attention: `generate` takes no arguments for attention."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, ContextCache):
-        kwargs = kwargs | {"miso_cache": cache}
+    for value in kwargs.values():
+        if isinstance(value, ContextCache):
+            return args, kwargs | {"miso_cache": value}
     return args, kwargs
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """The argument that takes a model's cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str, Any]) -> int | None:
