@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.common.folders import exclusive_lock
-from benchmarks.miniature.grid import start_worker
+from benchmarks.common.workers import start_worker
 from benchmarks.miniature.run import estimate_seconds, run_study, write_report
 from benchmarks.miniature.study import FULL, LARGE, MIXES, QUICK, SMOKE, Study
 

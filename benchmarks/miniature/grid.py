@@ -3,10 +3,8 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -22,11 +20,12 @@ import trl
 
 from benchmarks.common.ledger import Ledger
 from benchmarks.common.statistics import instruction_level
+from benchmarks.common.workers import start_worker
 from benchmarks.miniature import evaluate, language, pretraining, training
 from benchmarks.miniature.evaluate import examination, examine
 from benchmarks.miniature.pretraining import pretrain
 from benchmarks.miniature.study import Study
-from benchmarks.miniature.training import Run, finetune, silence
+from benchmarks.miniature.training import Run, finetune
 
 
 @cache
@@ -151,20 +150,3 @@ def _pool(workers: int) -> Iterator[Callable[[Callable, Iterable], Iterable]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         yield pool.map
-
-
-def start_worker() -> None:
-    """Set up a process: one thread, no log output, end with the parent process.
-
-    With one thread, results do not depend on the number of processes. Small models run fastest so, too.
-    """
-    torch.set_num_threads(1)
-    silence()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -1,15 +1,11 @@
 """Fine-tuning of the base model with `MISOSFTTrainer`, to an ordinary checkpoint."""
 
-import logging
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PrinterCallback
 
@@ -96,12 +92,3 @@ def finetune(base: Path, run: Run, folder: Path, device: str) -> dict[str, float
         with atomic_folder(folder) as temporary:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
     return {"steps": trainer.state.global_step, "tokens": sum(tokens), "seconds": seconds}
-
-
-def silence() -> None:
-    """Turn off logs, warnings and progress bars: hundreds of runs would print the same."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")

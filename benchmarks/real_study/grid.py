@@ -3,10 +3,8 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.common.ledger import Ledger
 from benchmarks.common.real_models import add_punkt_tab
 from benchmarks.common.statistics import instruction_level
-from benchmarks.miniature.training import silence
+from benchmarks.common.workers import start_worker
 from benchmarks.real_study.evaluate import attention_on_constraints, evenly, examine, prompts_of
 from benchmarks.real_study.rows import make_splits, read_prompts, write_answers
 from benchmarks.real_study.study import BASE, METHODS, Study
@@ -266,11 +264,11 @@ Work = tuple[Callable[..., Any], tuple]  # a function and its arguments
 def _pool(workers: int) -> Iterator[Callable[[list[Work]], Iterator[Any]]]:
     """A function that does work in worker processes and yields results as they come."""
     if workers == 1:
-        start_worker()
+        _start()
         yield lambda works: (work(*arguments) for work, arguments in works)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start) as pool:
 
         def submit(works: list[Work]) -> Iterator[Any]:
             for future in as_completed([pool.submit(work, *arguments) for work, arguments in works]):
@@ -279,14 +277,6 @@ def _pool(workers: int) -> Iterator[Callable[[list[Work]], Iterator[Any]]]:
         yield submit
 
 
-def start_worker() -> None:
-    """Set up a process: one thread, no log output, NLTK's data, end with the parent process.
-
-    With one thread, results do not depend on the number of processes.
-    """
-    torch.set_num_threads(1)
-    silence()
+def _start() -> None:
+    start_worker()
     add_punkt_tab()
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
