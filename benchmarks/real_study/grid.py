@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 import trl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.common.ledger import Ledger
 from benchmarks.common.real_models import add_punkt_tab
@@ -30,6 +30,8 @@ from trl_miso.evaluation.flatten import flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import RANDOM_KEYS, load_prompts, load_scorer
 
 ANSWERED_AT_ONCE = 40
+
+Trained = tuple[PreTrainedModel, dict[str, float]]  # a model and the work its training took
 
 
 @dataclass(frozen=True)
@@ -176,19 +178,29 @@ class Workshop:
         template = [self.tokenizer.chat_template, self.tokenizer.eos_token]
         return _digest(split, study, asdict(run) if run else None, method, self.splits, template, self.environment)
 
-    def train(self, run: Run, splits: Sequence[str], ledger: Ledger) -> None:
-        """Fine-tune and examine on the splits, unless the ledger has that."""
-        missing = [split for split in splits if self.key(run, split) not in ledger.records]
-        if not missing:
-            return
+    def train(self, run: Run) -> Trained:
         base = Path(self.files.model)
         model, work = finetune(base, self.tokenizer, run, self.study, self.training_rows(run), self.device)
         model = model.to(getattr(torch, self.dtype))
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-        for split in missing:
+        return model, work
+
+    def record(self, run: Run, split: str, trained: Trained | None = None) -> Trained | None:
+        """Examine the run's model on a split, unless the ledger has that.
+
+        Args:
+            trained: The run's model, if it is at hand. Otherwise it is trained where it is needed.
+
+        Returns:
+            The run's model, if it is at hand now.
+        """
+        ledger, key = self.ledger(run.method), self.key(run, split)
+        if key not in ledger.records:
+            model, work = trained = trained or self.train(run)
             results = self.examine(split, model)
-            record = {"key": self.key(run, split), "split": split, "commit": self.commit} | asdict(run)
+            record = {"key": key, "split": split, "commit": self.commit} | asdict(run)
             ledger.add(record | {"work": work, "results": results})
+        return trained
 
     def training_rows(self, run: Run) -> list[dict[str, Any]]:
         rows = self.splits["train"]
@@ -213,27 +225,28 @@ class Workshop:
 
     def run_method(self, method: str) -> str:
         """All runs of a method: choose the learning rate on dev with seed 0, then test each seed."""
-        ledger = self.ledger(method)
+        trained = None  # of the best learning rate so far, which the test of seed 0 needs again
         for rate in self.study.learning_rates:
-            # With one rate there is nothing to choose, and the model is tested at once.
-            splits = ("dev", "test") if len(self.study.learning_rates) == 1 else ("dev",)
-            self.train(Run(method, rate, 0), splits, ledger)
-        rate = self.chosen_rate(method, ledger)
+            latest = self.record(Run(method, rate, 0), "dev")
+            if self.chosen_rate(method) == rate:
+                trained = latest
+        rate = self.chosen_rate(method)
         for seed in range(self.study.seeds):
-            self.train(Run(method, rate, seed), ("test",), ledger)
+            trained = self.record(Run(method, rate, seed), "test", trained if seed == 0 else None)
         return method
 
-    def dev_scores(self, method: str, ledger: Ledger) -> dict[float, float]:
-        """Share of the instructions of dev that are followed, by learning rate."""
+    def dev_scores(self, method: str) -> dict[float, float]:
+        """Share of the instructions of dev that are followed, by learning rate, of those that were tried."""
+        records = self.ledger(method).records
         scores = {}
         for rate in self.study.learning_rates:
-            record = ledger.records[self.key(Run(method, rate, 0), "dev")]
-            scores[rate] = instruction_level([record["results"]["verdicts"]]).accuracy
+            if record := records.get(self.key(Run(method, rate, 0), "dev")):
+                scores[rate] = instruction_level([record["results"]["verdicts"]]).accuracy
         return scores
 
-    def chosen_rate(self, method: str, ledger: Ledger) -> float:
+    def chosen_rate(self, method: str) -> float:
         """The best rate on dev; of equal ones the smallest."""
-        scores = self.dev_scores(method, ledger)
+        scores = self.dev_scores(method)
         return max(sorted(scores), key=scores.__getitem__)
 
 
@@ -253,7 +266,7 @@ def run_grid(workshop: Workshop, workers: int, advance: Callable[[str], None]) -
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in workshop.splits.items())
         advance(f"rows: {sizes}")
         methods = [(workshop.run_method, (name,)) for name in workshop.study.methods]
-        for name in submit([*methods, (workshop.examine_base, ())]):
+        for name in submit([(workshop.examine_base, ()), *methods]):
             advance(f"{name} done")
 
 

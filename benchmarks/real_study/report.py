@@ -60,17 +60,16 @@ class Result:
 
 def finished_results(workshop: Workshop) -> dict[str, Result]:
     """The base model and each method all of whose runs are in the ledgers."""
-    dev = instruction_level([workshop.base_record("dev")["results"]["verdicts"]]).accuracy
-    results = {BASE: Result([workshop.base_record("test")], {0.0: dev})}
+    base_dev = instruction_level([workshop.base_record("dev")["results"]["verdicts"]]).accuracy
+    results = {BASE: Result([workshop.base_record("test")], {0.0: base_dev})}
     for method in workshop.study.methods:
-        ledger = workshop.ledger(method)
-        try:
-            rate = workshop.chosen_rate(method, ledger)
-            keys = [workshop.key(Run(method, rate, seed), "test") for seed in range(workshop.study.seeds)]
-            records = [ledger.records[key] for key in keys]
-        except KeyError:
+        dev, ledger = workshop.dev_scores(method), workshop.ledger(method)
+        if len(dev) < len(workshop.study.learning_rates):
             continue
-        results[method] = Result(records, workshop.dev_scores(method, ledger))
+        rate = workshop.chosen_rate(method)
+        keys = [workshop.key(Run(method, rate, seed), "test") for seed in range(workshop.study.seeds)]
+        if all(key in ledger.records for key in keys):
+            results[method] = Result([ledger.records[key] for key in keys], dev)
     return results
 
 

@@ -204,7 +204,7 @@ def test_help(command, line):
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        ("paint", 2, "Got command 'paint', expected one of ['preview', 'verify', 'report', 'eval']."),
+        ("paint", 2, "Got command 'paint', expected one of ['preview', 'verify', 'readout', 'report', 'eval']."),
         ("preview rows.jsonl -n x", 2, "argument -n: got 'x', expected a whole number of at least 0"),
         ("preview rows.jsonl -n -1", 2, "argument -n: got '-1', expected a whole number of at least 0"),
         ("preview rows.jsonl --rows 0", 2, "argument --rows: got '0', expected a whole number of at least 1"),
