@@ -70,8 +70,9 @@ class MISOSFTConfig(SFTConfig):
             where noise (NEFTune, dropout) gives equal tokens different hidden states, or where the model's positions do
             not allow it.
         attention_kernel (`str`, *optional*, defaults to `"auto"`):
-            Attention kernel: `"flash_attn"` (the flash-attn package), `"torch_flash"` (FlashAttention-2 built into
-            torch), `"cpu"`, `"reference"` (dense and slow), or `"auto"`, the first of these that can run.
+            Attention kernel: `"flash_attn"` (the flash-attn package), `"hub_flash"`
+            (`kernels-community/flash-attn2`), `"torch_flash"` (FlashAttention-2 built into torch), `"cpu"`, `"reference"` (dense and slow), or
+            `"auto"`, the first of these that can run. `"auto"` takes the Hub's only for a model loaded with it.
         log_shares (`bool`, *optional*, defaults to `True`):
             Whether to log how the outputs' attention is divided: the share of the output itself (`output_share`), the
             mean share of a context (`context_share`) and the smallest share of a context (`min_context_share`).
@@ -173,8 +174,9 @@ class MISOSFTConfig(SFTConfig):
     attention_kernel: str = field(
         default="auto",
         metadata={
-            "help": "Attention kernel: 'flash_attn' (the flash-attn package), 'torch_flash' (FlashAttention-2 built into "
-            "torch), 'cpu', 'reference' (dense and slow), or 'auto', the first of these that can run.",
+            "help": "Attention kernel: 'flash_attn' (the flash-attn package), 'hub_flash' (kernels-community/flash-attn2), "
+            "'torch_flash' (FlashAttention-2 built into torch), 'cpu', 'reference' (dense and slow), or 'auto', the first of "
+            "these that can run.",
             "choices": ["auto", *KERNELS],
         },
     )

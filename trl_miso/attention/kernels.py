@@ -1,172 +1,19 @@
-"""Raw variable-length attention kernels behind one interface. The only file that knows flash_attn and torch's operators.
+"""All kernels, and the choice among them. Here too: the two that need no package and no GPU.
 
-    forward(q, k, v, call, options) -> out (T, H, D), lse (H, T)
-    backward(dout, q, k, v, out, lse, call, options) -> dq, dk, dv
-
-`call` delimits sequences in q (T, H, D) and k, v (S, G, D); `options` has scale, causality (bottom-right aligned: the last
-query sees the last key), window and softcap. The log-sum-exp is float32 (float64 for float64 inputs). `backward`
-recomputes P = exp(scores - lse) and dS = P * (dout v^T - rowsum(dout * out)) from the (out, lse) that it is *given*. This
-is what makes the mixture's gradient exact (`mixture.py`). Every sequence has at least one query and one key.
-
-Shapes: T query rows, S key rows, H query heads, G key-value heads, D head dimension, Lq and Lk rows of one sequence.
+Shapes as in `kernel_interface.py`: T query rows, S key rows, H query heads, G key-value heads, D head dimension, Lq and Lk rows of one
+sequence.
 """
 
-import importlib.util
-from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
-from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import pad
 
+from trl_miso.attention.flash import FlashAttn, HubFlash, TorchFlash, is_hub_flash
+from trl_miso.attention.kernel_interface import Kernel, KernelOptions
 from trl_miso.attention.merge import merge_two
 from trl_miso.segments.packed import Varlen
 
-_FLASH_ATTN_RANGE = ((2, 8), (2, 9))  # from 2.8.0 to before 2.9 the private functions used below have these signatures
-_HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class KernelOptions:
-    """Options of one kernel call.
-
-    Args:
-        scale: Factor of the scores.
-        causal: The last query is aligned with the last key.
-        window: Number of keys that a query sees, itself included; 0 for all.
-        softcap: c > 0 makes the scores `c tanh(s / c)`; 0 for none.
-    """
-
-    scale: float
-    causal: bool = True
-    window: int = 0
-    softcap: float = 0.0
-
-    def without_causality(self) -> "KernelOptions":
-        """Every query sees all keys."""
-        return KernelOptions(self.scale, causal=False, window=0, softcap=self.softcap)
-
-
-class Kernel(Protocol):
-    """Raw variable-length attention, see the module's docstring."""
-
-    name: str
-
-    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions) -> str | None:
-        """Why the kernel cannot run; None if it can."""
-        ...
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Varlen, options: KernelOptions
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        call: Varlen,
-        options: KernelOptions,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
-class FlashAttn:
-    """The flash-attn 2 package's varlen functions (`pip install trl-miso[flash]`)."""
-
-    name = "flash_attn"
-
-    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions) -> str | None:
-        return why_no_flash_attn() or _not_flash(device, dtype, head_dim)
-
-    def forward(self, q, k, v, call, options):
-        out, lse, _, _ = flash_attn_functions()._flash_attn_varlen_forward(
-            *(_pad_heads(x) for x in (q, k, v)),
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.max_seqlen_q,
-            call.max_seqlen_k,
-            0.0,
-            options.scale,
-            options.causal,
-            window_size_left=options.window - 1,
-            window_size_right=_window_right(options),
-            softcap=options.softcap,
-        )
-        return out[..., : q.shape[-1]], lse
-
-    def backward(self, dout, q, k, v, out, lse, call, options):
-        padded = [_pad_heads(x).contiguous() for x in (dout, q, k, v, out)]
-        gradients = [torch.empty_like(x) for x in padded[1:4]]
-        flash_attn_functions()._flash_attn_varlen_backward(
-            *padded,
-            lse,
-            *gradients,
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.max_seqlen_q,
-            call.max_seqlen_k,
-            0.0,
-            options.scale,
-            options.causal,
-            options.window - 1,
-            _window_right(options),
-            options.softcap,
-            None,
-            torch.are_deterministic_algorithms_enabled(),
-        )
-        return [gradient[..., : q.shape[-1]] for gradient in gradients]
-
-
-class TorchFlash:
-    """torch's built-in FlashAttention-2: the same kernel and layouts without an extra package, but no softcap."""
-
-    name = "torch_flash"
-
-    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions) -> str | None:
-        if options.softcap:
-            return "torch's built-in FlashAttention has no softcap"
-        return _not_flash(device, dtype, head_dim)
-
-    def forward(self, q, k, v, call, options):
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(_pad_heads(x) for x in (q, k, v)),
-            *self._sizes(call),
-            0.0,
-            options.causal,
-            False,
-            **self._keywords(options),
-        )
-        return out[..., : q.shape[-1]], lse
-
-    def backward(self, dout, q, k, v, out, lse, call, options):
-        rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only under dropout
-        unused = torch.empty(0, device=q.device)
-        gradients = torch.ops.aten._flash_attention_backward(
-            *(_pad_heads(x).contiguous() for x in (dout, q, k, v, out)),
-            lse,
-            *self._sizes(call),
-            0.0,
-            options.causal,
-            rng,
-            unused,
-            **self._keywords(options),
-        )
-        return [gradient[..., : q.shape[-1]] for gradient in gradients]
-
-    @staticmethod
-    def _sizes(call: Varlen) -> tuple:
-        return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
-
-    @staticmethod
-    def _keywords(options: KernelOptions) -> dict[str, Any]:
-        window = {}
-        if options.window:
-            window = {"window_size_left": options.window - 1, "window_size_right": _window_right(options)}
-        return {"scale": options.scale, **window}
+__all__ = ["KERNELS", "Kernel", "KernelOptions", "resolve_kernel"]
 
 
 class Cpu:
@@ -289,33 +136,34 @@ class Reference:
         return scores, slope
 
 
-KERNELS = {kernel.name: kernel for kernel in (FlashAttn(), TorchFlash(), Cpu(), Reference())}
+KERNELS = {kernel.name: kernel for kernel in (FlashAttn(), HubFlash(), TorchFlash(), Cpu(), Reference())}
 
 
 def resolve_kernel(
-    requested: str, flash_only: bool, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions
+    requested: str, base: str, device: torch.device, dtype: torch.dtype, head_dim: int, options: KernelOptions
 ) -> Kernel:
-    """Choose the kernel: the requested one, or for `"auto"` the first of `KERNELS` that can run.
+    """Choose the kernel: the requested one, or for `"auto"` the first that can run.
 
     Args:
         requested: `"auto"` or a name in `KERNELS`.
-        flash_only: The model uses flash_attention_2, so only FlashAttention-2 kernels are acceptable.
+        base: The model's own attention implementation. FlashAttention-2 there restricts the choice to FlashAttention-2 kernels.
 
     Raises:
         ValueError: If no acceptable kernel can run.
     """
-    names = list(KERNELS) if requested == "auto" else [requested]
-    if flash_only:
-        names = [name for name in names if name in ("flash_attn", "torch_flash")]
+    flash_only = base == "flash_attention_2" or is_hub_flash(base)
+    candidates = [kernel for kernel in _candidates(base) if requested in ("auto", kernel.name)]
+    if requested == "hub_flash" and not candidates:
+        candidates = [KERNELS[requested]]
     reasons = {}
-    for name in names:
-        reason = KERNELS[name].refuses(device, dtype, head_dim, options)
+    for kernel in candidates:
+        reason = kernel.refuses(device, dtype, head_dim, options)
         if reason is None:
-            return KERNELS[name]
-        reasons[name] = reason
+            return kernel
+        reasons[kernel.name] = reason
     request = f"attention_kernel={requested!r}"
     if flash_only:
-        request += " with attn_implementation='flash_attention_2'"
+        request += f" with attn_implementation={base!r}"
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it is no FlashAttention-2 kernel"
     raise ValueError(
         f"Got {request} for {dtype} tensors on {device.type} with head_dim {head_dim}, which cannot run: {why}. Expected a "
@@ -324,46 +172,13 @@ def resolve_kernel(
     )
 
 
-@cache
-def flash_attn_functions() -> Any:
-    """The flash-attn package's module of raw functions."""
-    from flash_attn import flash_attn_interface
-
-    return flash_attn_interface
-
-
-@cache
-def why_no_flash_attn() -> str | None:
-    """Why the flash-attn package cannot be used; None if it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install 'trl-miso[flash]', which needs CUDA)"
-    import flash_attn
-
-    version = tuple(int(part) for part in flash_attn.__version__.split(".")[:2])
-    low, high = _FLASH_ATTN_RANGE
-    if not low <= version < high:
-        return f"flash-attn {flash_attn.__version__} is installed, its functions are known for >=2.8,<2.9"
-    return None
-
-
-def _not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type != "cuda":
-        return f"FlashAttention-2 needs CUDA tensors, got {device.type}"
-    if dtype not in _HALF:
-        return f"FlashAttention-2 takes float16 and bfloat16, got {dtype}"
-    if head_dim > 256:
-        return f"FlashAttention-2 takes head_dim up to 256, got {head_dim}"
-    return None
-
-
-def _window_right(options: KernelOptions) -> int:
-    """Keys to the right of a query: none (0) if causal, else all (-1)."""
-    return 0 if options.causal else -1
-
-
-def _pad_heads(x: torch.Tensor) -> torch.Tensor:
-    """Pad the head dimension to a multiple of 8, as the raw operators require; zeros change no score."""
-    return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+def _candidates(base: str) -> list[Kernel]:
+    """The kernels that `"auto"` tries, in their order. Only who loads a model with the Hub's kernel is known to want that."""
+    if is_hub_flash(base):
+        return [HubFlash(base), KERNELS["flash_attn"], KERNELS["torch_flash"]]
+    if base == "flash_attention_2":
+        return [KERNELS["flash_attn"], KERNELS["torch_flash"]]
+    return [KERNELS[name] for name in ("flash_attn", "torch_flash", "cpu", "reference")]
 
 
 def _sequences(call: Varlen) -> list[tuple[slice, slice]]:

@@ -21,6 +21,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from trl_miso.attention.flash import HUB_REPOSITORY, is_hub_flash
 from trl_miso.attention.kernels import KernelOptions, resolve_kernel
 from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.reference import reference_attention
@@ -33,7 +34,14 @@ logger = logging.get_logger(__name__)
 
 # Registered names must not contain "flash", "sdpa" or "/": transformers interprets these as its own kernels.
 _BASE_TAGS = {"sdpa": "torch", "eager": "eager", "flash_attention_2": "fa2"}
-_KERNEL_TAGS = {"auto": "auto", "flash_attn": "fa2", "torch_flash": "torch", "cpu": "cpu", "reference": "reference"}
+_KERNEL_TAGS = {
+    "auto": "auto",
+    "flash_attn": "fa2",
+    "hub_flash": "hub",
+    "torch_flash": "torch",
+    "cpu": "cpu",
+    "reference": "reference",
+}
 _REGISTERED: dict[str, str] = {}  # name -> base implementation
 
 
@@ -41,8 +49,8 @@ def register_miso_attention(base: str = "sdpa", kernel: str = "auto") -> str:
     """Register MISO attention over a base implementation with both of transformers' interfaces.
 
     Args:
-        base: Implementation for batches without MISO metadata: `"sdpa"`, `"eager"` or `"flash_attention_2"`. The last also
-            restricts MISO batches to FlashAttention-2 kernels.
+        base: Implementation for batches without MISO metadata: `"sdpa"`, `"eager"`, `"flash_attention_2"` or the Hub's
+            `"kernels-community/flash-attn2"`. The last two also restrict MISO batches to FlashAttention-2 kernels.
         kernel: `"auto"` or the name of a kernel, see `MISOSFTConfig.attention_kernel`.
 
     Returns:
@@ -51,17 +59,23 @@ def register_miso_attention(base: str = "sdpa", kernel: str = "auto") -> str:
     Raises:
         ValueError: If `base` is another implementation.
     """
-    if base not in _BASE_TAGS:
-        raise ValueError(
-            f"Got attn_implementation={base!r}, expected one of {sorted(_BASE_TAGS)}: the mixture needs a kernel that returns "
-            "log-sum-exps. Fix: load the model with one of these; attention_kernel selects the kernel."
-        )
-    name = f"miso_{_BASE_TAGS[base]}_{_KERNEL_TAGS[kernel]}"
+    check_base(base)
+    tag = _BASE_TAGS.setdefault(base, f"hub{len(_BASE_TAGS)}")
+    name = f"miso_{tag}_{_KERNEL_TAGS[kernel]}"
     if name not in _REGISTERED:
         AttentionInterface.register(name, partial(_attention_forward, base=base, requested=kernel))
         AttentionMaskInterface.register(name, partial(_mask, base=base))
         _REGISTERED[name] = base
     return name
+
+
+def check_base(base: str) -> None:
+    """Raise ValueError for a model's attention implementation beside which no kernel of the mixture is known."""
+    if base not in ("sdpa", "eager", "flash_attention_2") and not is_hub_flash(base):
+        raise ValueError(
+            f"Got attn_implementation={base!r}, expected 'sdpa', 'eager', 'flash_attention_2' or {HUB_REPOSITORY!r}: the mixture needs a "
+            "kernel that returns log-sum-exps. Fix: load the model with one of these; attention_kernel selects the kernel."
+        )
 
 
 def register_over(base: str, suffix: str, forward: Callable[..., Any]) -> str:
@@ -101,7 +115,8 @@ class LazyMask:
 
 
 def _mask(*args: Any, base: str, **kwargs: Any) -> Any:
-    make = partial(ALL_MASK_ATTENTION_FUNCTIONS[base], *args, **kwargs)
+    masks_of = "flash_attention_2" if is_hub_flash(base) else base
+    make = partial(ALL_MASK_ATTENTION_FUNCTIONS[masks_of], *args, **kwargs)
     one_row = kwargs.get("batch_size") == 1 and kwargs.get("attention_mask") is None
     if one_row and kwargs.get("q_length") == kwargs.get("kv_length"):
         return LazyMask(make)
@@ -170,8 +185,7 @@ def _attention_forward(
     dtype = compute_dtype(value)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options = KernelOptions(score_scale(query, scaling), window=sliding_window or 0, softcap=softcap or 0.0)
-    flash_only = base == "flash_attention_2"
-    kernel = resolve_kernel(requested, flash_only, q_THD.device, dtype, q_THD.shape[-1], options)
+    kernel = resolve_kernel(requested, base, q_THD.device, dtype, q_THD.shape[-1], options)
     _log_kernel_once(kernel, requested, dtype)
     rotation = rotation_of(module)
     with torch.autocast(query.device.type, enabled=False):
@@ -243,13 +257,13 @@ def _log_kernel_once(kernel: Any, requested: str, dtype: torch.dtype) -> None:
 def _base_forward(base: str, module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    if base == "flash_attention_2":
-        return _flash_forward
+    if base == "flash_attention_2" or is_hub_flash(base):
+        return partial(_flash_forward, attn_implementation=base)
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
 def _flash_forward(
-    module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs
+    module, query, key, value, attention_mask, attn_implementation, scaling=None, is_causal=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """transformers' `flash_attention_forward`, which cannot be called: it reads the implementation's name from the model's config."""
     out = _flash_attention_forward(
@@ -260,7 +274,7 @@ def _flash_forward(
         softmax_scale=scaling,
         use_top_left_mask=flash_attn_supports_top_left_mask(),
         target_dtype=get_target_dtype(query, module),
-        attn_implementation="flash_attention_2",
+        attn_implementation=attn_implementation,
         **kwargs,
     )
     return out, None

@@ -43,7 +43,7 @@ from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, cumulat
 
 def register_decoding(base: str) -> str:
     """Register the attention of generation over a base implementation and return its name, see `register_miso_attention`."""
-    return register_over(base, "decoding", partial(_attention_forward, flash_only=base == "flash_attention_2"))
+    return register_over(base, "decoding", partial(_attention_forward, base=base))
 
 
 class ContextCache(DynamicCache):
@@ -301,7 +301,7 @@ def _attention_forward(
     attention_mask: Any,
     *,
     trained: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-    flash_only: bool,
+    base: str,
     miso_cache: ContextCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -318,7 +318,7 @@ def _attention_forward(
         # With metadata: read the contexts.
         window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
         options = KernelOptions(score_scale(query, kwargs.get("scaling")), window=window, softcap=softcap)
-        kernel = resolve_kernel("auto", flash_only, query.device, dtype, query.shape[-1], options)
+        kernel = resolve_kernel("auto", base, query.device, dtype, query.shape[-1], options)
         q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
         out = miso_cache.read(module, q_THD, k_TGD, v_TGD, kernel, options)
     if out is None:

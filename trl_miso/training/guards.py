@@ -6,12 +6,13 @@ Limits of a model alone are in `attention/support.py`, of a setting alone in `co
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import KernelOptions, resolve_kernel
 from trl_miso.attention.mixture import check_window
-from trl_miso.attention.support import ModelSupport, check_adapters, check_config, check_relative, head_dim
+from trl_miso.attention.support import ModelSupport, base_of, check_adapters, check_config, check_relative, head_dim
+from trl_miso.attention.transformers_attention import base_implementation, check_base
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.sft_settings import check_tokens
 
@@ -47,24 +48,40 @@ def check_request(
             "up with rows from the beginning."
         )
     if isinstance(model, str):
-        _check_flash_attention(args)
         loading = ("attn_implementation", "dtype", "torch_dtype", "device_map", "quantization_config")
         options = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in loading}
         config = AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **options})
     else:
         config = model.config
     check_config(config)
+    _check_attention(args, model, config)
     return config
 
 
-def _check_flash_attention(args: MISOSFTConfig) -> None:
-    requested = (args.model_init_kwargs or {}).get("attn_implementation") == "flash_attention_2"
-    if requested and not (is_flash_attn_2_available() or is_kernels_available()):
+def _check_attention(args: MISOSFTConfig, model: Any, config: PreTrainedConfig) -> None:
+    """Refuse an attention that cannot run before the data are prepared. `check_kernel` runs again on the model that TRL made."""
+    if isinstance(model, str):
+        options = args.model_init_kwargs or {}
+        implementation, dtype = options.get("attn_implementation"), options.get("dtype", "float32")
+        weights = config.dtype or torch.float32 if dtype == "auto" else dtype
+    else:
+        implementation, weights = config.get_text_config()._attn_implementation, base_of(model).dtype
+    if isinstance(implementation, dict):  # one per part of the model; "" stands for the rest
+        implementation = implementation.get("")
+    base = base_implementation(implementation)
+    if (
+        isinstance(model, str)
+        and base == "flash_attention_2"
+        and not (is_flash_attn_2_available() or is_kernels_available())
+    ):
         raise ImportError(
             "Got attn_implementation='flash_attention_2' without a usable flash-attn package, expected the package on a machine with "
-            "CUDA. Fix: pip install 'trl-miso[flash]', or use the same kernel from torch with attn_implementation='sdpa' and "
-            "attention_kernel='torch_flash'."
+            "CUDA. Fix: pip install flash-attn --no-build-isolation, or use the same kernel from torch with "
+            "attn_implementation='sdpa' and attention_kernel='torch_flash'."
         )
+    check_base(base)
+    weights = getattr(torch, weights) if isinstance(weights, str) else weights
+    check_kernel(args, config, weights, base, args.device)
 
 
 def _check_lines(args: MISOSFTConfig) -> None:
@@ -91,12 +108,13 @@ def check_parallelism(config: Any) -> None:
         )
 
 
-def check_kernel(args: MISOSFTConfig, model: PreTrainedModel, base: str, device: torch.device) -> None:
+def check_kernel(
+    args: MISOSFTConfig, config: PreTrainedConfig, weights: torch.dtype, base: str, device: torch.device
+) -> None:
     """Refuse a kernel that cannot run, before the first step would. `base` is the model's own attention implementation."""
-    config = model.config.get_text_config()
-    dtype = args.compute_dtype(model.dtype)
-    options = KernelOptions(1.0, softcap=getattr(config, "attn_logit_softcapping", None) or 0.0)
-    resolve_kernel(args.attention_kernel, base == "flash_attention_2", device, dtype, head_dim(config), options)
+    text = config.get_text_config()
+    options = KernelOptions(1.0, softcap=getattr(text, "attn_logit_softcapping", None) or 0.0)
+    resolve_kernel(args.attention_kernel, base, device, args.compute_dtype(weights), head_dim(text), options)
 
 
 def check_positions(args: MISOSFTConfig, mode: str, model_type: str, support: ModelSupport) -> None:
