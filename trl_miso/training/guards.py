@@ -48,6 +48,7 @@ def check_request(
             "up with rows from the beginning."
         )
     if isinstance(model, str):
+        _check_flash_package(args)
         loading = ("attn_implementation", "dtype", "torch_dtype", "device_map", "quantization_config")
         options = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in loading}
         config = AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **options})
@@ -56,6 +57,16 @@ def check_request(
     check_config(config)
     _check_attention(args, model, config)
     return config
+
+
+def _check_flash_package(args: MISOSFTConfig) -> None:
+    requested = (args.model_init_kwargs or {}).get("attn_implementation") == "flash_attention_2"
+    if requested and not (is_flash_attn_2_available() or is_kernels_available()):
+        raise ImportError(
+            "Got attn_implementation='flash_attention_2' without a usable flash-attn package, expected the package on a machine with "
+            "CUDA. Fix: pip install flash-attn --no-build-isolation, or use the same kernel from torch with "
+            "attn_implementation='sdpa' and attention_kernel='torch_flash'."
+        )
 
 
 def _check_attention(args: MISOSFTConfig, model: Any, config: PreTrainedConfig) -> None:
@@ -69,16 +80,6 @@ def _check_attention(args: MISOSFTConfig, model: Any, config: PreTrainedConfig) 
     if isinstance(implementation, dict):  # one per part of the model; "" stands for the rest
         implementation = implementation.get("")
     base = base_implementation(implementation)
-    if (
-        isinstance(model, str)
-        and base == "flash_attention_2"
-        and not (is_flash_attn_2_available() or is_kernels_available())
-    ):
-        raise ImportError(
-            "Got attn_implementation='flash_attention_2' without a usable flash-attn package, expected the package on a machine with "
-            "CUDA. Fix: pip install flash-attn --no-build-isolation, or use the same kernel from torch with "
-            "attn_implementation='sdpa' and attention_kernel='torch_flash'."
-        )
     check_base(base)
     weights = getattr(torch, weights) if isinstance(weights, str) else weights
     check_kernel(args, config, weights, base, args.device)
