@@ -40,12 +40,12 @@ def start(rank: int, port: int, scenario: str, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     scenarios = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}
-    scenarios["predictions"] = predictions
+    scenarios |= {"predictions": predictions, "sigterm_in_evaluation": sigterm_in_evaluation}
     result = scenarios[scenario](rank, folder)
     (folder / str(rank)).write_text(repr(result))
 
 
-def make_trainer(folder: Path, dataset=None, **options) -> MISOSFTTrainer:
+def make_trainer(folder: Path, dataset=None, eval_dataset=None, **options) -> MISOSFTTrainer:
     defaults = {
         "output_dir": str(folder / "out"),
         "max_steps": 4,
@@ -63,6 +63,7 @@ def make_trainer(folder: Path, dataset=None, **options) -> MISOSFTTrainer:
         tiny_model("llama"),
         MISOSFTConfig(**defaults | options),
         train_dataset=Dataset.from_list(list(parts([(0, 24)]))) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         processing_class=build_tokenizer(ROWS, vocab_size=512),
     )
 
@@ -94,6 +95,26 @@ def sigterm(rank: int, folder: Path):
         trainer.train()
     except SystemExit as end:
         return end.code, trainer.state.global_step, saved(folder)
+
+
+def sigterm_in_evaluation(rank: int, folder: Path):
+    """Only rank 1 receives SIGTERM, in the second batch of an evaluation."""
+    rows = Dataset.from_list(list(parts([(0, 24)])))
+    trainer = make_trainer(folder, eval_dataset=rows, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=1)
+    batches = []
+    real = trainer.prediction_step
+
+    def prediction_step(*args, **kwargs):
+        batches.append(1)
+        if rank == 1 and len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    trainer.prediction_step = prediction_step
+    try:
+        trainer.train()
+    except SystemExit as end:
+        return end.code, trainer.state.global_step, saved(folder), len(batches)
 
 
 def stream(rank: int, folder: Path):

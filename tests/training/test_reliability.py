@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer
-from trl_miso.training import reliability
+from trl_miso.training import interruption, reliability
 from trl_miso.training.interruption import NonFiniteError
 from trl_miso.training.reliability import ReliableTrainer
 
@@ -79,3 +79,31 @@ def test_any_trainer_stops_before_a_nan_reaches_the_weights(trainer, monkeypatch
     with pytest.raises(NonFiniteError, match="rows without numbers"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_what_trains_nothing_is_refused(trainer):
+    """Also with checkpointing, whose recomputation makes a loss of frozen weights look trainable."""
+    trainer.model.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="(?s)none of whose parameters requires a gradient, expected.*is_trainable=True"
+    ):
+        trainer.train()
+    trainer.model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="none of whose parameters requires a gradient"):
+        trainer.train()
+
+
+def test_an_optimizer_that_holds_nothing_is_refused(trainer):
+    other = tiny_model("llama")
+    trainer.optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="(?s)an optimizer that holds none of.*expected.*Fix"):
+        trainer.train()
+
+
+def test_a_first_step_without_gradients_is_said(trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(interruption.logger, "warning", lambda text, *args: said.append(text))
+    real = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, *args, **kwargs: 0 * real(self, *args, **kwargs))
+    trainer.train()
+    assert len(said) == 1 and "gradients of the first step are all zero" in said[0]

@@ -300,7 +300,8 @@ class ScoredEvaluations(_Trainer):
         step = self.state.global_step
         if callback.has_scored(step):
             return
-        metrics, training = callback.measure().metrics("eval"), self.model.training
+        with self.interruptible():
+            metrics, training = callback.measure().metrics("eval"), self.model.training
         if not any(entry["step"] == step and metrics.keys() <= entry.keys() for entry in self.state.log_history):
             self.model.eval()  # in training mode, TRL's `log` would add its training metrics to the entry
             self.log(metrics)

@@ -1,23 +1,19 @@
-"""A Trainer layer for long runs: resuming, SIGTERM, NaN, and streams. It knows nothing of MISO."""
+"""A Trainer layer for long runs: resuming, signals, NaN, and streams. It knows nothing of MISO."""
 
 import signal
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from transformers.trainer_utils import TrainOutput
 
 from trl_miso.data.mapping import UnshardedStream
 from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
-from trl_miso.training.interruption import NonFiniteError, TrainingGuard
+from trl_miso.training.interruption import UNSHARDED, Interrupted, NonFiniteError, TrainingGuard
 
 logger = get_logger(__name__)
-
-# Every process holds all weights, and one process alone can save them.
-_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class ReliableTrainer(AtomicCheckpoints):
@@ -28,7 +24,7 @@ class ReliableTrainer(AtomicCheckpoints):
     it is computed.
 
     Attributes:
-        terminated: Whether training stops because of SIGTERM.
+        terminated: Whether training stops because of SIGTERM or Ctrl-C.
         last_saved_step: The step of the last checkpoint that this run saved; 0 for none.
         row_numbers_key: The key of a batch that holds the numbers of its rows, for error messages. It is removed before
             the loss is computed.
@@ -44,20 +40,26 @@ class ReliableTrainer(AtomicCheckpoints):
 
     @property
     def terminated(self) -> bool:
-        return self._guard.terminated
+        return bool(self._guard.ending)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does, with these differences:
 
         - It resumes from complete checkpoints only; `True` means the newest complete one in `output_dir`.
-        - After SIGTERM it finishes the current step, saves a checkpoint and raises SystemExit(143), unless the script has
-          its own SIGTERM handler or trains outside of the main thread.
+        - After SIGTERM or Ctrl-C it finishes the current step (an evaluation is left at once), saves a checkpoint and raises
+          SystemExit(143 or 130), unless the script handles the signal itself or trains outside of the main thread. A second Ctrl-C ends
+          the process at once.
 
         Raises:
-            ValueError: If there is no complete checkpoint to resume from.
+            ValueError: If there is no complete checkpoint to resume from, or nothing to train.
             NonFiniteError: For a NaN or infinite loss or gradient, before the weights change, with the numbers of the rows
                 it comes from. The weights are saved as a checkpoint first (not under FSDP and DeepSpeed).
         """
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "Got a model none of whose parameters requires a gradient, expected some: nothing would be trained. Fix: load an adapter with "
+                "PeftModel.from_pretrained(model, adapter, is_trainable=True), or pass peft_config for a new one."
+            )
         checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
         self.last_saved_step = 0
         # transformers' own just-in-time checkpoint handles SIGTERM itself.
@@ -68,14 +70,29 @@ class ReliableTrainer(AtomicCheckpoints):
             except NonFiniteError as error:
                 error.add_note(self.save_before_failing())
                 raise
+            except Interrupted:
+                if self._guard.has_stepped and self.last_saved_step != self.state.global_step:
+                    self._save_checkpoint(self.model, trial=None)
+                self.control: Any = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.terminated:
-            raise SystemExit(128 + signal.SIGTERM)
+            saved = f"checkpoint-{self.last_saved_step} is saved" if self.last_saved_step else "no step was made"
+            name = signal.Signals(self._guard.ending).name
+            logger.warning(f"Training ends after {name}: {saved}. It continues with resume_from_checkpoint=True.")
+            raise SystemExit(128 + self._guard.ending)
         return output
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """A block of work between two steps, which a signal ends at once."""
+        return self._guard.between_steps()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.interruptible():
+            return super().evaluate(*args, **kwargs)
 
     def save_before_failing(self) -> str:
         """Save the weights between two steps, before an error ends training. Returns a sentence on what was saved."""
         step = self.state.global_step
-        if self.last_saved_step == step or self.accelerator.distributed_type not in _UNSHARDED:
+        if self.last_saved_step == step or self.accelerator.distributed_type not in UNSHARDED:
             last = "none were saved"
             if self.last_saved_step:
                 last = f"the last checkpoint is that of step {self.last_saved_step}"
