@@ -1,6 +1,7 @@
 """MISOSFTTrainer: the method, that is rows, collator, attention and loss. Reliability, the Hub and scores are mixins."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
 from trl_miso.training.hub import HubPushes
+from trl_miso.training.neftune import noisy_embeddings
 from trl_miso.training.predictions import RowPredictions
 from trl_miso.training.reliability import ReliableTrainer
 from trl_miso.training.verified import Verified, VerifyFirst
@@ -160,6 +162,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        self.neftune_noise_alpha = None  # `_noise` adds it
         self._install(args)
         self.guard_training()
         self.add_callback(VerifyFirst(self))
@@ -248,13 +251,22 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         shares, packed = Shares(), PackedSegments.from_batch(inputs)
         if self.args.log_shares and packed is not None and packed.num_mixed:
             inputs = inputs | {"miso_shares": shares}
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        with self._noise(packed, inputs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         for name, value in shares.means(packed).items():
             metrics[name].append(value)
         if probe is not None:
             check_probe(probe, self.model_support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
         return loss
+
+    def _noise(self, packed: PackedSegments | None, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """NEFTune's noise on a training batch."""
+        alpha = self.args.neftune_noise_alpha
+        if not alpha or not self.model.training or packed is None:
+            return nullcontext()
+        embeddings = base_of(self.accelerator.unwrap_model(self.model)).get_input_embeddings()
+        return noisy_embeddings(embeddings, alpha, packed, inputs["input_ids"].shape[1])
 
 
 def _miso_config(args: TrainingArguments | None, model: Any) -> MISOSFTConfig:
