@@ -31,7 +31,7 @@ LONG = [
 ]
 # `-m fast`: files that cover every step from a row to the gradient, in about a minute.
 FAST = {
-    *("the_idea", "rooms", "readme", "config", "segments", "packed"),
+    *("the_idea", "rooms", "private_names", "readme", "config", "segments", "packed"),
     *("contexts", "plain_templates", "chat_template", "collator"),
     *("kernels", "work", "context_parts", "reliability", "sharegpt", "r1_distill", "complexbench"),
 }

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from trl_miso.generation.generate import cache_argument
+
 
 @torch.inference_mode()
 def decode(
@@ -30,12 +32,11 @@ def decode(
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
+    options = {cache_argument(model): cache, "logits_to_keep": 1}
     answers: list[list[int]] = [[] for _ in prompts_ids]
     open_answers = list(range(len(prompts_ids)))
     for _ in range(max_tokens):
-        logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, **options).logits
         tokens = _pick(logits[:, -1], temperature)
         for i, token in zip(open_answers, tokens[:, 0].tolist(), strict=True):
             answers[i].append(token)

@@ -401,6 +401,25 @@ def test_modules_that_attend_twice_are_refused(words):
         generate(tiny("diffllama"), words, max_new_tokens=3)
 
 
+def test_contexts_that_generate_does_not_hand_on_are_an_error(llama, words, monkeypatch):
+    """As transformers 5.24 did, which named the cache's argument anew: never an output without contexts."""
+    monkeypatch.setattr("trl_miso.generation.generate._with_cache", lambda module, args, kwargs: (args, kwargs))
+    with pytest.raises(RuntimeError, match="0 of 3 attention layers read the contexts.*Fix: install a version"):
+        generate(llama, words, max_new_tokens=3)
+
+
+def test_contexts_that_a_layer_does_not_read_are_an_error(llama, words, monkeypatch):
+    forward = decoding._attention_forward
+
+    def forgetful(module, *args, miso_cache=None, **kwargs):
+        reads_contexts = "miso_cu_seqlens_q" in kwargs
+        return forward(module, *args, miso_cache=miso_cache if reads_contexts or module.layer_idx else None, **kwargs)
+
+    monkeypatch.setattr(decoding, "_attention_forward", forgetful)
+    with pytest.raises(RuntimeError, match="2 of 3 attention layers read the contexts"):
+        generate(llama, words, max_new_tokens=3)
+
+
 @pytest.mark.parametrize("name", ["stablelm", "bloom", "gpt_oss", "qwen3_next"])
 def test_models_that_training_refuses(name, words):
     model = tiny(name)

@@ -15,7 +15,7 @@ def check_tokens(args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         ValueError: If the eos or the pad token is unknown, or if there is neither.
     """
-    if not any((args.pad_token, args.eos_token, tokenizer.pad_token, tokenizer.eos_token)):
+    if not pad_token(args, tokenizer):
         raise ValueError(
             "Got a tokenizer with neither a pad nor an eos token, expected one of them, to pad with. Fix: set pad_token or "
             "eos_token of the tokenizer or of the config."
@@ -27,8 +27,8 @@ def check_tokens(args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def pad_token(args: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The pad token that SFTTrainer chooses."""
-    return args.pad_token or tokenizer.pad_token or args.eos_token or tokenizer.eos_token
+    """The pad token that SFTTrainer chooses; TRL 2.0 removes that of `args`."""
+    return getattr(args, "pad_token", None) or tokenizer.pad_token or args.eos_token or tokenizer.eos_token
 
 
 def check_token(tokenizer: PreTrainedTokenizerBase, name: str, token: str | None) -> None:

@@ -232,7 +232,7 @@ def _continue(
         attention_mask=torch.ones_like(ids),
         position_ids=(starts + torch.arange(-width, head, device=model.device)).clamp(min=0),
         use_cache=True,
-        **{_cache_argument(model): cache},
+        **{cache_argument(model): cache},
         **generate_kwargs,
     )
     cache.check_attended()
@@ -292,7 +292,7 @@ def _with_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
     return args, kwargs
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """The argument that takes a model's cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -146,21 +146,24 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         dropout = getattr(peft_config, "lora_dropout", 0)
         obstacle = why_not_share(loaded_model, config, args.neftune_noise_alpha, dropout)
         self._bins_share_prefixes = args.share_prefixes and not obstacle
+        removed = {  # by TRL 2.0: hand on only what was given
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             quantization_config=quantization_config,
             peft_config=peft_config,
             formatting_func=formatting_func,
+            **{name: value for name, value in removed.items() if value is not None},
         )
         self.neftune_noise_alpha = None  # `_noise` adds it
         self._install(args)
