@@ -184,9 +184,12 @@ def architectures() -> list[str]:
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> t.PreTrainedModel:
     """A model of `CONFIGS`, or of any model type of transformers."""
+    return random_model(CONFIGS[name](**overrides) if name in CONFIGS else shrunk(name, **overrides), dtype)
+
+
+def random_model(config: t.PreTrainedConfig, dtype: torch.dtype = torch.float32) -> t.PreTrainedModel:
     torch.manual_seed(0)
-    config = CONFIGS[name](**overrides) if name in CONFIGS else shrunk(name, **overrides)
-    kind = t.AutoModelForSeq2SeqLM if name == "t5" else t.AutoModelForCausalLM
+    kind = t.AutoModelForSeq2SeqLM if config.model_type == "t5" else t.AutoModelForCausalLM
     model = kind.from_config(config, dtype=dtype)
     for p in model.parameters():  # larger than the usual initialisation, so that attention is not uniform
         if p.dim() > 1:
