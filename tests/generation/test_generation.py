@@ -33,6 +33,7 @@ from trl_miso.segments.packed import WEIGHTINGS
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [5, 6, 20, 21, 22], [5, 6]]
 HEAD = [2, 3]
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "phi", "cohere2", "gemma4", "smollm3", "gpt_neox", "mixtral", "olmo2"]
+LATENT = ["deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "axk1", "glm4_moe_lite"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def llama():
 
 def tiny(name, **overrides):
     """A model without an eos token, so that generation ends at its limit. In float64, except for experts, which do not take it."""
-    model = tiny_model(name, torch.float32 if name in ("mixtral", "gpt_oss") else torch.float64, **overrides).eval()
+    experts = ("mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "axk1", "glm4_moe_lite")
+    model = tiny_model(name, torch.float32 if name in experts else torch.float64, **overrides).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -135,7 +137,7 @@ def test_greedy_equals_recomputation_and_rows(name, words):
         assert_greedy(out, head, lambda output, c=contexts, s=settings: rows_logits(model, c, output, *s))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES + LATENT)
 def test_architectures(name, words):
     model = tiny(name)
     out = generate(model, words, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)

@@ -108,9 +108,8 @@ CONFIGS = {
 }
 
 
-# Where a config has them; the other fields, dropout apart, keep the defaults of the architecture.
+# Where a config has them; the other fields, dropout and heads apart, keep the defaults of the architecture.
 _SMALL = _SIZES | {
-    "head_dim": 16,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -126,14 +125,12 @@ _SMALL = _SIZES | {
     "ffn_dim": 96,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
     "sliding_window": 128,
 }
 
 
 _SPECIAL: dict[str, dict] = {
+    "gemma4_text": {"global_head_dim": 32},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
@@ -141,15 +138,39 @@ _SPECIAL: dict[str, dict] = {
 }
 
 
+def small_heads(default: t.PreTrainedConfig) -> dict[str, int]:
+    """Few and small heads in the proportions of a default config: queries to keys, head sizes to each other and to hidden size."""
+    layers = getattr(default, "per_layer_config", None) or [default]
+    default = layers[0]
+    heads = getattr(default, "num_attention_heads", None)
+    if not heads:
+        return {}
+    keys = getattr(default, "num_key_value_heads", None) or heads
+    queries_per_key = heads // keys
+    few_keys = min(keys, max(2, 4 // queries_per_key))
+    few = few_keys * queries_per_key
+
+    # A head gets 16 dimensions; in latent attention its rotated part gets 8.
+    size = getattr(default, "head_dim", None) or default.hidden_size // heads
+    unit = getattr(default, "qk_rope_head_dim", 0) / 8 or size / 16
+    small = {"num_attention_heads": few, "num_key_value_heads": few_keys, "head_dim": round(size / unit)}
+    small["hidden_size"] = few * round(default.hidden_size / heads / unit)
+    for name, value in vars(default).items():
+        if name.endswith("head_dim") and value:
+            small[name] = round(value / unit)
+    return small
+
+
 def shrunk(model_type: str, **overrides) -> t.PreTrainedConfig:
-    """A tiny config of any architecture that transformers knows, with a layer of each kind that its default config has."""
+    """A tiny config of any architecture that transformers knows, with a layer of each kind and the head proportions of its default."""
     kind = CONFIG_MAPPING[model_type]
     own = {field.name for field in dataclasses.fields(kind)}
     known = own | {name for name, target in kind.attribute_map.items() if target in own}
-    sizes = {name: size for name, size in _SMALL.items() if name in known}
+    default = kind()
+    sizes = {name: size for name, size in (_SMALL | small_heads(default)).items() if name in known}
     noise = ("dropout", "pdrop", "layerdrop", "dropout_prob", "jitter_noise")
     sizes |= {name: 0.0 for name in own if name.endswith(noise)}
-    kinds = list(dict.fromkeys(getattr(kind(), "layer_types", None) or ()))
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
     if kinds and "layer_types" in own:
         sizes |= {"layer_types": (kinds * 3)[: max(3, len(kinds))], "num_hidden_layers": max(3, len(kinds))}
     return kind(**sizes | _SPECIAL.get(model_type, {}) | overrides)
@@ -163,9 +184,12 @@ def architectures() -> list[str]:
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> t.PreTrainedModel:
     """A model of `CONFIGS`, or of any model type of transformers."""
+    return random_model(CONFIGS[name](**overrides) if name in CONFIGS else shrunk(name, **overrides), dtype)
+
+
+def random_model(config: t.PreTrainedConfig, dtype: torch.dtype = torch.float32) -> t.PreTrainedModel:
     torch.manual_seed(0)
-    config = CONFIGS[name](**overrides) if name in CONFIGS else shrunk(name, **overrides)
-    kind = t.AutoModelForSeq2SeqLM if name == "t5" else t.AutoModelForCausalLM
+    kind = t.AutoModelForSeq2SeqLM if config.model_type == "t5" else t.AutoModelForCausalLM
     model = kind.from_config(config, dtype=dtype)
     for p in model.parameters():  # larger than the usual initialisation, so that attention is not uniform
         if p.dim() > 1:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from tests.support.models import CONFIGS, tiny_model
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 from trl_miso.attention import register_miso_attention, transformers_attention
+from trl_miso.attention.rotation import rotation_of
 from trl_miso.attention.support import check_config, prepare_model
 
 NAME = register_miso_attention("sdpa", "auto")
@@ -176,6 +177,39 @@ def test_binding_window_with_para_trains(train):
     train(tiny_model("mistral", sliding_window=16)).train()
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "granitemoeshared", "phimoe"])
+def test_balancing_loss_that_trl_cannot_compute(train, name):
+    with _refused("router_aux_loss_coef=0.001.*num_experts.*router_aux_loss_coef=0"):
+        train(tiny_model(name))
+    with _refused("router_aux_loss_coef=0.1"):
+        train(tiny_model(name), router_aux_loss_coef=0.1)
+    train(tiny_model(name), router_aux_loss_coef=0.0, max_length=64).train()
+
+
+def test_balancing_loss_counts_shared_prefixes_once(train):
+    """The load-balancing loss is the model's own on the tokens of the batch: sharing prefixes changes it, and nothing else."""
+    losses = {}
+    for share in (True, False):
+        trainer = train(tiny_model("mixtral"), share_prefixes=share)
+        batch = next(iter(trainer.get_train_dataloader()))
+        labels = batch["labels"]
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model, dict(batch)).item()
+            out = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        own = torch.nn.functional.cross_entropy(out.logits[0, :-1], labels[0, 1:], ignore_index=-100).item()
+        assert loss == pytest.approx(own + 0.001 * out.aux_loss.item(), rel=1e-5)
+        losses[share] = own, out.aux_loss.item(), labels.shape[1]
+    (shared, shared_aux, shared_tokens), (copied, copied_aux, copied_tokens) = losses[True], losses[False]
+    assert shared == pytest.approx(copied, rel=1e-5)
+    assert shared_tokens < copied_tokens and abs(shared_aux - copied_aux) > 1e-4
+
+
+def test_gradient_checkpointing_that_the_model_does_not_support(train):
+    with _refused("gradient_checkpointing=True and JetMoeForCausalLM"):
+        train(tiny_model("jetmoe"), gradient_checkpointing=True)
+    train(tiny_model("jetmoe"), gradient_checkpointing=False).train()
+
+
 @pytest.mark.parametrize("parallelism", ["cp_enabled", "sp_enabled"])
 def test_sequence_split_across_ranks(train, parallelism, monkeypatch):
     trainer = train()
@@ -244,18 +278,27 @@ def test_queries_and_keys_are_both_compared(norm, monkeypatch):
     assert not prepare_model(model, NAME, None).shares
 
 
-def test_models_without_weights_are_checked_without_a_forward():
-    """On the meta device, as under ZeRO-3, listed model families share prefixes, and others do not."""
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "axk1", "glm4_moe_lite"])
+def test_models_without_weights_are_checked_without_a_forward(name):
+    """On the meta device, as under ZeRO-3, listed model families share prefixes with the rotation that a forward would find. Others
+    do not."""
     with torch.device("meta"):
         model = t.AutoModelForCausalLM.from_config(CONFIGS["smollm3"]())
     assert not prepare_model(model, NAME, None).shares
+
     with torch.device("meta"):
-        model = t.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+        model = t.AutoModelForCausalLM.from_config(tiny_model(name).config)
     for rotary in (m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")):
         rotary.__init__(model.config)  # as from_pretrained does
         rotary.to("cpu")
     support = prepare_model(model, NAME, None)
     assert support.shares and support.layers == 3
+    weighty = tiny_model(name)
+    prepare_model(weighty, NAME, None)
+    expected = [rotation_of(module) for module in weighty.modules() if rotation_of(module)]
+    got = [rotation_of(module) for module in model.modules() if rotation_of(module)]
+    assert [(r.apply, r.start, r.layer_type) for r in got] == [(r.apply, r.start, r.layer_type) for r in expected]
+    assert len(got) == 3
 
 
 @pytest.mark.parametrize(

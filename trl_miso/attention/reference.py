@@ -2,7 +2,8 @@
 
 Shares nothing with `mixture.py`, `kernels.py` or the packing: no log-sum-exp merge, no varlen call, no index tensors.
 
-Shapes: T tokens, U output tokens, S_i tokens of context i, H query heads, G key-value heads, D head dimension.
+Shapes: T tokens, U output tokens, S_i tokens of context i, H query heads, G key-value heads, D head dimension of queries and keys,
+V of values.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +20,14 @@ def mixture_of_contexts(
     weights: Sequence[float],
     scale: float,
 ) -> torch.Tensor:
-    """Eq. 3 of the paper: `sum_i w_i softmax(Q [K_i, K_out]^T) [V_i, V_out]`, causal in the output, (H, U, D).
+    """Eq. 3 of the paper: `sum_i w_i softmax(Q [K_i, K_out]^T) [V_i, V_out]`, causal in the output, (H, U, V).
 
     Args:
         q_HUD: Queries of the output tokens.
-        contexts: Keys and values of each context, (H, S_i, D) both. output: those of the output, (H, U, D).
+        contexts: Keys (H, S_i, D) and values (H, S_i, V) of each context. output: those of the output, with U in place of S_i.
         weights: Score_i of the paper, which sum to 1.
     """
-    mixed = torch.zeros_like(q_HUD)
+    mixed = torch.zeros_like(output[1])
     for (k, v), weight in zip(contexts, weights, strict=True):
         k, v = torch.cat([k, output[0]], dim=1), torch.cat([v, output[1]], dim=1)
         scores = scale * q_HUD @ k.mT
@@ -49,14 +50,14 @@ def reference_attention(
     """Attention of one example whose T tokens are in its own segment order, with all that models add to eq. 3.
 
     Args:
-        q_THD: (T, H, D). k_TGD, v_TGD: (T, G, D).
+        q_THD: (T, H, D). k_TGD: (T, G, D). v_TGD: (T, G, V).
         weighting: `"uniform"` (the branches' own weights, eq. 3), `"fid"` (eq. 7) or `"vanilla"` (eq. 4).
         rotation: See `rotation.Rotation`; applied to the output's queries.
         window: Number of keys that a query sees, itself included, counted along the context and then the output; 0 for all.
         softcap: c > 0 makes the scores `c tanh(s / c)`; 0 for none.
 
     Returns:
-        (T, H, D).
+        (T, H, V).
     """
     repeats = q_THD.shape[1] // k_TGD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TGD, v_TGD))
@@ -87,7 +88,7 @@ def reference_attention(
     def attend(s: torch.Tensor, keys: list[int]) -> torch.Tensor:
         return torch.einsum("hqk,khd->qhd", s.softmax(-1), v_THD[keys])
 
-    out = torch.empty_like(q_THD)
+    out = torch.empty_like(v_THD)
     output_segments = {output.segment for output in example.outputs}
     for i, segment_tokens in enumerate(tokens):
         if i not in output_segments:

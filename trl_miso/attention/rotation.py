@@ -36,12 +36,14 @@ class ModelRotation:
     """The model's own rotary embedding as a `Rotation`.
 
     Equals, for x = R(p) k, `R(p + offset) k`; `R(-offset)` is the inverse. Computed in float32. The layout (halves or
-    interleaved) and partial rotation are those of the model's `apply_rotary_pos_emb`.
+    interleaved) and partial rotation are those of the model's `apply_rotary_pos_emb`. Latent attention rotates the end of a
+    head, from dimension `start`.
     """
 
     rotary: nn.Module
     layer_type: str | None
     apply: Callable[..., Any]
+    start: int = 0
 
     def __call__(self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
         half_precision = x_NHD.dtype in (torch.float16, torch.bfloat16)
@@ -53,15 +55,15 @@ class ModelRotation:
         if inverse:
             sin = -sin
 
-        # Partial rotation: dimensions beyond those of the angles stay.
-        rotary_dim = cos.shape[-1]
-        turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+        # Partial rotation: dimensions before `start`, and beyond those of the angles, stay.
+        end = self.start + cos.shape[-1]
+        turned = x[..., self.start : end]
         if _takes_key(self.apply):
             turned = self.apply(turned, turned[:, :0], cos, sin)[0]
         else:
             turned = self.apply(turned, cos, sin)
-        if rest.shape[-1]:
-            turned = torch.cat([turned, rest], dim=-1)
+        if turned.shape != x.shape:
+            turned = torch.cat([x[..., : self.start], turned, x[..., end:]], dim=-1)
         return turned[0].transpose(0, 1).to(x_NHD.dtype)
 
     def _unit_angles(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +72,12 @@ class ModelRotation:
         positions = torch.arange(limit, device=x.device)[None]
         # `forward`, not a module call: ZeRO-3's hooks record the order of modules, which here differs from batch to batch, and
         # ranks with different orders wait for each other forever.
-        cos, sin = self.rotary.forward(x, positions, *arguments)
+        angles = self.rotary.forward(x, positions, *arguments)
+        if isinstance(angles, torch.Tensor):
+            # DeepSeek-V2: cos + i sin of each pair of dimensions.
+            cos, sin = (part.repeat_interleave(2, dim=-1) for part in (angles.real, angles.imag))
+        else:
+            cos, sin = angles
         norm = torch.hypot(cos, sin)
         return cos / norm, sin / norm
 
@@ -87,6 +94,12 @@ class ModelRotation:
 
     def _device(self) -> torch.device:
         return next((buffer.device for buffer in self.rotary.buffers()), torch.device("cpu"))
+
+
+def _turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of neighbouring dimensions, in place of `apply_rotary_emb`, which takes complex angles."""
+    other = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos + other * sin
 
 
 @cache
@@ -112,9 +125,13 @@ def rotation_of(module: nn.Module) -> Rotation | None:
 
 def candidate_rotations(model: nn.Module, attention: nn.Module) -> list[ModelRotation]:
     """Rotations that an attention module may use: each rotary embedding of the model, per layer type that fits."""
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    source = sys.modules[type(attention).__module__]
+    apply = getattr(source, "apply_rotary_pos_emb", None)
     if apply is None:
-        return []
+        if not hasattr(source, "apply_rotary_emb"):
+            return []
+        apply = _turn_pairs
+    start = getattr(attention, "qk_nope_head_dim", 0)
     module_type = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
     rotations = []
     for rotary in model.modules():
@@ -123,5 +140,5 @@ def candidate_rotations(model: nn.Module, attention: nn.Module) -> list[ModelRot
         layer_types: list[str | None] = [None]
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             layer_types = [module_type] if module_type else sorted(set(getattr(rotary, "layer_types", ())))
-        rotations += [ModelRotation(rotary, layer_type, apply) for layer_type in layer_types]
+        rotations += [ModelRotation(rotary, layer_type, apply, start) for layer_type in layer_types]
     return rotations

@@ -43,7 +43,13 @@ _ROTATES_EVERY_LAYER = [
     "granitemoe",
     "starcoder2",
     "glm4",
+    "glm4_moe_lite",
     "seed_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "minicpm3",
+    "youtu",
+    "axk1",
 ]
 
 
@@ -174,12 +180,7 @@ def check_probe(probe: Probe, layers: int, model: nn.Module) -> None:
             f"Got {model_type}, in which {len(probe.heads)} of {layers} layers pass keyword arguments on to attention: the "
             "others would ignore the contexts. Expected all of them. Fix: use a supported architecture (docs/kernels.md lists them)."
         )
-    unmergeable = {
-        "sinks": "attention sinks",
-        "position_bias": "a position bias",
-        "value_dim": "values of another size",
-    }
-    for argument, what in unmergeable.items():
+    for argument, what in {"sinks": "attention sinks", "position_bias": "a position bias"}.items():
         if argument in probe.arguments:
             raise ValueError(
                 f"Got {model_type}, whose attention has {what}, which the mixture does not support. Expected plain softmax "
@@ -339,9 +340,14 @@ def _window(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | 
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Size of the largest query head; layers may differ."""
-    layers = getattr(config, "per_layer_config", None) or [config]
-    return max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
+    """Size of the largest head as kernels see it, of queries and keys or of values; layers may differ."""
+    sizes = []
+    for layer in getattr(config, "per_layer_config", None) or [config]:
+        # In latent attention `head_dim` is the size of the part that is rotated.
+        query = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+        sizes.append(query or layer.hidden_size // layer.num_attention_heads)
+        sizes.append(getattr(layer, "v_head_dim", None) or 0)
+    return max(sizes)
 
 
 def _refuse(config: PreTrainedConfig, got: str, expected: str, fix: str) -> None:

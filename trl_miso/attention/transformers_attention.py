@@ -3,7 +3,7 @@
 transformers passes the batch's `miso_` keys as keyword arguments to the attention function of every layer. With these keys the
 function runs `miso_attention`. Without them (other evaluation batches, generation) it runs the model's own implementation.
 
-Shapes: T packed tokens, H query heads, G key-value heads, D head dimension.
+Shapes: T packed tokens, H query heads, G key-value heads, D head dimension of queries and keys, V of values.
 """
 
 import sys
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -159,12 +160,9 @@ def _attention_forward(
     miso_shares: Shares | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' calling convention: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), None."""
+    """transformers' calling convention: query (1, H, T, D), key (1, G, T, D), value (1, G, T, V) -> (1, T, H, V), None."""
     if miso_probe is not None:
-        unusual = {"sinks": kwargs.get("s_aux"), "position_bias": kwargs.get("position_bias")}
-        if value.shape[-1] != query.shape[-1]:
-            unusual["value_dim"] = value.shape[-1]
-        miso_probe.record(module, query, key, **unusual)
+        miso_probe.record(module, query, key, sinks=kwargs.get("s_aux"), position_bias=kwargs.get("position_bias"))
         if miso_probe.skip_attention:
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
@@ -183,14 +181,30 @@ def _attention_forward(
 
     # With metadata: MISO attention of the packed row.
     dtype = compute_dtype(value)
-    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(dtype) for x in equal_head_sizes(query, key, value))
     options = KernelOptions(score_scale(query, scaling), window=sliding_window or 0, softcap=softcap or 0.0)
     kernel = resolve_kernel(requested, base, q_THD.device, dtype, q_THD.shape[-1], options)
     _log_kernel_once(kernel, requested, dtype)
     rotation = rotation_of(module)
     with torch.autocast(query.device.type, enabled=False):
         out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, miso_shares)
-    return out[None], None
+    return out[None, ..., : value.shape[-1]], None
+
+
+def equal_head_sizes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad heads with zeros to one size, as kernels need it: latent attention has values of another size than keys.
+
+    Zeros in queries and keys change no score; the scale stays that of the query before padding. Zeros in values add columns of
+    zeros to the output, which the caller cuts off.
+    """
+    missing = query.shape[-1] - value.shape[-1]
+    if missing > 0:
+        value = pad(value, (0, missing))
+    elif missing < 0:
+        query, key = pad(query, (0, -missing)), pad(key, (0, -missing))
+    return query, key, value
 
 
 def compute_dtype(value: torch.Tensor) -> torch.dtype:
@@ -267,17 +281,17 @@ def _flash_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' `flash_attention_forward`, which cannot be called: it reads the implementation's name from the model's config."""
     out = _flash_attention_forward(
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        *(x.transpose(1, 2) for x in equal_head_sizes(query, key, value)),
         attention_mask,
         query_length=query.shape[2],
         is_causal=module.is_causal if is_causal is None else is_causal,
-        softmax_scale=scaling,
+        softmax_scale=score_scale(query, scaling),
         use_top_left_mask=flash_attn_supports_top_left_mask(),
         target_dtype=get_target_dtype(query, module),
         attn_implementation=attn_implementation,
         **kwargs,
     )
-    return out, None
+    return out[..., : value.shape[-1]], None
 
 
 def set_implementation(model: PreTrainedModel, name: str) -> None:

@@ -35,7 +35,7 @@ from trl_miso.attention.merge import (
     sum_over_branches,
 )
 from trl_miso.attention.rotation import rotation_of
-from trl_miso.attention.transformers_attention import compute_dtype, register_over, score_scale
+from trl_miso.attention.transformers_attention import compute_dtype, equal_head_sizes, register_over, score_scale
 from trl_miso.generation.context_parts import KeysAndValues, Parts
 from trl_miso.segments import Example
 from trl_miso.segments.packed import WEIGHTINGS, PackedSegments, Varlen, cumulative_lengths, ranges
@@ -305,22 +305,24 @@ def _attention_forward(
     miso_cache: ContextCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' calling convention: query (B, H, new, D), key and value (B, G, seen, D) -> (B, new, H, D), None."""
+    """transformers' calling convention: query (B, H, new, D), key (B, G, seen, D), value (B, G, seen, V) -> (B, new, H, V), None."""
     # Without a cache: as in training.
     if miso_cache is None:
         return trained(module, query, key, value, attention_mask, **kwargs)
     dtype, device = compute_dtype(value), query.device.type
     query, key, value = (x.to(dtype) for x in (query, key, value))
+    padded_q, padded_k, padded_v = equal_head_sizes(query, key, value)
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         # Without metadata of contexts: new tokens of the outputs.
         if PackedSegments.from_batch(kwargs) is None:
-            return miso_cache.attend(module, query, key, value).to(dtype), None
+            attended = miso_cache.attend(module, padded_q, padded_k, padded_v)
+            return attended[..., : value.shape[-1]].to(dtype), None
         # With metadata: read the contexts.
         window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
         options = KernelOptions(score_scale(query, kwargs.get("scaling")), window=window, softcap=softcap)
-        kernel = resolve_kernel("auto", base, query.device, dtype, query.shape[-1], options)
-        q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+        kernel = resolve_kernel("auto", base, query.device, dtype, padded_q.shape[-1], options)
+        q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (padded_q, padded_k, padded_v))
         out = miso_cache.read(module, q_THD, k_TGD, v_TGD, kernel, options)
     if out is None:
         return trained(module, query, key, value, attention_mask, **kwargs)
-    return out[None], None
+    return out[None, ..., : value.shape[-1]], None

@@ -6,7 +6,7 @@ Limits of a model alone are in `attention/support.py`, of a setting alone in `co
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import KernelOptions, resolve_kernel
@@ -55,8 +55,23 @@ def check_request(
     else:
         config = model.config
     check_config(config)
+    _check_balancing_loss(args, config)
     _check_attention(args, model, config)
     return config
+
+
+def _check_balancing_loss(args: MISOSFTConfig, config: PreTrainedConfig) -> None:
+    """Refuse a load-balancing loss that TRL cannot compute: it reads the number of experts from attributes that not all configs have."""
+    text = config.get_text_config()
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+    missing = [name for name in ("num_experts", "num_experts_per_tok") if not hasattr(text, name)]
+    if coefficient and missing and hasattr(text, "output_router_logits"):
+        raise ValueError(
+            f"Got a {text.model_type} model with router_aux_loss_coef={coefficient} and a config without {' and '.join(missing)}, which "
+            "SFTTrainer's load-balancing loss reads. Expected no such loss. Fix: set router_aux_loss_coef=0."
+        )
 
 
 def _check_flash_package(args: MISOSFTConfig) -> None:
@@ -116,6 +131,15 @@ def check_kernel(
     text = config.get_text_config()
     options = KernelOptions(1.0, softcap=getattr(text, "attn_logit_softcapping", None) or 0.0)
     resolve_kernel(args.attention_kernel, base, device, args.compute_dtype(weights), head_dim(text), options)
+
+
+def check_checkpointing(args: MISOSFTConfig, model: PreTrainedModel) -> None:
+    """Refuse gradient checkpointing, which is on by default, for models that do not support it."""
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"Got gradient_checkpointing=True and {type(model).__name__}, which does not support it, expected a model that does. Fix: "
+            "set gradient_checkpointing=False."
+        )
 
 
 def check_positions(args: MISOSFTConfig, mode: str, model_type: str, support: ModelSupport) -> None:

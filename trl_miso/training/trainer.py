@@ -178,6 +178,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         registered = register_miso_attention(implementation, args.attention_kernel)
         self.model_support = prepare_model(base_model, registered, args.max_length)
         mode = self.training_mode or "para"  # rows that the user prepared may have several contexts
+        guards.check_checkpointing(args, base_model)
         guards.check_kernel(args, base_model.config, base_model.dtype, implementation, self.accelerator.device)
         guards.check_positions(args, mode, base_model.config.model_type, self.model_support)
         self.data_collator = MISODataCollator(
