@@ -65,7 +65,7 @@ def used_names(source: str) -> tuple[set[str], set[str]]:
 
 def _of_another_library(node: ast.Attribute) -> bool:
     """Whether an attribute is one of torch's operators or of flash-attn's functions."""
-    return ast.unparse(node).startswith(("torch.ops.", "flash_attn_functions()."))
+    return ast.unparse(node).startswith(("torch.ops.", "_operators().", "self.functions()."))
 
 
 def own_names(source: str) -> set[str]:

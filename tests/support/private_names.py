@@ -62,6 +62,10 @@ NAMES = {
     "transformers.utils.PushInProgress": ("jobs", "uploads that run in the background"),
     # transformers: attention and models.
     "transformers.integrations.flash_attention.get_target_dtype": ("query module", "FlashAttention-2 without metadata"),
+    "transformers.integrations.hub_kernels.load_and_register_attn_kernel": (
+        "attn_implementation",
+        "loads the Hub's FlashAttention-2",
+    ),
     "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": ("", "masks of the base implementation"),
     "transformers.masking_utils.AttentionMaskInterface": ("", "registers the mask of MISO attention"),
     "transformers.modeling_flash_attention_utils._flash_attention_forward": (
