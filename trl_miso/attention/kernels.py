@@ -189,7 +189,7 @@ class Cpu:
     def forward(self, q, k, v, call, options):
         sequences = _sequences(call)
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q.dtype))
 
         # Sequences of equal lengths are the batch dimension of one call; else the loop below takes them one by one.
         batch = len(sequences) if _equal_lengths(sequences) else 1
@@ -250,7 +250,7 @@ class Reference:
 
     def forward(self, q, k, v, call, options):
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q.dtype))
         for rows, keys in _sequences(call):
             scores, _ = self._scores(q[rows], k[keys], options)
             lse[:, rows] = torch.logsumexp(scores, dim=-1)
@@ -278,7 +278,7 @@ class Reference:
     @staticmethod
     def _scores(q: torch.Tensor, k: torch.Tensor, options: KernelOptions) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Masked scores (H, Lq, Lk), in float32 at least, and their derivative by the scaled product."""
-        scores = torch.einsum("qhd,khd->hqk", q.to(_lse_dtype(q.dtype)), _repeat(k, q)) * options.scale
+        scores = torch.einsum("qhd,khd->hqk", q.to(lse_dtype(q.dtype)), _repeat(k, q)) * options.scale
         slope: torch.Tensor | float = 1.0
         if options.softcap:
             squashed = torch.tanh(scores / options.softcap)
@@ -389,13 +389,13 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1)[None]
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _repeat(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Key-value heads repeated for their query heads, in the dtype of the scores."""
-    return x.to(_lse_dtype(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    return x.to(lse_dtype(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _hidden(n_q: int, n_k: int, options: KernelOptions, device: torch.device) -> torch.Tensor | None:

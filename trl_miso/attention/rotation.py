@@ -9,8 +9,7 @@ Shapes: N rows, H heads, D head dimension.
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +41,10 @@ class ModelRotation:
     rotary: nn.Module
     layer_type: str | None
     apply: Callable[..., Any]
+    takes_key: bool = field(init=False)  # whether `apply` turns query and key together
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "takes_key", "k" in inspect.signature(self.apply).parameters)
 
     def __call__(self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
         half_precision = x_NHD.dtype in (torch.float16, torch.bfloat16)
@@ -56,10 +59,10 @@ class ModelRotation:
         # Partial rotation: dimensions beyond those of the angles stay.
         rotary_dim = cos.shape[-1]
         turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-        if _takes_key(self.apply):
-            turned = self.apply(turned, turned[:, :0], cos, sin)[0]
-        else:
-            turned = self.apply(turned, cos, sin)
+        heads = (turned, turned[:, :0]) if self.takes_key else (turned,)
+        turned = self.apply(*heads, cos, sin)
+        if self.takes_key:
+            turned = turned[0]
         if rest.shape[-1]:
             turned = torch.cat([turned, rest], dim=-1)
         return turned[0].transpose(0, 1).to(x_NHD.dtype)
@@ -87,12 +90,6 @@ class ModelRotation:
 
     def _device(self) -> torch.device:
         return next((buffer.device for buffer in self.rotary.buffers()), torch.device("cpu"))
-
-
-@cache
-def _takes_key(apply: Callable[..., Any]) -> bool:
-    """Whether a model's `apply_rotary_pos_emb` turns query and key together."""
-    return "k" in inspect.signature(apply).parameters
 
 
 def no_rotation(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
