@@ -65,17 +65,13 @@ def test_shares_are_those_of_the_definition(weighting, window, kernel):
         pytest.skip("one softmax has no windows")
     layers = [layer(seed) for seed in (0, 1, 2)]
     order, _, packed = pack(BATCH, weighting, window=1)
-    shares = Shares()
+    shares = Shares(packed)
     for leaves in layers:
         q, k, v = (x[torch.from_numpy(order)] for x in leaves)
         miso_attention(q, k, v, packed, KERNELS[kernel], KernelOptions(SCALE, window=window), TURN, shares)
-    means = shares.means(packed)
+    means = shares.means()
     assert list(means) == NAMES
     assert list(means.values()) == pytest.approx(by_definition(weighting, window, layers), abs=1e-6)
-
-
-def test_a_batch_that_mixes_nothing_has_no_shares():
-    assert Shares().means(pack([single(3)], "uniform")[2]) == {}
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"share_prefixes": False}])

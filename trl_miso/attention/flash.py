@@ -91,10 +91,9 @@ class HubFlash(FlashAttn):
         repository: `kernels-community/flash-attn2`, as `attn_implementation` takes it: with a revision after "@" or without.
     """
 
-    name = "hub_flash"
-
     def __init__(self, repository: str = HUB_REPOSITORY):
         self.repository = repository
+        self.name = "hub_flash" if repository == HUB_REPOSITORY else repository
 
     def why_no_functions(self) -> str | None:
         return why_no_hub_flash(self.repository)

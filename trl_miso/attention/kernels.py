@@ -13,7 +13,7 @@ from trl_miso.attention.kernel_interface import Kernel, KernelOptions
 from trl_miso.attention.merge import merge_two
 from trl_miso.segments.packed import Varlen
 
-__all__ = ["KERNELS", "Kernel", "KernelOptions", "resolve_kernel"]
+__all__ = ["KERNELS", "Kernel", "KernelOptions", "kernel_named", "resolve_kernel"]
 
 
 class Cpu:
@@ -36,7 +36,7 @@ class Cpu:
     def forward(self, q, k, v, call, options):
         sequences = _sequences(call)
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q.dtype))
 
         # Sequences of equal lengths are the batch dimension of one call; else the loop below takes them one by one.
         batch = len(sequences) if _equal_lengths(sequences) else 1
@@ -97,7 +97,7 @@ class Reference:
 
     def forward(self, q, k, v, call, options):
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q.dtype))
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q.dtype))
         for rows, keys in _sequences(call):
             scores, _ = self._scores(q[rows], k[keys], options)
             lse[:, rows] = torch.logsumexp(scores, dim=-1)
@@ -125,7 +125,7 @@ class Reference:
     @staticmethod
     def _scores(q: torch.Tensor, k: torch.Tensor, options: KernelOptions) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Masked scores (H, Lq, Lk), in float32 at least, and their derivative by the scaled product."""
-        scores = torch.einsum("qhd,khd->hqk", q.to(_lse_dtype(q.dtype)), _repeat(k, q)) * options.scale
+        scores = torch.einsum("qhd,khd->hqk", q.to(lse_dtype(q.dtype)), _repeat(k, q)) * options.scale
         slope: torch.Tensor | float = 1.0
         if options.softcap:
             squashed = torch.tanh(scores / options.softcap)
@@ -152,9 +152,11 @@ def resolve_kernel(
         ValueError: If no acceptable kernel can run.
     """
     flash_only = base == "flash_attention_2" or is_hub_flash(base)
-    candidates = [kernel for kernel in _candidates(base) if requested in ("auto", kernel.name)]
-    if requested == "hub_flash" and not candidates:
-        candidates = [KERNELS[requested]]
+    candidates = _candidates(base)
+    if requested == "hub_flash":
+        candidates = [HubFlash(base) if is_hub_flash(base) else KERNELS[requested]]
+    elif requested != "auto":
+        candidates = [kernel for kernel in candidates if kernel.name == requested]
     reasons = {}
     for kernel in candidates:
         reason = kernel.refuses(device, dtype, head_dim, options)
@@ -170,6 +172,11 @@ def resolve_kernel(
         "kernel that can run. Fix: set attention_kernel='auto' and attn_implementation='sdpa' to use the first kernel that can "
         "run, or meet the named condition."
     )
+
+
+def kernel_named(name: str) -> Kernel:
+    """The kernel of that name. The Hub's kernel in a certain revision is named by its repository."""
+    return KERNELS[name] if name in KERNELS else HubFlash(name)
 
 
 def _candidates(base: str) -> list[Kernel]:
@@ -204,13 +211,13 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1)[None]
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _repeat(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Key-value heads repeated for their query heads, in the dtype of the scores."""
-    return x.to(_lse_dtype(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    return x.to(lse_dtype(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _hidden(n_q: int, n_k: int, options: KernelOptions, device: torch.device) -> torch.Tensor | None:

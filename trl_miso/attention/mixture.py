@@ -29,7 +29,6 @@ H query heads, G key-value heads, D head dimension.
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from trl_miso.attention.kernels import Kernel, KernelOptions
 from trl_miso.attention.merge import (
@@ -44,6 +43,7 @@ from trl_miso.attention.merge import (
     scatter_key_gradients,
     sum_over_branches,
 )
+from trl_miso.attention.operators import attend, attend_backward
 from trl_miso.attention.rotation import Rotation
 from trl_miso.attention.shares import Shares
 from trl_miso.segments.packed import WEIGHTINGS, PackedSegments
@@ -77,7 +77,7 @@ def miso_attention(
     Raises:
         ValueError: If a window binds and the mixture cannot honour the window.
     """
-    if not packed.num_mixed:
+    if packed.branch_q_index is None:
         return _Causal.apply(q_THD, k_TGD, v_TGD, packed, kernel, options)
     if 0 < options.window < packed.longest:
         check_window(
@@ -123,18 +123,17 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, packed, kernel, options):
         call = packed.self_call
-        out, lse = kernel.forward(q, *gather_keys(k, v, call), call, options)
+        out, lse = attend(kernel, q, *gather_keys(k, v, call), call, options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments = packed, kernel, options
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse = ctx.saved_tensors
         packed, kernel, options = ctx.arguments
         call = packed.self_call
-        dq, dk, dv = kernel.backward(dout, q, *gather_keys(k, v, call), out, lse, call, options)
+        dq, dk, dv = attend_backward(kernel, dout, q, *gather_keys(k, v, call), out, lse, call, options)
         return dq, *scatter_key_gradients(k, [(call, dk, dv)]), None, None, None
 
 
@@ -147,13 +146,13 @@ class SplitForm(torch.autograd.Function):
         self_call, cross_call = packed.self_call, packed.cross_call
 
         # Self call: every segment against its path. In the output's rows: (O_out, l_out).
-        out, lse_HT = kernel.forward(q, *gather_keys(k, v, self_call), self_call, options)
+        out, lse_HT = attend(kernel, q, *gather_keys(k, v, self_call), self_call, options)
         o_out = out[rows].clone()
 
         # Cross call: the output's rows, once per branch, against context i alone: (O_i, l_i).
         q_branch = q[rows].index_select(0, packed.branch_rows)
         contexts = gather_keys(k[: rows.start], v[: rows.start], cross_call, rotation)
-        o_branch, l_branch_HQ = kernel.forward(q_branch, *contexts, cross_call, options.without_causality())
+        o_branch, l_branch_HQ = attend(kernel, q_branch, *contexts, cross_call, options.without_causality())
 
         # Merge: out = share_out O_out + sum_i share_i O_i   (eqs. 3, 4, 7).
         share_out, share_branch = attention_shares(lse_HT[:, rows].T, l_branch_HQ.T, packed)
@@ -169,7 +168,6 @@ class SplitForm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse_HT, l_branch_HQ, o_out, o_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
@@ -182,10 +180,11 @@ class SplitForm(torch.autograd.Function):
         # Self call. Contexts and single runs keep their own (out, lse); the output's rows take (out*, lse*).
         out, lse_HT = out.clone(), lse_HT.clone()
         out[rows], lse_HT[:, rows] = given.out_self, given.lse_self.T
-        dq, dk, dv = kernel.backward(dout, q, *gather_keys(k, v, self_call), out, lse_HT, self_call, options)
+        dq, dk, dv = attend_backward(kernel, dout, q, *gather_keys(k, v, self_call), out, lse_HT, self_call, options)
 
         # Cross call, with (A_i, L_i - log w_i) for fixed weights.
-        dq_branch, dk_branch, dv_branch = kernel.backward(
+        dq_branch, dk_branch, dv_branch = attend_backward(
+            kernel,
             dout[rows].index_select(0, packed.branch_rows),
             q[rows].index_select(0, packed.branch_rows),
             *gather_keys(k[: rows.start], v[: rows.start], cross_call, rotation),
@@ -210,11 +209,11 @@ class PairsForm(torch.autograd.Function):
         self_call, pairs_call = packed.self_call, packed.pairs_call
 
         # Self call: contexts and single runs. The output's rows are replaced below.
-        out, lse_HT = kernel.forward(q, *gather_keys(k, v, self_call), self_call, options)
+        out, lse_HT = attend(kernel, q, *gather_keys(k, v, self_call), self_call, options)
 
         # Pairs call: the output's rows, once per branch, against [K_i, K_out]: (A_i, L_i).
         q_branch = q[rows].index_select(0, packed.branch_rows)
-        a_branch, l_branch = kernel.forward(q_branch, *gather_keys(k, v, pairs_call, rotation), pairs_call, options)
+        a_branch, l_branch = attend(kernel, q_branch, *gather_keys(k, v, pairs_call, rotation), pairs_call, options)
 
         # Mix: out = sum_i w_i A_i   (eqs. 3 and 7).
         weights = branch_weights(l_branch.T, packed)
@@ -236,7 +235,6 @@ class PairsForm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse_HT, out_branch, lse_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
@@ -246,10 +244,13 @@ class PairsForm(torch.autograd.Function):
         # Self call. The forward replaced the output's rows, so no gradient reaches the call through them.
         dout_self = dout.clone()
         dout_self[rows] = 0
-        dq, dk, dv = kernel.backward(dout_self, q, *gather_keys(k, v, self_call), out, lse_HT, self_call, options)
+        dq, dk, dv = attend_backward(
+            kernel, dout_self, q, *gather_keys(k, v, self_call), out, lse_HT, self_call, options
+        )
 
         # Pairs call: P = exp(S - lse_branch) is w_i times the softmax of branch i.
-        dq_branch, dk_branch, dv_branch = kernel.backward(
+        dq_branch, dk_branch, dv_branch = attend_backward(
+            kernel,
             dout[rows].index_select(0, packed.branch_rows),
             q[rows].index_select(0, packed.branch_rows),
             *gather_keys(k, v, pairs_call, rotation),

@@ -9,8 +9,7 @@ Shapes: N rows, H heads, D head dimension.
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +43,10 @@ class ModelRotation:
     layer_type: str | None
     apply: Callable[..., Any]
     start: int = 0
+    takes_key: bool = field(init=False)  # whether `apply` turns query and key together
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "takes_key", "k" in inspect.signature(self.apply).parameters)
 
     def __call__(self, x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:
         half_precision = x_NHD.dtype in (torch.float16, torch.bfloat16)
@@ -58,10 +61,10 @@ class ModelRotation:
         # Partial rotation: dimensions before `start`, and beyond those of the angles, stay.
         end = self.start + cos.shape[-1]
         turned = x[..., self.start : end]
-        if _takes_key(self.apply):
-            turned = self.apply(turned, turned[:, :0], cos, sin)[0]
-        else:
-            turned = self.apply(turned, cos, sin)
+        heads = (turned, turned[:, :0]) if self.takes_key else (turned,)
+        turned = self.apply(*heads, cos, sin)
+        if self.takes_key:
+            turned = turned[0]
         if turned.shape != x.shape:
             turned = torch.cat([x[..., : self.start], turned, x[..., end:]], dim=-1)
         return turned[0].transpose(0, 1).to(x_NHD.dtype)
@@ -100,12 +103,6 @@ def _turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Rotate pairs of neighbouring dimensions, in place of `apply_rotary_emb`, which takes complex angles."""
     other = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
     return x * cos + other * sin
-
-
-@cache
-def _takes_key(apply: Callable[..., Any]) -> bool:
-    """Whether a model's `apply_rotary_pos_emb` turns query and key together."""
-    return "k" in inspect.signature(apply).parameters
 
 
 def no_rotation(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse: bool = False) -> torch.Tensor:

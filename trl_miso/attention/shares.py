@@ -12,21 +12,25 @@ class Shares:
     the one softmax for fid and vanilla (eqs. 7 and 4). The rest is the output's own share (eqs. 5 and 6). Recomputed layers add
     their shares twice, which changes no mean. Not a dataclass: FSDP hands copies of dataclasses to the layers.
 
+    Args:
+        packed: Metadata of the batch, which mixes contexts.
+
     Shapes: Q branch rows, H query heads.
     """
 
-    def __init__(self) -> None:
-        self._sum_Q: torch.Tensor | None = None
-        self._layers = 0
+    def __init__(self, packed: PackedSegments) -> None:
+        self._packed = packed
+        # `add` changes these tensors in place, because a compiled layer that is recomputed cannot set an attribute.
+        self._sum_Q = torch.zeros_like(packed.branch_rows, dtype=torch.float32)
+        self._layers = torch.zeros((), device=self._sum_Q.device)
 
     def add(self, share_QH: torch.Tensor) -> None:
         """Add a layer's shares, one per branch row and head."""
-        mean_Q = share_QH.detach().mean(1, dtype=torch.float32)
-        self._sum_Q = mean_Q if self._sum_Q is None else self._sum_Q + mean_Q.to(self._sum_Q.device)
-        self._layers += 1
+        self._sum_Q.add_(share_QH.detach().mean(1, dtype=torch.float32).to(self._sum_Q.device))
+        self._layers.add_(1)
 
-    def means(self, packed: PackedSegments | None) -> dict[str, float]:
-        """Mean shares of the batch; empty if attention added nothing.
+    def means(self) -> dict[str, float]:
+        """Mean shares of the batch.
 
         Each output's and context's share is first averaged over layers, heads and the tokens of its output.
 
@@ -34,9 +38,8 @@ class Shares:
             `output_share`: mean over outputs of the output's own share. `context_share`: mean over contexts.
             `min_context_share`: smallest share of a context.
         """
-        if self._sum_Q is None:
-            return {}
-        assert packed is not None and packed.branch_cu_seqlens_q is not None
+        packed = self._packed
+        assert packed.branch_cu_seqlens_q is not None
         share_Q = self._sum_Q / self._layers
         # Mean over the tokens of each branch: the branch rows of one branch are consecutive.
         lengths = packed.branch_cu_seqlens_q.diff()

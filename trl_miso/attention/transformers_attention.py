@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from trl_miso.attention.flash import HUB_REPOSITORY, is_hub_flash
-from trl_miso.attention.kernels import KernelOptions, resolve_kernel
+from trl_miso.attention.kernels import KernelOptions, kernel_named, resolve_kernel
 from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.reference import reference_attention
 from trl_miso.attention.rotation import rotation_of, set_rotation
@@ -183,8 +183,7 @@ def _attention_forward(
     dtype = compute_dtype(value)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).to(dtype) for x in equal_head_sizes(query, key, value))
     options = KernelOptions(score_scale(query, scaling), window=sliding_window or 0, softcap=softcap or 0.0)
-    kernel = resolve_kernel(requested, base, q_THD.device, dtype, q_THD.shape[-1], options)
-    _log_kernel_once(kernel, requested, dtype)
+    kernel = kernel_named(_kernel_name(requested, base, q_THD.device, dtype, q_THD.shape[-1], options.softcap))
     rotation = rotation_of(module)
     with torch.autocast(query.device.type, enabled=False):
         out = miso_attention(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, miso_shares)
@@ -259,13 +258,19 @@ def _definition_forward(
     return out[None].to(value.dtype), None
 
 
-def _log_kernel_once(kernel: Any, requested: str, dtype: torch.dtype) -> None:
+@torch.compiler.assume_constant_result
+def _kernel_name(
+    requested: str, base: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float
+) -> str:
+    """The kernel that `resolve_kernel` chooses, logged once. A compiled layer asks when it is compiled."""
+    kernel = resolve_kernel(requested, base, device, dtype, head_dim, KernelOptions(1.0, softcap=softcap))
     logger.info_once(f"MISO attention runs on the {kernel.name!r} kernel (attention_kernel={requested!r}, {dtype}).")
     if requested == "auto" and kernel.name == "reference":
         logger.warning_once(
             f"MISO attention runs on the dense reference kernel, since no other kernel takes {dtype} tensors of this model on "
             "this device. It is slow: train in bf16 on CUDA to use FlashAttention-2."
         )
+    return kernel.name
 
 
 def _base_forward(base: str, module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

@@ -88,10 +88,10 @@ class PackedSegments:
     def to_batch(self) -> dict[str, Any]:
         """Batch keys, each with the prefix `miso_`; absent fields are left out."""
         batch = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in _FIELDS:
+            value = getattr(self, name)
             if value is not None:
-                batch[PREFIX + field.name] = value
+                batch[PREFIX + name] = value
         return batch
 
     @classmethod
@@ -99,7 +99,11 @@ class PackedSegments:
         """Inverse of `to_batch` on a model's keyword arguments; None if they have no MISO metadata."""
         if PREFIX + "cu_seqlens_q" not in batch:
             return None
-        return cls(**{f.name: batch[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in batch})
+        present = {}
+        for name in _FIELDS:
+            if PREFIX + name in batch:
+                present[name] = batch[PREFIX + name]
+        return cls(**present)
 
     @property
     def branch_rows(self) -> torch.Tensor:
@@ -127,6 +131,9 @@ class PackedSegments:
         assert self.branch_cu_seqlens_q is not None and self.pair_cu_seqlens_k is not None
         sizes = self.branch_max_seqlen_q, self.pair_max_seqlen_k
         return Varlen(self.branch_cu_seqlens_q, self.pair_cu_seqlens_k, *sizes, self.pair_kv_index, self.pair_kv_offset)
+
+
+_FIELDS = tuple(field.name for field in fields(PackedSegments))  # torch.compile cannot ask a class for them
 
 
 def pack(examples: Sequence[Example], weighting: str, window: int = 0) -> tuple[np.ndarray, np.ndarray, PackedSegments]:

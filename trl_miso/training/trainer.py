@@ -252,13 +252,15 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         probe = None if mode in self._probed else Probe()
         if probe is not None:
             inputs = inputs | {"miso_probe": probe}
-        shares, packed = Shares(), PackedSegments.from_batch(inputs)
+        packed, shares = PackedSegments.from_batch(inputs), None
         if self.args.log_shares and packed is not None and packed.num_mixed:
+            shares = Shares(packed)
             inputs = inputs | {"miso_shares": shares}
         with self._noise(packed, inputs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        for name, value in shares.means(packed).items():
-            metrics[name].append(value)
+        if shares is not None:
+            for name, value in shares.means().items():
+                metrics[name].append(value)
         if probe is not None:
             check_probe(probe, self.model_support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
