@@ -1,6 +1,7 @@
 """MISOSFTTrainer: the method, that is rows, collator, attention and loss. Reliability, the Hub and scores are mixins."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -245,14 +246,15 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         probe = None if mode in self._probed else Probe()
         if probe is not None:
             inputs = inputs | {"miso_probe": probe}
-        packed, shares = PackedSegments.from_batch(inputs), None
-        if self.args.log_shares and packed is not None and packed.num_mixed:
-            shares = Shares(packed)
+        packed = PackedSegments.from_batch(inputs) if self.args.log_shares else None
+        shares = Shares(packed)
+        if packed is not None and packed.num_mixed:
             inputs = inputs | {"miso_shares": shares}
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if shares is not None:
-            for name, value in shares.means().items():
-                metrics[name].append(value)
+        # A probed forward runs as it is: compiled, it would be compiled for one batch.
+        with nullcontext() if probe is None else torch.compiler.set_stance("force_eager"):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        for name, value in shares.means().items():
+            metrics[name].append(value)
         if probe is not None:
             check_probe(probe, self.model_support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
