@@ -19,6 +19,7 @@ measure() {
 measure tests 120 python -m pytest -m gpu -q
 measure attention 120 python -m benchmarks.attention --device cuda
 measure step 180 python -m benchmarks.step --device cuda --size 1b
+measure compile 240 python -m benchmarks.compile --device cuda --size 1b
 measure decoding 120 python -m benchmarks.decoding --device cuda --size 1b
 if [ $# -ge 4 ]; then
     for model in smollm2 gemma3; do

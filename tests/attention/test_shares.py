@@ -74,6 +74,10 @@ def test_shares_are_those_of_the_definition(weighting, window, kernel):
     assert list(means.values()) == pytest.approx(by_definition(weighting, window, layers), abs=1e-6)
 
 
+def test_a_batch_that_mixes_nothing_has_no_shares():
+    assert Shares(pack([single(3)], "uniform")[2]).means() == {}
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"share_prefixes": False}])
 def test_training_logs_shares(para_dataset, tokenizer, make_config, options):
     """Shares of rows with five contexts each sum to 1, and are the same however the step is computed."""

@@ -29,6 +29,7 @@ H query heads, G key-value heads, D head dimension.
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from trl_miso.attention.kernels import Kernel, KernelOptions
 from trl_miso.attention.merge import (
@@ -87,9 +88,15 @@ def miso_attention(
             "set max_length to at most the window",
         )
         assert packed.pair_kv_index is not None, "the collator was not given the window"
-        return PairsForm.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, shares)
-    options = KernelOptions(options.scale, options.causal, 0, options.softcap)
-    return SplitForm.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, shares)
+        form: type[torch.autograd.Function] = PairsForm
+    else:
+        form = SplitForm
+        options = KernelOptions(options.scale, options.causal, 0, options.softcap)
+    if shares is None:
+        return form.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation)
+    out_THD, share_QH = form.apply(q_THD, k_TGD, v_TGD, packed, kernel, options, rotation, True)
+    shares.add(share_QH)
+    return out_THD
 
 
 def check_window(window: str, has_gap: bool, weighting: str, fix: str) -> None:
@@ -129,6 +136,7 @@ class _Causal(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, out, lse = ctx.saved_tensors
         packed, kernel, options = ctx.arguments
@@ -141,7 +149,7 @@ class SplitForm(torch.autograd.Function):
     """Self call and cross call, merged. The output's own attention is computed once, not once per context."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation, shares=None):
+    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation, with_shares=False):
         rows = slice(packed.output_start, packed.output_end)
         self_call, cross_call = packed.self_call, packed.cross_call
 
@@ -156,8 +164,6 @@ class SplitForm(torch.autograd.Function):
 
         # Merge: out = share_out O_out + sum_i share_i O_i   (eqs. 3, 4, 7).
         share_out, share_branch = attention_shares(lse_HT[:, rows].T, l_branch_HQ.T, packed)
-        if shares is not None:
-            shares.add(share_branch)
         mixed = sum_over_branches(share_branch[..., None] * o_branch, packed)
         out[rows] = mixed.addcmul_(share_out[..., None], at_least_float32(o_out)).to(out.dtype)
 
@@ -165,10 +171,14 @@ class SplitForm(torch.autograd.Function):
         parts = (o_out, o_branch) if has_fixed_weights(packed) else (None, None)
         ctx.save_for_backward(q, k, v, out, lse_HT, l_branch_HQ, *parts)
         ctx.arguments = packed, kernel, options, rotation
-        return out
+        if not with_shares:
+            return out
+        ctx.mark_non_differentiable(share_branch)
+        return out, share_branch
 
     @staticmethod
-    def backward(ctx: Any, dout):
+    @once_differentiable
+    def backward(ctx: Any, dout, *_):
         q, k, v, out, lse_HT, l_branch_HQ, o_out, o_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
         rows = slice(packed.output_start, packed.output_end)
@@ -204,7 +214,7 @@ class PairsForm(torch.autograd.Function):
     """Each branch as one causal call over [context, output]: exact where a window depends on the true distance."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation, shares=None):
+    def forward(ctx: Any, q, k, v, packed, kernel, options, rotation, with_shares=False):
         rows = slice(packed.output_start, packed.output_end)
         self_call, pairs_call = packed.self_call, packed.pairs_call
 
@@ -219,10 +229,6 @@ class PairsForm(torch.autograd.Function):
         weights = branch_weights(l_branch.T, packed)
         mixed = sum_over_branches(weights[..., None] * a_branch, packed)
         out[rows] = mixed.to(out.dtype)
-        if shares is not None:
-            # In branch i the context has what the output leaves: 1 - exp(l_out - L_i).
-            share_out = torch.exp(lse_HT[:, rows].T[packed.branch_rows] - l_branch.T)
-            shares.add(weights * (1 - share_out))
 
         # What the backward of the pairs call takes: (A_i, L_i - log w_i) for fixed weights, (out, logsumexp_i L_i) for fid.
         if has_fixed_weights(packed):
@@ -232,10 +238,17 @@ class PairsForm(torch.autograd.Function):
             lse_branch = logsumexp_over_branches(l_branch.T, packed)[packed.branch_rows].T.contiguous()
         ctx.save_for_backward(q, k, v, out, lse_HT, a_branch, lse_branch)
         ctx.arguments = packed, kernel, options, rotation
-        return out
+        if not with_shares:
+            return out
+        # In branch i the context has what the output leaves: 1 - exp(l_out - L_i).
+        share_out = torch.exp(lse_HT[:, rows].T[packed.branch_rows] - l_branch.T)
+        share_branch = weights * (1 - share_out)
+        ctx.mark_non_differentiable(share_branch)
+        return out, share_branch
 
     @staticmethod
-    def backward(ctx: Any, dout):
+    @once_differentiable
+    def backward(ctx: Any, dout, *_):
         q, k, v, out, lse_HT, out_branch, lse_branch = ctx.saved_tensors
         packed, kernel, options, rotation = ctx.arguments
         rows = slice(packed.output_start, packed.output_end)

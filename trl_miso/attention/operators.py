@@ -19,7 +19,7 @@ def attend(
     kernel: Kernel, q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, call: Varlen, options: KernelOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (T, H, D) and its log-sum-exp (H, T)."""
-    return _attend(q_THD, k_SGD, v_SGD, *_arguments(kernel, call, options))
+    return torch.ops.trl_miso.attend(q_THD, k_SGD, v_SGD, *_arguments(kernel, call, options))
 
 
 def attend_backward(
@@ -34,7 +34,9 @@ def attend_backward(
     options: KernelOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, from the (out, lse) that are given."""
-    return _attend_backward(dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, *_arguments(kernel, call, options))
+    return torch.ops.trl_miso.attend_backward(
+        dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, *_arguments(kernel, call, options)
+    )
 
 
 def _arguments(kernel: Kernel, call: Varlen, options: KernelOptions) -> tuple:
@@ -43,55 +45,37 @@ def _arguments(kernel: Kernel, call: Varlen, options: KernelOptions) -> tuple:
     return *sizes, kernel.name, options.scale, options.causal, options.window, options.softcap
 
 
-@torch.library.custom_op("trl_miso::attend", mutates_args=())
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    kernel: str,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+# Not `torch.library.custom_op`, whose checks at every call cost a tenth of a small layer.
+_CALL = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "str kernel, float scale, bool causal, int window, float softcap"
+)
+torch.library.define("trl_miso::attend", f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
+torch.library.define(
+    "trl_miso::attend_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("trl_miso::attend", "default")
+def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, kernel, *options):
     call = Varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = kernel_named(kernel).forward(q, k, v, call, KernelOptions(scale, causal, window, softcap))
+    out, lse = kernel_named(kernel).forward(q, k, v, call, KernelOptions(*options))
     return out.contiguous(), lse.contiguous()
 
 
-@_attend.register_fake
+@torch.library.register_fake("trl_miso::attend")
 def _(q, k, v, *call):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q.dtype))
 
 
-@torch.library.custom_op("trl_miso::attend_backward", mutates_args=())
-def _attend_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    kernel: str,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.impl("trl_miso::attend_backward", "default")
+def _attend_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, kernel, *options):
     call = Varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = KernelOptions(scale, causal, window, softcap)
-    dq, dk, dv = kernel_named(kernel).backward(dout, q, k, v, out, lse, call, options)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    gradients = kernel_named(kernel).backward(dout, q, k, v, out, lse, call, KernelOptions(*options))
+    return tuple(gradient.contiguous() for gradient in gradients)
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake("trl_miso::attend_backward")
 def _(dout, q, k, v, *others):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -13,16 +13,17 @@ class Shares:
     their shares twice, which changes no mean. Not a dataclass: FSDP hands copies of dataclasses to the layers.
 
     Args:
-        packed: Metadata of the batch, which mixes contexts.
+        packed: Metadata of the batch. None, or without contexts to mix: there is nothing to collect.
 
     Shapes: Q branch rows, H query heads.
     """
 
-    def __init__(self, packed: PackedSegments) -> None:
+    def __init__(self, packed: PackedSegments | None = None) -> None:
         self._packed = packed
-        # `add` changes these tensors in place, because a compiled layer that is recomputed cannot set an attribute.
-        self._sum_Q = torch.zeros_like(packed.branch_rows, dtype=torch.float32)
-        self._layers = torch.zeros((), device=self._sum_Q.device)
+        if packed is not None and packed.branch_q_index is not None:
+            # `add` changes these tensors in place, because a compiled layer that is recomputed cannot set an attribute.
+            self._sum_Q = torch.zeros_like(packed.branch_q_index, dtype=torch.float32)
+            self._layers = torch.zeros((), device=self._sum_Q.device)
 
     def add(self, share_QH: torch.Tensor) -> None:
         """Add a layer's shares, one per branch row and head."""
@@ -30,7 +31,7 @@ class Shares:
         self._layers.add_(1)
 
     def means(self) -> dict[str, float]:
-        """Mean shares of the batch.
+        """Mean shares of the batch; empty if it mixes nothing.
 
         Each output's and context's share is first averaged over layers, heads and the tokens of its output.
 
@@ -39,7 +40,8 @@ class Shares:
             `min_context_share`: smallest share of a context.
         """
         packed = self._packed
-        assert packed.branch_cu_seqlens_q is not None
+        if packed is None or packed.branch_cu_seqlens_q is None:
+            return {}
         share_Q = self._sum_Q / self._layers
         # Mean over the tokens of each branch: the branch rows of one branch are consecutive.
         lengths = packed.branch_cu_seqlens_q.diff()

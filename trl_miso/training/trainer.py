@@ -252,15 +252,16 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         probe = None if mode in self._probed else Probe()
         if probe is not None:
             inputs = inputs | {"miso_probe": probe}
-        packed, shares = PackedSegments.from_batch(inputs), None
+        packed = PackedSegments.from_batch(inputs)
+        shares = Shares(packed if self.args.log_shares else None)
         if self.args.log_shares and packed is not None and packed.num_mixed:
-            shares = Shares(packed)
             inputs = inputs | {"miso_shares": shares}
-        with self._noise(packed, inputs):
+        # A probed forward runs as it is: compiled, it would be compiled for one batch.
+        stance = nullcontext() if probe is None else torch.compiler.set_stance("force_eager")
+        with stance, self._noise(packed, inputs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if shares is not None:
-            for name, value in shares.means().items():
-                metrics[name].append(value)
+        for name, value in shares.means().items():
+            metrics[name].append(value)
         if probe is not None:
             check_probe(probe, self.model_support.layers, self.accelerator.unwrap_model(self.model))
             self._probed.add(mode)
