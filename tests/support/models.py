@@ -126,6 +126,8 @@ _SMALL = _SIZES | {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "sliding_window": 128,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 512,
 }
 
 
