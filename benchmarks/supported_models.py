@@ -64,6 +64,7 @@ Made by `{command}`, and with `--new` for what a later version adds
 
 Each language model for text in transformers is built tiny, with random weights, and given to `MISOSFTTrainer` with default settings.
 *Since* is the version of transformers that added it, 5.23 for all that are older. Each was examined with this version or a later one.
+{added}
 
 - **equal**: the trainer's loss and the gradient of every parameter equal those of one-row-per-context execution, for para (with
   and without shared prefixes), succ and rows of one context; and a step of training runs. *Worst error* is the largest of all relative errors.
@@ -322,13 +323,18 @@ def read_table() -> list[Finding]:
 
 
 def document(findings: list[Finding]) -> str:
-    kinds = Counter(finding.verdict for finding in findings)
     versions = sorted({finding.since for finding in findings}, key=Version)
     order = sorted(findings, key=lambda finding: (ORDER.index(finding.verdict.split()[0]), finding.model_type))
+    kinds = Counter(finding.verdict for finding in order)
+    added = []
+    for version in versions[1:]:
+        names = sorted(finding.model_type for finding in findings if finding.since == version)
+        added.append(f"\nNew in {version}: {', '.join(names)}.")
     return HEADER.format(
         command=COMMAND,
         versions=f"transformers {', '.join(versions)}, torch {torch.__version__}, float64 or, where it has none, float32 on a CPU",
         counts=", ".join(f"{count} {verdict}" for verdict, count in kinds.most_common()),
+        added="\n".join(added),
         table=table(order),
     )
 
