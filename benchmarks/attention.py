@@ -70,7 +70,7 @@ class Bench:
         self.heads, self.kv_heads, self.head_dim = options.heads, options.kv_heads, options.head_dim
         self.repeats, self.patience = options.repeats, options.patience
         self.options = KernelOptions(self.head_dim**-0.5)
-        self.kernel = resolve_kernel("auto", False, self.device, self.dtype, self.head_dim, self.options)
+        self.kernel = resolve_kernel("auto", "sdpa", self.device, self.dtype, self.head_dim, self.options)
         config = LlamaConfig(head_dim=self.head_dim, num_attention_heads=self.heads)
         self.rotation = ModelRotation(LlamaRotaryEmbedding(config).to(self.device), None, apply_rotary_pos_emb)
         self.ceiling = ceiling(options.device, self.dtype)

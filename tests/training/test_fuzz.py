@@ -100,6 +100,7 @@ class Lab:
             AcceleratorState._shared_state |= state
         trainer, tokenizer = self.trainer, tokenizer_of(case.tokenizer)
         stream = IterableDataset(ExamplesIterable(lambda: enumerate(case.rows), {}))  # like from_generator, but quicker
+        trainer.model.set_attn_implementation("sdpa")  # as a user gives the model
         guards.check_request(args, trainer.model, None, tokenizer, None)
         check_first_row(stream, args.assistant_only_loss)
         trainer.args, trainer._tokenizer, trainer.training_mode, trainer.dropped_rows = args, tokenizer, None, {}
@@ -107,7 +108,6 @@ class Lab:
         rows = trainer._prepare_dataset(stream, tokenizer, args, args.packing, None, "train")
         if case.evaluated:
             rows = trainer._prepare_dataset(stream, tokenizer, args, args.packing, None, "eval")
-        trainer.model.set_attn_implementation("sdpa")  # as a user gives the model
         trainer._install(args)
         return list(rows)
 

@@ -19,6 +19,17 @@ from trl_miso.training.interruption import TrainingGuard
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
+@pytest.fixture(autouse=True)
+def _python_s_own_handlers():
+    """A shell lets what it starts in the background ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in CODES}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(number):
     os.kill(os.getpid(), number)
 
@@ -172,6 +183,7 @@ def _told_twice(folder):
     from tests.support.rank_runs import AtStep, make_trainer
 
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = make_trainer(folder)
 
     def hang():

@@ -81,12 +81,10 @@ def miso_attention(
     if packed.branch_q_index is None:
         return _Causal.apply(q_THD, k_TGD, v_TGD, packed, kernel, options)
     if 0 < options.window < packed.longest:
-        check_window(
-            f"a sliding window of {options.window} tokens and a context with its output of {packed.longest}",
-            bool(packed.gap),
-            WEIGHTINGS[packed.weighting],
-            "set max_length to at most the window",
-        )
+        weighting = WEIGHTINGS[packed.weighting]
+        if packed.gap or weighting == "vanilla":  # asked here as well: torch.compile cannot make the message's text
+            window = f"a sliding window of {options.window} tokens and a context with its output of {packed.longest}"
+            check_window(window, bool(packed.gap), weighting, "set max_length to at most the window")
         assert packed.pair_kv_index is not None, "the collator was not given the window"
         form: type[torch.autograd.Function] = PairsForm
     else:
