@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # or a second run would compile nothing
 
 import datasets
 import torch
@@ -123,11 +124,12 @@ def run(options: argparse.Namespace, folder: str) -> None:
     workload = Workload("none", options)
     title = f"{options.steps} steps, bins of {options.max_length} tokens, {options.size} {SIZES[options.size]}, {options.backend}"
     rows, figures, sft = [], {}, 0.0
-    for name in VARIANTS:
+    for name in ["SFTTrainer", *options.variants]:
         eager = train(name, False, workload, options, folder)
         compiled = train(name, True, workload, options, folder)
         sft = sft or median(compiled.seconds[WARM:])
         rows.append(line(name, eager, compiled, sft))
+        print("; ".join(f"{column} {cell}" for column, cell in zip(COLUMNS, rows[-1], strict=True)).strip(), flush=True)
         figures[name] = {"compiled": compiled._asdict(), "eager": eager._asdict()}
     print_table(title, COLUMNS, rows)
     for name, figure in figures.items():
@@ -142,6 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, help="size of the random Llama (default: small, tiny with --quick)")
+    variants = [name for name in VARIANTS if name != "SFTTrainer"]
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants, help="beside SFTTrainer")
     parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     parser.add_argument("--steps", type=int, help=f"more than {WARM} (default: 12, 6 with --quick)")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of a bin")
