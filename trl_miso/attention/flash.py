@@ -46,10 +46,7 @@ class FlashAttn:
         check_sequences(call)
         out, lse, *_ = self.functions()._flash_attn_varlen_forward(
             *(_pad_heads(x) for x in (q, k, v)),
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.max_seqlen_q,
-            call.max_seqlen_k,
+            *_sizes(call),
             0.0,
             options.scale,
             options.causal,
@@ -68,10 +65,7 @@ class FlashAttn:
             *(dout, q_, k_, v_, out),
             lse,
             *gradients,
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.max_seqlen_q,
-            call.max_seqlen_k,
+            *_sizes(call),
             0.0,
             options.scale,
             options.causal,
@@ -199,6 +193,11 @@ def _import_flash_attn() -> ModuleType:
 def is_hub_flash(implementation: str) -> bool:
     """Whether an `attn_implementation` is the Hub's FlashAttention-2."""
     return re.split("[@:]", implementation)[0] == HUB_REPOSITORY
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether an `attn_implementation` is FlashAttention-2, of the package or of the Hub."""
+    return implementation == "flash_attention_2" or is_hub_flash(implementation)
 
 
 @cache

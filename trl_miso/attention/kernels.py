@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from trl_miso.attention.flash import FlashAttn, HubFlash, TorchFlash, is_hub_flash
+from trl_miso.attention.flash import FlashAttn, HubFlash, TorchFlash, is_flash, is_hub_flash
 from trl_miso.attention.kernel_interface import Kernel, KernelOptions
 from trl_miso.attention.merge import merge_two
 from trl_miso.segments.packed import Varlen
@@ -151,7 +151,7 @@ def resolve_kernel(
     Raises:
         ValueError: If no acceptable kernel can run.
     """
-    flash_only = base == "flash_attention_2" or is_hub_flash(base)
+    flash_only = is_flash(base)
     candidates = _candidates(base)
     if requested == "hub_flash":
         candidates = [HubFlash(base) if is_hub_flash(base) else KERNELS[requested]]

@@ -22,7 +22,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from trl_miso.attention.flash import HUB_REPOSITORY, is_hub_flash
+from trl_miso.attention.flash import HUB_REPOSITORY, is_flash, is_hub_flash
 from trl_miso.attention.kernels import KernelOptions, kernel_named, resolve_kernel
 from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.reference import reference_attention
@@ -72,7 +72,7 @@ def register_miso_attention(base: str = "sdpa", kernel: str = "auto") -> str:
 
 def check_base(base: str) -> None:
     """Raise ValueError for a model's attention implementation beside which no kernel of the mixture is known."""
-    if base not in ("sdpa", "eager", "flash_attention_2") and not is_hub_flash(base):
+    if base not in _BASE_TAGS and not is_hub_flash(base):
         raise ValueError(
             f"Got attn_implementation={base!r}, expected 'sdpa', 'eager', 'flash_attention_2' or {HUB_REPOSITORY!r}: the mixture needs a "
             "kernel that returns log-sum-exps. Fix: load the model with one of these; attention_kernel selects the kernel."
@@ -276,7 +276,7 @@ def _kernel_name(
 def _base_forward(base: str, module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    if base == "flash_attention_2" or is_hub_flash(base):
+    if is_flash(base):
         return partial(_flash_forward, attn_implementation=base)
     return ALL_ATTENTION_FUNCTIONS[base]
 
