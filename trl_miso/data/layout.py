@@ -106,11 +106,16 @@ def _as_history(answers: list[Answer], turns: Sequence[int | None]) -> list[Answ
     later: list[Sequence[int]] = []  # what the answers after the one at hand see
     for answer, turn in zip(answers[::-1], turns[::-1], strict=True):
         if answer.weights:
-            later += answer.contexts
+            later += answer.begun
             cut.append(answer)
             continue
         run, start = [*answer.contexts[0], *answer.output], len(answer.contexts[0])
-        seen = max((common_prefix(run, other) for other in later), default=0) - start
+        seen = -start
+        for other in later:
+            shared = common_prefix(run, other)
+            # A context or chunk that ends within the run shares all of its tokens already.
+            if shared < len(other) or shared == len(run):
+                seen = max(seen, shared - start)
         if turn is not None and seen >= turn:
             answer = answer._replace(output=answer.output[:seen], labels=answer.labels[:seen])
         later.append(run)

@@ -137,6 +137,11 @@ class Answer(NamedTuple):
     weights: Sequence[float] = ()
     positions: str = "successive"
 
+    @property
+    def begun(self) -> Sequence[Sequence[int]]:
+        """The contexts that begin an input: of chunks, the first alone."""
+        return self.contexts[:1] if self.positions == "chunks" else self.contexts
+
 
 def lay_out(answers: Sequence[Answer]) -> tuple[list[int], list[int], Example]:
     """Lay out the answers of a row as one example in which common prefixes are stored once (paper, section 4.1).
@@ -156,10 +161,9 @@ def lay_out(answers: Sequence[Answer]) -> tuple[list[int], list[int], Example]:
             paths.append([*context, *answer.output])
             labels.append([-100] * len(context) + list(answer.labels))
         else:
-            in_tree = answer.contexts[:1] if answer.positions == "chunks" else answer.contexts
-            paths += in_tree
-            labels += [()] * len(in_tree)
-            chunks += answer.contexts[len(in_tree) :]
+            paths += answer.begun
+            labels += [()] * len(answer.begun)
+            chunks += answer.contexts[len(answer.begun) :]
     tree = grow(paths, labels)
     tokens, token_labels, segments = tree.tokens, tree.labels, tree.segments
     leaves = iter(tree.leaves)
