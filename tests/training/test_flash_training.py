@@ -75,14 +75,16 @@ def test_the_hubs_kernel_as_base_and_as_kernel(hub, trained, tokenizer):
     got, trainer = trained(HUB_REPOSITORY)
     assert got == pytest.approx(expected, rel=torch.finfo(torch.bfloat16).eps)
     assert set(hub) == {HUB_REPOSITORY}
-    name = trainer.model.config._attn_implementation
-    assert name.startswith("miso_hub") and "/" not in name and "flash" not in name
+    assert trainer.model.config._attn_implementation == HUB_REPOSITORY
 
     # A batch without contexts runs on the base: the Hub's functions in place of sdpa.
     ids = torch.tensor([tokenizer.encode("The sea is calm and the sky is clear.")])
     model = trainer.model.eval()
     with torch.no_grad():
-        base = model(input_ids=ids).logits
+        with trainer._mixing():
+            name = model.config._attn_implementation
+            assert name.startswith("miso_hub") and "/" not in name and "flash" not in name
+            base = model(input_ids=ids).logits
         model.set_attn_implementation("sdpa")
         sdpa = model(input_ids=ids).logits
     torch.testing.assert_close(base, sdpa, rtol=0, atol=0.05 * float(sdpa.abs().max()))

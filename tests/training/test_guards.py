@@ -233,9 +233,14 @@ def test_data_parallel(train, monkeypatch):
 
 
 def test_metadata_is_checked_on_the_first_batch(train):
-    """A model whose attention was switched back would ignore the contexts. The first step refuses it."""
+    """A model whose attention is switched back within training would ignore the contexts. The first step refuses it."""
+
+    class SwitchBack(t.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.set_attn_implementation("sdpa")
+
     trainer = train()
-    trainer.model.set_attn_implementation("sdpa")
+    trainer.add_callback(SwitchBack())
     with _refused("0 of 3 layers"):
         trainer.train()
 

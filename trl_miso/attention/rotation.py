@@ -111,8 +111,11 @@ def no_rotation(x_NHD: torch.Tensor, offset_N: torch.Tensor, limit: int, inverse
 
 
 def set_rotation(module: nn.Module, rotation: Rotation | None) -> None:
-    """Attach a rotation to an attention module, as a plain attribute outside of the module's state."""
-    object.__setattr__(module, "miso_rotation", rotation)
+    """Attach a rotation to an attention module, as a plain attribute outside of the module's state; None takes it away."""
+    if rotation is not None:
+        object.__setattr__(module, "miso_rotation", rotation)
+    elif "miso_rotation" in vars(module):
+        object.__delattr__(module, "miso_rotation")
 
 
 def rotation_of(module: nn.Module) -> Rotation | None:

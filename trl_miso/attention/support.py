@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trl_miso.attention.rotation import candidate_rotations, no_rotation, set_rotation
+from trl_miso.attention.state import in_eval_mode
 from trl_miso.attention.transformers_attention import Probe, set_implementation
 
 _TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -298,18 +299,14 @@ def _run(model: PreTrainedModel, start: int, first: int = 3) -> tuple[Probe, tor
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = (torch.tensor([first, *range(4, 11)], device=device) % vocab)[None]
     positions = torch.arange(start, start + ids.shape[1], device=device)[None]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(model):
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, miso_probe=probe).logits[0]
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"Got {type(model).__name__}, which fails on keyword arguments for attention or uses its mask in a way of its own "
             f"({error}). Expected a model that passes them on. Fix: use a supported architecture (docs/kernels.md lists them)."
         ) from error
-    finally:
-        model.train(training)
     return probe, logits
 
 

@@ -7,8 +7,7 @@ Shapes: T packed tokens, H query heads, G key-value heads, D head dimension of q
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from trl_miso.attention.flash import HUB_REPOSITORY, is_flash, is_hub_flash
 from trl_miso.attention.kernels import KernelOptions, kernel_named, resolve_kernel
 from trl_miso.attention.mixture import miso_attention
 from trl_miso.attention.reference import reference_attention
-from trl_miso.attention.rotation import rotation_of, set_rotation
+from trl_miso.attention.rotation import rotation_of
 from trl_miso.attention.shares import Shares
 from trl_miso.segments import decode
 from trl_miso.segments.packed import WEIGHTINGS, PackedSegments
@@ -308,31 +307,6 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
             f"Got {type(model).__name__}, which does not take a registered attention (it keeps {actual!r}), expected a model on "
             "transformers' AttentionInterface. Fix: use a supported architecture (docs/kernels.md lists them)."
         )
-
-
-@contextmanager
-def restore_attention(model: PreTrainedModel) -> Iterator[None]:
-    """On exit, restore the model's attention implementation, rotations and training mode."""
-    before = _implementations(model.config)
-    state = [(module, module.training, rotation_of(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        for module, training, rotation in state:
-            module.training = training
-            if rotation_of(module) is not rotation:
-                set_rotation(module, rotation)
-
-
-def _implementations(config: Any) -> dict[str, Any]:
-    """Attention implementations of a config and of its sub-configs, in the form that `set_attn_implementation` takes."""
-    implementations = {"": config._attn_implementation}
-    for name in config.sub_configs:
-        sub_config = getattr(config, name, None)
-        if sub_config is not None:
-            implementations[name] = _implementations(sub_config)
-    return implementations
 
 
 def skip_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.attention.mixture import check_window
 from trl_miso.attention.rotation import Rotation, rotation_of, set_rotation
+from trl_miso.attention.state import restore_attention
 from trl_miso.attention.support import (
     ModelSupport,
     base_of,
@@ -29,7 +30,6 @@ from trl_miso.attention.support import (
 )
 from trl_miso.attention.transformers_attention import (
     base_implementation,
-    restore_attention,
     set_implementation,
     skip_logits,
 )

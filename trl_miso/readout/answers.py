@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_miso.attention.transformers_attention import restore_attention
+from trl_miso.attention.state import restore_attention
 from trl_miso.data.chat_template import ChatRenderer
 from trl_miso.data.schema import Prompt, template_kwargs
 from trl_miso.data.tokenization import RowTokenizer

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_miso.attention.shares import Shares
+from trl_miso.attention.state import restore_attention
 from trl_miso.attention.support import ModelSupport, prepare_model
 from trl_miso.attention.transformers_attention import (
     base_implementation,
     compute_dtype,
     register_over,
-    restore_attention,
     score_scale,
 )
 

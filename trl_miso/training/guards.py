@@ -15,10 +15,16 @@ from trl_miso.attention.support import ModelSupport, base_of, check_adapters, ch
 from trl_miso.attention.transformers_attention import base_implementation, check_base
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.sft_settings import check_tokens
+from trl_miso.training.quantized import check_quantization
 
 
 def check_request(
-    args: MISOSFTConfig, model: Any, data_collator: Any, processing_class: Any, peft_config: Any
+    args: MISOSFTConfig,
+    model: Any,
+    data_collator: Any,
+    processing_class: Any,
+    peft_config: Any,
+    quantization_config: Any = None,
 ) -> PreTrainedConfig:
     """Refuse arguments that are wrong whatever the weights and the data, and return the model's config.
 
@@ -55,6 +61,8 @@ def check_request(
     else:
         config = model.config
     check_config(config)
+    loaded_with = (args.model_init_kwargs or {}).get("quantization_config")
+    check_quantization([quantization_config, loaded_with, getattr(config, "quantization_config", None)])
     _check_balancing_loss(args, config)
     _check_attention(args, model, config)
     return config

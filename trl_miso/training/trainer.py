@@ -1,7 +1,7 @@
 """MISOSFTTrainer: the method, that is rows, collator, attention and loss. Reliability, the Hub and scores are mixins."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from trl_miso.attention.shares import Shares
+from trl_miso.attention.state import AttentionState
 from trl_miso.attention.support import base_of, check_probe, prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import Probe, base_implementation, register_miso_attention
 from trl_miso.config import MISOSFTConfig
@@ -37,6 +39,7 @@ from trl_miso.training import guards
 from trl_miso.training.hub import HubPushes
 from trl_miso.training.neftune import noisy_embeddings
 from trl_miso.training.predictions import RowPredictions
+from trl_miso.training.quantized import keep_unpacked
 from trl_miso.training.reliability import ReliableTrainer
 from trl_miso.training.verified import Verified, VerifyFirst
 
@@ -86,6 +89,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
     """
 
     row_numbers_key = ROWS
+    _is_mixing = False
     _tag_names = ["trl", "sft", "miso"]
     _name = "MISO"
     _paper = {
@@ -118,7 +122,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         formatting_func: Callable[[dict], str] | None = None,
     ):
         args = _miso_config(args, model)
-        config = guards.check_request(args, model, data_collator, processing_class, peft_config)
+        config = guards.check_request(args, model, data_collator, processing_class, peft_config, quantization_config)
         if processing_class is None:  # as SFTTrainer, but now
             revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
             options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
@@ -174,9 +178,11 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         """Replace the model's attention and the collator, once TRL has made and wrapped the model."""
         base_model = base_of(self.model)
         guards.check_parallelism(self.accelerator.parallelism_config)
+        keep_unpacked(base_model)
         implementation = base_implementation(base_model.config.get_text_config()._attn_implementation)
         registered = register_miso_attention(implementation, args.attention_kernel)
         self.model_support = prepare_model(base_model, registered, args.max_length)
+        self._attention = AttentionState.of(base_model)
         mode = self.training_mode or "para"  # rows that the user prepared may have several contexts
         guards.check_checkpointing(args, base_model)
         guards.check_kernel(args, base_model.config, base_model.dtype, implementation, self.accelerator.device)
@@ -243,6 +249,45 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*COLUMNS, ROW_LENGTHS]
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as SFTTrainer does, and reliably (`ReliableTrainer.train`). Afterwards the model has its own attention again.
+
+        MISO attention is in force from the trainer's construction to the end of training, and later within the trainer's own
+        methods: trainers that share a model each train with their own settings.
+        """
+        try:
+            with self._mixing():
+                return super().train(*args, **kwargs)
+        finally:
+            self._attention.ordinary.set()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mixing():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def run_checks(self, *args: Any, **kwargs: Any) -> None:
+        with self._mixing():
+            super().run_checks(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._mixing():  # also in backward, where checkpointing runs layers again
+            return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _mixing(self) -> Iterator[None]:
+        """This trainer's attention on the model, and on exit the attention that the model had."""
+        if self._is_mixing:
+            yield
+            return
+        before = self._attention.now()
+        self._attention.set()
+        self._is_mixing = True
+        try:
+            yield
+        finally:
+            self._is_mixing = False
+            before.set()
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """SFTTrainer's loss of a MISO batch; logs how the batch was mixed."""
         mode = "train" if self.model.training else "eval"
@@ -258,7 +303,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
             inputs = inputs | {"miso_shares": shares}
         # A probed forward runs as it is: compiled, it would be compiled for one batch.
         stance = nullcontext() if probe is None else torch.compiler.set_stance("force_eager")
-        with stance, self._noise(packed, inputs):
+        with stance, self._mixing(), self._noise(packed, inputs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         for name, value in shares.means().items():
             metrics[name].append(value)

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from trl_miso.attention.state import in_eval_mode
 from trl_miso.data.bins import ROW_LENGTHS
 from trl_miso.data.collator import PLACES, MISODataCollator
 from trl_miso.segments import WEIGHTINGS, Example, PackedSegments, decode, encode, single, unshare, unshare_row
@@ -70,15 +71,10 @@ class Verifier:
     gradients: bool = False
 
     def __call__(self) -> Iterator[Check]:
-        """Run all checks, with the model in eval mode. Weights and random states stay as they are."""
-        training = self.model.training
+        """Run all checks, with the model in eval mode. It and the random states stay as they are."""
         devices = [self.device] if self.device.type == "cuda" else []
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(devices):
-                yield from self._checks()
-        finally:
-            self.model.train(training)
+        with in_eval_mode(self.model), torch.random.fork_rng(devices):
+            yield from self._checks()
 
     def _checks(self) -> Iterator[Check]:
         packed = self.log_probs(self.rows)
