@@ -40,6 +40,7 @@ NAMES = {
     ),
     "transformers.Trainer._get_grad_norm": ("model grad_norm", "overridden: gradients that are not finite"),
     "transformers.Trainer._get_output_dir": ("trial", "overridden: a checkpoint is written to a temporary folder"),
+    "transformers.Trainer._load_best_model": ("", "overridden: adapters with a name of their own"),
     "transformers.Trainer._prepare_inputs": ("inputs", "batches of predictions"),
     "transformers.Trainer._push_from_checkpoint": ("checkpoint_folder", "overridden: complete checkpoints alone"),
     "transformers.Trainer._run_epoch": (

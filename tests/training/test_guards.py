@@ -255,6 +255,15 @@ def test_neftune_and_dropout_turn_sharing_off(train, caplog):
         caplog.clear()
         assert not train(**options).data_collator.share_prefixes
         assert caplog.text.count("share_prefixes is turned off") == 1
+        is_lora = "peft_config" in options
+        assert (
+            "dropout (lora_dropout=0.1) makes equal tokens unequal; lora_dropout=0 shares" in caplog.text
+        ) == is_lora
+
+
+def test_offloading_activations_needs_an_accelerator(train):
+    with _refused("activation_offloading=True on a CPU"):
+        train(activation_offloading=True)
 
 
 def test_long_rope_turns_sharing_off(train, caplog):

@@ -1,12 +1,15 @@
 """Adapters train as the method defines, with a frozen base, and are saved, reloaded, merged and used without this package."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.support.models import tiny_model
 from tests.support.rows_oracle import rows_loss
@@ -121,3 +124,158 @@ def test_adapters_are_used_without_this_package(para_dataset, tokenizer, make_co
         torch.testing.assert_close(
             merged, expected[method], rtol=0, atol=1e-4, msg=lambda m, n=method: f"{n}, merged: {m}"
         )
+
+
+def _weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+class _Keep(TrainerCallback):
+    """Keeps the trained weights of every step."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.weights[state.global_step] = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
+
+
+@pytest.mark.parametrize("names", [["default"], ["crab"], ["default", "crab"], ["crab", "other"]], ids="+".join)
+def test_the_best_adapter_is_loaded_at_the_end(para_dataset, tokenizer, make_config, names):
+    """Whatever its name, and beside a second one. The highest loss counts as the best: that of an early step."""
+    model = peft.get_peft_model(tiny_model("llama"), _adapter("lora"), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, _adapter("lora"))
+    model.set_adapter(names[-1])
+    config = make_config(
+        max_steps=3,
+        learning_rate=3e-2,
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer = MISOSFTTrainer(
+        model,
+        config,
+        train_dataset=para_dataset,
+        eval_dataset=para_dataset.select(range(4)),
+        processing_class=tokenizer,
+    )
+    keep = _Keep()
+    trainer.add_callback(keep)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 3 and keep.weights[best].keys() == _weights(trainer).keys()
+    for name, weight in _weights(trainer).items():
+        assert torch.equal(weight, keep.weights[best][name]), name
+
+
+@pytest.mark.parametrize("name", ["default", "crab"])
+def test_training_resumes_with_an_adapter_of_any_name(para_dataset, tokenizer, make_config, name):
+    weights = []
+    for resume in (None, True):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_model("llama"), _adapter("lora"), adapter_name=name)
+        config = make_config(max_steps=4, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+        trainer = MISOSFTTrainer(model, config, train_dataset=para_dataset, processing_class=tokenizer)
+        if resume:
+            shutil.rmtree(Path(config.output_dir) / "checkpoint-4")
+        trainer.train(resume_from_checkpoint=resume)
+        weights.append(_weights(trainer))
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+TIED = [
+    lambda: _adapter("lora", trainable_token_indices=[5, 6]),
+    lambda: _adapter("lora", trainable_token_indices={"embed_tokens": [5, 6]}),
+    lambda: peft.TrainableTokensConfig(token_indices=[5, 6]),
+]
+
+
+@pytest.mark.parametrize("given", ["peft_config", "model"])
+@pytest.mark.parametrize("adapter", TIED)
+def test_trained_tokens(para_dataset, tokenizer, make_config, adapter, given):
+    """Refused where input and output share a weight, before the data are prepared; trained where they do not."""
+    for tied in (True, False):
+        model, options = tiny_model("llama", tie_word_embeddings=tied), {"peft_config": adapter()}
+        if given == "model":
+            model, options = peft.get_peft_model(model, adapter()), {}
+        arguments = {"args": make_config(), "train_dataset": para_dataset, "processing_class": tokenizer, **options}
+        if tied:
+            with pytest.raises(
+                ValueError, match="(?s)Got an adapter with trained token.*expected.*Fix: .*ensure_weight_tying"
+            ):
+                MISOSFTTrainer(model, **arguments)
+            continue
+        trainer = MISOSFTTrainer(model, **arguments)
+        before = _weights(trainer)
+        trainer.train()
+        assert not any(torch.equal(before[name], weight) for name, weight in _weights(trainer).items())
+
+
+def test_the_whole_tied_embedding_is_trained_as_the_error_says(para_dataset, tokenizer, make_config):
+    adapter = _adapter("lora", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = tiny_model("llama", tie_word_embeddings=True)
+    trainer = MISOSFTTrainer(
+        model, make_config(verify=True), train_dataset=para_dataset, processing_class=tokenizer, peft_config=adapter
+    )
+    before = _weights(trainer)
+    trainer.train()
+    assert not any(torch.equal(before[name], weight) for name, weight in _weights(trainer).items())
+    base = trainer.model.get_base_model()
+    assert torch.equal(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("given", ["peft_config", "model"])
+def test_adaption_prompt_is_refused(para_dataset, tokenizer, make_config, given):
+    adapter = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    model, options = tiny_model("llama"), {"peft_config": adapter}
+    if given == "model":
+        model, options = peft.get_peft_model(model, adapter), {}
+    with pytest.raises(ValueError, match="(?s)Got PEFT's AdaptionPrompt.*expected.*Fix: use LoRA"):
+        MISOSFTTrainer(model, make_config(), train_dataset=para_dataset, processing_class=tokenizer, **options)
+
+
+# Every method of PEFT that changes weights, with the sizes of a tiny layer.
+OTHERS = {
+    "AdaLoraConfig": {"total_step": 10},
+    "BOFTConfig": {"boft_block_size": 16},
+    "C3AConfig": {"block_size": 16},
+    "DeloraConfig": {},
+    "FourierFTConfig": {"n_frequency": 100},
+    "GraloraConfig": {},
+    "HRAConfig": {},
+    "IA3Config": {"feedforward_modules": []},
+    "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+    "LoHaConfig": {},
+    "LoKrConfig": {},
+    "MissConfig": {},
+    "OFTConfig": {"oft_block_size": 16, "r": 0},
+    "RandLoraConfig": {},
+    "RoadConfig": {"group_size": 16},
+    "ShiraConfig": {"r": 4},
+    "VBLoRAConfig": {"num_vectors": 16, "vector_length": 16},
+    "VeraConfig": {},
+    "WaveFTConfig": {"n_frequency": 100},
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_method_trains_all_of_its_weights(para_dataset, tokenizer, make_config, method):
+    """And passes the checks on the model as it is wrapped."""
+    if not hasattr(peft, method):
+        pytest.skip(f"this PEFT has no {method}")
+    adapter = getattr(peft, method)(**{"target_modules": ["q_proj", "v_proj"]} | OTHERS[method])
+    config = make_config(max_steps=2, learning_rate=1e-2, verify=True)
+    trainer = MISOSFTTrainer(
+        tiny_model("llama"), config, train_dataset=para_dataset, processing_class=tokenizer, peft_config=adapter
+    )
+    before = _weights(trainer)
+    trainer.train()
+    assert before and not any(torch.equal(before[name], weight) for name, weight in _weights(trainer).items())
+    assert {check.status for check in trainer.verification} == {"passed"}

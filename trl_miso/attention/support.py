@@ -77,9 +77,19 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def adapters_of(model: Any, peft_config: Any = None) -> list[Any]:
+    """The PEFT configs of a model, and the one that will be applied to it."""
+    return [config for config in [peft_config, *getattr(model, "peft_config", {}).values()] if config is not None]
+
+
 def check_adapters(model: Any, peft_config: Any = None) -> None:
-    """Raise ValueError for adapters, of the model or of `peft_config`, that add virtual tokens before the contexts."""
-    configs = [peft_config, *getattr(model, "peft_config", {}).values()]
+    """Raise ValueError for adapters, of the model or of `peft_config`, that add tokens before the contexts or within the layers."""
+    configs = adapters_of(model, peft_config)
+    if any(getattr(config, "is_adaption_prompt", False) for config in configs):
+        raise ValueError(
+            "Got PEFT's AdaptionPrompt, whose layers attend to tokens of their own beside the mixture, and which hides the model from "
+            "SFTTrainer's loss; expected adapters in the weights. Fix: use LoRA or another adapter."
+        )
     if any(getattr(config, "is_prompt_learning", False) for config in configs):
         raise ValueError(
             "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
@@ -196,11 +206,17 @@ def why_not_share(
     if neftune_noise_alpha:
         return f"NEFTune noise (neftune_noise_alpha={neftune_noise_alpha}) makes equal tokens unequal"
     text = config.get_text_config()
-    rates = {rate for name in _OTHER_DROPOUTS if isinstance(rate := getattr(text, name, None), float)}
-    rates.add(adapter_dropout)
-    if model is not None:
-        rates |= {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
-    return f"dropout (p={max(rates)}) makes equal tokens unequal" if max(rates, default=0) > 0 else ""
+    rates = {name: rate for name in _OTHER_DROPOUTS if isinstance(rate := getattr(text, name, None), float)}
+    rates["lora_dropout"] = adapter_dropout
+    for name, module in model.named_modules() if model is not None else ():
+        if isinstance(module, nn.Dropout):
+            own = "lora_dropout" if "lora_dropout" in name.split(".") else "dropout"
+            rates[own] = max(rates.get(own, 0.0), module.p)
+    name = max(rates, key=rates.__getitem__)
+    if not rates[name]:
+        return ""
+    fix = "; lora_dropout=0 shares them" if name == "lora_dropout" else ""
+    return f"dropout ({name}={rates[name]}) makes equal tokens unequal{fix}"
 
 
 def _probe(model: PreTrainedModel, config: PreTrainedConfig, max_length: int | None) -> ModelSupport:

@@ -74,6 +74,25 @@ class AtomicCheckpoints(_Trainer):
             limits = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(run_dir, *limits, use_mtime=True)
 
+    def _load_best_model(self) -> None:
+        """Load the best weights, also of adapters with a name, for which transformers looks in the wrong folder.
+
+        PEFT keeps the adapter "default" in the checkpoint's folder and others in folders of their names.
+        """
+        adapters = getattr(self.model, "active_adapters", None)
+        if (
+            not isinstance(adapters, list)
+            or adapters == ["default"]
+            or self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+        ):
+            super()._load_best_model()
+            return
+        best = str(self.state.best_model_checkpoint)
+        for name in adapters:
+            self.model.load_adapter(best if name == "default" else os.path.join(best, name), name, is_trainable=True)
+        logger.info(f"Loaded the adapters {', '.join(adapters)} of the best checkpoint, {best}.")
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._temporary_dir is None:  # transformers calls this before the checkpoint is complete
             super()._push_from_checkpoint(checkpoint_folder)

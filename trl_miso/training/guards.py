@@ -11,7 +11,15 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from trl_miso.attention.kernels import KernelOptions, resolve_kernel
 from trl_miso.attention.mixture import check_window
-from trl_miso.attention.support import ModelSupport, base_of, check_adapters, check_config, check_relative, head_dim
+from trl_miso.attention.support import (
+    ModelSupport,
+    adapters_of,
+    base_of,
+    check_adapters,
+    check_config,
+    check_relative,
+    head_dim,
+)
 from trl_miso.attention.transformers_attention import base_implementation, check_base
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.sft_settings import check_tokens
@@ -61,11 +69,31 @@ def check_request(
     else:
         config = model.config
     check_config(config)
+    _check_tied_tokens(config, adapters_of(model, peft_config))
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "Got activation_offloading=True on a CPU, whose memory is where activations would go, expected an accelerator. Fix: set "
+            "activation_offloading=False; gradient_checkpointing=True saves memory on a CPU."
+        )
     loaded_with = (args.model_init_kwargs or {}).get("quantization_config")
     check_quantization([quantization_config, loaded_with, getattr(config, "quantization_config", None)])
     _check_balancing_loss(args, config)
     _check_attention(args, model, config)
     return config
+
+
+def _check_tied_tokens(config: PreTrainedConfig, adapters: list[Any]) -> None:
+    """Refuse PEFT's trained tokens where input and output share a weight: SFTTrainer's loss reads the output's, without them."""
+    if not config.get_text_config().tie_word_embeddings:
+        return
+    for adapter in adapters:
+        indices = getattr(adapter, "trainable_token_indices", None) or getattr(adapter, "token_indices", None)
+        if indices is not None:
+            raise ValueError(
+                "Got an adapter with trained token indices on a model whose input and output embeddings are tied, expected untied ones: "
+                "SFTTrainer's loss reads the weight of the output without the adapter. Fix: train the whole embedding with "
+                "LoraConfig(modules_to_save=['embed_tokens'], ensure_weight_tying=True)."
+            )
 
 
 def _check_balancing_loss(args: MISOSFTConfig, config: PreTrainedConfig) -> None:
