@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tests.support.models import tiny_model
-from trl_miso import MISOSFTConfig, MISOSFTTrainer
+from trl_miso import MISOEvalCallback, MISOSFTConfig, MISOSFTTrainer
 from trl_miso.sources.crab import crab_row
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 from trl_miso.training.interruption import NonFiniteError
@@ -41,6 +41,7 @@ def start(rank: int, port: int, scenario: str, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     scenarios = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}
     scenarios |= {"predictions": predictions, "sigterm_in_evaluation": sigterm_in_evaluation}
+    scenarios |= {"sigterm_in_generation": sigterm_in_generation}
     result = scenarios[scenario](rank, folder)
     (folder / str(rank)).write_text(repr(result))
 
@@ -115,6 +116,28 @@ def sigterm_in_evaluation(rank: int, folder: Path):
         trainer.train()
     except SystemExit as end:
         return end.code, trainer.state.global_step, saved(folder), len(batches)
+
+
+def sigterm_in_generation(rank: int, folder: Path):
+    """Only rank 1 receives SIGTERM, in the second of its batches of responses; rank 0 has one batch more."""
+    trainer = make_trainer(
+        folder, eval_dataset=Dataset.from_list(list(parts([(0, 2)]))), eval_strategy="steps", eval_steps=1
+    )
+    judged = []
+
+    def judge(row, response):
+        if trainer.state.global_step == 1:  # the scorer is tried before training
+            judged.append(row["prompt"])
+            if rank == 1 and len(judged) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return [True]
+
+    prompts = [{"prompt": f"Say {number}."} for number in range(9)]
+    trainer.add_callback(MISOEvalCallback(trainer, prompts, judge, max_new_tokens=2, batch_size=1))
+    try:
+        trainer.train()
+    except SystemExit as end:
+        return end.code, trainer.state.global_step, saved(folder), len(judged)
 
 
 def stream(rank: int, folder: Path):

@@ -218,6 +218,11 @@ def test_in_an_evaluation_of_two_ranks(tmp_path):
     assert two_ranks("sigterm_in_evaluation", tmp_path) == [(143, 1, ["checkpoint-1"], 2)] * 2
 
 
+def test_in_generation_of_two_ranks(tmp_path):
+    """Rank 1 alone receives it: both leave after that batch, also where one has a batch more, and save together."""
+    assert two_ranks("sigterm_in_generation", tmp_path) == [(143, 1, ["checkpoint-1"], 2)] * 2
+
+
 def test_ranks_agree_once_a_step(make, monkeypatch):
     """Not once a batch: gradient accumulation costs no more of it."""
     calls = []

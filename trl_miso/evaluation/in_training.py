@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from math import ceil
 from typing import Any, TypeVar
 
@@ -41,22 +40,25 @@ def respond_in_training(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     batches = [range(len(prompts))[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     own_batches = batches[trainer.accelerator.process_index :: processes]
-    # A sharded forward needs all processes: one that has no batch left repeats the last one.
-    idle_turns = ceil(len(batches) / processes) - len(own_batches) if sharded else 0
+    turns = range(ceil(len(batches) / processes))
     results: dict[int, T] = {}
     failure: Exception | None = None
     show_progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-    with _inference(trainer) as model, tqdm(own_batches, "Responding", leave=False, disable=not show_progress) as bar:
-        try:
-            for turn, batch in enumerate(chain(bar, batches[-1:] * idle_turns)):
-                texts = _generate(trainer, model, [prompts[number] for number in batch], max_new_tokens, sharded)
-                if turn < len(own_batches):
-                    for number, text in zip(batch, texts, strict=True):
-                        results[number] = judge(number, text)
-        except Exception as error:
-            if sharded:
-                raise
-            failure = error
+    with _inference(trainer) as model:
+        for turn in tqdm(turns, "Responding", leave=False, disable=not show_progress):
+            has_batch = turn < len(own_batches) and failure is None
+            # A sharded forward needs all processes: one that has no batch left repeats the last one.
+            batch = own_batches[turn] if has_batch else batches[-1]
+            try:
+                if has_batch or sharded:
+                    texts = _generate(trainer, model, [prompts[number] for number in batch], max_new_tokens, sharded)
+                    if has_batch:
+                        results |= {number: judge(number, text) for number, text in zip(batch, texts, strict=True)}
+            except Exception as error:
+                if sharded:
+                    raise
+                failure = error
+            trainer.leave_if_told()
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
     all_results: dict[int, T] = {}
     for process_results, process_failure in gather_object([(results, message)]):

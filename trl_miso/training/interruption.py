@@ -90,7 +90,7 @@ class TrainingGuard(TrainerCallback):
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Raise `Interrupted` as soon as a signal comes within the block. With several ranks, see `on_prediction_step`."""
+        """Raise `Interrupted` as soon as a signal comes within the block. With several ranks, see `leave_if_told`."""
         if not self._handles or self._accelerator.num_processes > 1:
             yield
             return
@@ -181,6 +181,10 @@ class TrainingGuard(TrainerCallback):
             control.should_evaluate = False  # there may be no time for it
 
     def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.leave_if_told()
+
+    def leave_if_told(self) -> None:
+        """Raise `Interrupted` on all ranks if one of several received a signal. All ranks have to call this together."""
         if self._handles and self._accelerator.num_processes > 1 and self._agree():
             raise Interrupted
 

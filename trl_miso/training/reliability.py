@@ -85,6 +85,10 @@ class ReliableTrainer(AtomicCheckpoints):
         """A block of work between two steps, which a signal ends at once."""
         return self._guard.between_steps()
 
+    def leave_if_told(self) -> None:
+        """Between two batches of such work, on all ranks together: leave it if one rank received a signal."""
+        self._guard.leave_if_told()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.interruptible():
             return super().evaluate(*args, **kwargs)
