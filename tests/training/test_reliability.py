@@ -45,7 +45,7 @@ def defining(method):
         ("_finalize_training", ["ReliableTrainer", "ScoredEvaluations", "Trainer"]),
         # The loss is checked after all of its terms are computed.
         ("compute_loss", ["MISOSFTTrainer", "ReliableTrainer", "SFTTrainer", "Trainer"]),
-        ("train", ["ReliableTrainer", "Trainer"]),
+        ("train", ["MISOSFTTrainer", "ReliableTrainer", "Trainer"]),
     ],
 )
 def test_order_of_the_mixins(method, order):
