@@ -1,5 +1,6 @@
 """A Trainer layer for long runs: resuming, signals, NaN, and streams. It knows nothing of MISO."""
 
+import os
 import signal
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from trl_miso.data.mapping import UnshardedStream
 from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
 from trl_miso.training.interruption import UNSHARDED, Interrupted, NonFiniteError, TrainingGuard
+from trl_miso.training.streams import StreamPasses, position
 
 logger = get_logger(__name__)
 
@@ -32,11 +36,14 @@ class ReliableTrainer(AtomicCheckpoints):
 
     row_numbers_key = "row_numbers"
     _guard: TrainingGuard
+    _passes: StreamPasses
 
     def guard_training(self) -> None:
         """Start to guard the steps of training; to be called once the Trainer is constructed."""
         self._guard = TrainingGuard(self.accelerator)
+        self._passes = StreamPasses(self)
         self.add_callback(self._guard)
+        self.add_callback(self._passes)
 
     @property
     def terminated(self) -> bool:
@@ -116,6 +123,24 @@ class ReliableTrainer(AtomicCheckpoints):
             self._guard.check_gradients(norm)
         return norm
 
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, *args: Any
+    ) -> tuple[int, int]:
+        """The passes over the training data that are complete, and the batches to skip in the next one."""
+        settings = max_steps, num_update_steps_per_epoch, num_train_epochs
+        trained = super()._init_training_state(*settings, checkpoint, *args)
+        if checkpoint is None or not self._passes.is_stream:
+            return trained
+        passes, steps = position(TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)))
+        if self.args.ignore_data_skip:  # the pass begins anew, as with other datasets
+            steps = 0
+        self.state.epoch = passes + steps / max_steps  # by this run's max_steps, also in a checkpoint before its next step
+        return passes, steps * self.args.gradient_accumulation_steps
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._passes.random_state():
+            super()._save_rng_state(output_dir)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         step_before = self.state.global_step
         if step_before >= self.state.max_steps:
@@ -125,13 +150,11 @@ class ReliableTrainer(AtomicCheckpoints):
         super()._run_epoch(*args, **kwargs)
         if self.state.global_step > step_before or self.control.should_training_stop or self.control.should_epoch_stop:
             return
-        if not kwargs["resume_from_checkpoint"] or kwargs["epoch"] > kwargs["epochs_trained"]:
-            raise ValueError(
-                f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
-                "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
-            )
-        logger.warning(
-            f"The checkpoint of step {step_before} is from beyond the end of the stream: its rows start over."
+        if kwargs["resume_from_checkpoint"] and kwargs["epoch"] == kwargs["epochs_trained"]:
+            return  # the checkpoint is that of the last step of its pass
+        raise ValueError(
+            f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
+            "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
         )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
