@@ -3,6 +3,7 @@
 import os
 import signal
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from trl_miso.data.mapping import UnshardedStream
 from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
 from trl_miso.training.interruption import UNSHARDED, Interrupted, NonFiniteError, TrainingGuard
+from trl_miso.training.kept_settings import changed_settings, settings_of
 from trl_miso.training.streams import StreamPasses, position
 
 logger = get_logger(__name__)
@@ -52,7 +54,8 @@ class ReliableTrainer(AtomicCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does, with these differences:
 
-        - It resumes from complete checkpoints only; `True` means the newest complete one in `output_dir`.
+        - It resumes from complete checkpoints only; `True` means the newest complete one in `output_dir`. A warning names the
+          settings on which the weights depend (`result_settings`) that are not those of the checkpoint.
         - After SIGTERM or Ctrl-C it finishes the current step (an evaluation is left at once), saves a checkpoint and raises
           SystemExit(143 or 130), unless the script handles the signal itself or trains outside of the main thread. A second Ctrl-C ends
           the process at once.
@@ -68,6 +71,8 @@ class ReliableTrainer(AtomicCheckpoints):
                 "PeftModel.from_pretrained(model, adapter, is_trainable=True), or pass peft_config for a new one."
             )
         checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and (changed := changed_settings(Path(checkpoint), self.result_settings())):
+            logger.warning(changed)
         self.last_saved_step = 0
         # transformers' own just-in-time checkpoint handles SIGTERM itself.
         handler = nullcontext() if self.args.enable_jit_checkpoint else self._guard.signals()
@@ -87,6 +92,11 @@ class ReliableTrainer(AtomicCheckpoints):
             logger.warning(f"Training ends after {name}: {saved}. It continues with resume_from_checkpoint=True.")
             raise SystemExit(128 + self._guard.ending)
         return output
+
+    def result_settings(self) -> dict[str, Any]:
+        # Each data worker reads shards of its own: their number changes the order of a stream's rows.
+        of_streams = ["dataloader_num_workers"] if self._passes.is_stream else []
+        return super().result_settings() | settings_of(self.args, of_streams)
 
     def interruptible(self) -> AbstractContextManager[None]:
         """A block of work between two steps, which a signal ends at once."""
