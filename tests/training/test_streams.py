@@ -1,16 +1,15 @@
 """A stream is resumed where it was, in whichever pass: from each checkpoint on, losses and weights are the uninterrupted run's."""
 
-import json
-import math
-
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from tests.support.models import tiny_model
+from tests.training.test_interruption import two_ranks
 from trl_miso import MISOSFTTrainer
 from trl_miso.training import reliability
+from trl_miso.training.streams import position
 
 STEPS = 7
 AHEAD = 2  # steps that a resumed run makes: more than one, since batches at the end of a pass belong to the next step
@@ -86,7 +85,8 @@ NOISE = {"neftune_noise_alpha": 5.0}  # random numbers in every batch
         {"rows": 6},  # 3 batches in a pass
         {"rows": 5, "shuffle": True} | NOISE,  # the last batch has one row
         {"rows": 8, "gradient_accumulation_steps": 2},  # 2 steps in a pass
-        {"rows": 5, "gradient_accumulation_steps": 2, "shuffle": True} | NOISE,  # 1 step in a pass, and a batch of the next pass's
+        {"rows": 5, "gradient_accumulation_steps": 2, "shuffle": True}
+        | NOISE,  # 1 step in a pass, and a batch of the next pass's
         {"rows": 4, "shards": 2, "dataloader_num_workers": 2, "shuffle": True},
         {"rows": 6, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2},
         {"rows": 6, "packing": True, "max_length": 400, "shuffle": True},
@@ -100,3 +100,66 @@ def test_from_every_checkpoint(train, tmp_path, options, monkeypatch):
     _, saved = assert_resumes_exactly(train, tmp_path, **options)
     assert saved == list(range(1, STEPS))
     assert not said
+
+
+@pytest.mark.parametrize("options", [{"rows": 6} | NOISE, {"rows": 5, "gradient_accumulation_steps": 2} | NOISE])
+def test_from_the_end_of_a_pass(train, tmp_path, options):
+    """Saved after an evaluation that is not made again; or with batches that belong to the next step, which are."""
+    options = options | {"save_strategy": "epoch", "eval_strategy": "epoch"}
+    whole, saved = assert_resumes_exactly(train, tmp_path, **options)
+    last_of_pass = [step for step in range(1, STEPS) if int(whole[step][2]) < int(whole[step + 1][2])]
+    assert [step for step in saved if whole[step][2] % 1] == last_of_pass
+
+
+@pytest.mark.parametrize("planned", [2, 4, 5])  # in the first pass, all of it, in the second
+def test_more_steps_than_the_checkpoint_planned(train, tmp_path, planned):
+    options = {"rows": 8, "lr_scheduler_type": "constant"}
+    whole = train(**options)
+    train(max_steps=planned, **options)
+    resumed = train(planned, **options)
+    assert sorted(resumed) == list(range(planned + 1, STEPS + 1))
+    assert all(same(resumed[step], whole[step]) for step in resumed)
+
+
+class Reading(MISOSFTTrainer):
+    """Notes each training batch."""
+
+    read: list = []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.read.append(inputs["input_ids"].tolist())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_ignore_data_skip_begins_the_pass_anew(train, monkeypatch):
+    """As with other datasets: the pass is that of the checkpoint, with its order, and none of its batches is skipped."""
+    options = {"rows": 6, "shuffle": True, "trainer_class": Reading}
+    monkeypatch.setattr(Reading, "read", [])
+    whole = train(**options)
+    passes = [Reading.read[:3], Reading.read[3:6]]
+    assert passes[0] != passes[1] and 1 < whole[5][2] < 2
+    monkeypatch.setattr(Reading, "read", [])
+    resumed = train(5, ignore_data_skip=True, **options)
+    assert Reading.read == passes[1][:2]
+    assert [step[2] for step in resumed.values()] == [1 + 1 / STEPS, 1 + 2 / STEPS]
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 7, 1000, 123_457])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_epoch_of_a_checkpoint_tells_pass_and_step(max_steps, accumulation):
+    """Whatever their number; a whole epoch is the end of a pass, or of a run that was one pass."""
+    for passes in (0, 1, 2, 10_000):
+        for steps in {1, 2, max_steps // 2, max_steps - 1} & set(range(1, max_steps)):
+            epoch = passes + steps * accumulation / (max_steps * accumulation)
+            saved = TrainerState(epoch=epoch, global_step=steps, max_steps=max_steps)
+            assert position(saved) == (passes, steps)
+        ended = TrainerState(epoch=float(passes), global_step=max_steps - 1, max_steps=max_steps)
+        assert position(ended) == (passes, 0)
+    assert position(TrainerState(epoch=1.0, global_step=max_steps, max_steps=max_steps)) == (0, max_steps)
+
+
+def test_on_two_ranks(tmp_path):
+    """Each rank takes its rows from the whole stream, also in a later pass."""
+    for whole, resumed in two_ranks("resumed_stream", tmp_path):
+        assert [step for step, *_ in whole] == list(range(1, STEPS + 1)) and whole[4][1] > 1
+        assert resumed == whole[5:]

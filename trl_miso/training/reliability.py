@@ -144,7 +144,9 @@ class ReliableTrainer(AtomicCheckpoints):
         passes, steps = position(TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)))
         if self.args.ignore_data_skip:  # the pass begins anew, as with other datasets
             steps = 0
-        self.state.epoch = passes + steps / max_steps  # by this run's max_steps, also in a checkpoint before its next step
+        self.state.epoch = (
+            passes + steps / max_steps
+        )  # by this run's max_steps, also in a checkpoint before its next step
         return passes, steps * self.args.gradient_accumulation_steps
 
     def _save_rng_state(self, output_dir: str) -> None:
