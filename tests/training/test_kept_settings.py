@@ -13,23 +13,42 @@ from trl_miso.training.kept_settings import SETTINGS_FILE, changed_settings
 
 # For each setting a value that is not the first run's.
 CHANGED = {
-    **{"context_mode": "succ", "context_weighting": "fid", "full_context_weight": 0.4, "para_prob": 0.5, "seed": 7},
-    **{"chunk_probs": [0.5, 0.5], "train_turns": "last", "output_positions": "after_longest", "include_bare": False},
-    **{"data_seed": 8, "max_length": 300, "packing": True, "per_device_train_batch_size": 2, "max_steps": 3},
-    **{"gradient_accumulation_steps": 2, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 1},
-    **{
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 0.5,
-        "neftune_noise_alpha": 5.0,
-        "optim": "adamw_torch",
-    },
+    "context_mode": "succ",
+    "context_weighting": "fid",
+    "full_context_weight": 0.4,
+    "para_prob": 0.5,
+    "seed": 7,
+    "chunk_probs": [0.5, 0.5],
+    "train_turns": "last",
+    "output_positions": "after_longest",
+    "include_bare": False,
+    "data_seed": 8,
+    "max_length": 300,
+    "packing": True,
+    "per_device_train_batch_size": 2,
+    "max_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 1,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.5,
+    "neftune_noise_alpha": 5.0,
+    "optim": "adamw_torch",
 }
 NEEDS = {"chunk_probs": {"context_mode": "succ"}}  # refused without
 # Settings whose change leaves the weights as they were, except by rounding.
 WITHOUT_EFFECT = {
-    **{"logging_steps": 2, "save_total_limit": 3, "eval_contexts": "miso", "log_shares": False, "run_name": "again"},
-    **{"share_prefixes": False, "attention_kernel": "reference", "dataloader_num_workers": 1, "verify": True},
+    "logging_steps": 2,
+    "save_total_limit": 3,
+    "eval_contexts": "miso",
+    "log_shares": False,
+    "run_name": "again",
+    "share_prefixes": False,
+    "attention_kernel": "reference",
+    "dataloader_num_workers": 1,
+    "verify": True,
 }
 
 
