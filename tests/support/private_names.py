@@ -40,6 +40,10 @@ NAMES = {
     ),
     "transformers.Trainer._get_grad_norm": ("model grad_norm", "overridden: gradients that are not finite"),
     "transformers.Trainer._get_output_dir": ("trial", "overridden: a checkpoint is written to a temporary folder"),
+    "transformers.Trainer._init_training_state": (
+        "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint",
+        "overridden: where a stream resumes",
+    ),
     "transformers.Trainer._load_best_model": ("", "overridden: adapters with a name of their own"),
     "transformers.Trainer._prepare_inputs": ("inputs", "batches of predictions"),
     "transformers.Trainer._push_from_checkpoint": ("checkpoint_folder", "overridden: complete checkpoints alone"),
@@ -47,6 +51,7 @@ NAMES = {
         "* resume_from_checkpoint epoch epochs_trained",
         "overridden: resuming at an end",
     ),
+    "transformers.Trainer._save_rng_state": ("output_dir", "overridden: random numbers at the end of a stream's pass"),
     "transformers.Trainer._save": ("output_dir state_dict", "overridden: the token stays out of files"),
     "transformers.Trainer._save_checkpoint": ("model trial", "overridden: atomic checkpoints"),
     "transformers.Trainer.save_model": ("* _internal_call", "saves without a push, after a push has failed"),

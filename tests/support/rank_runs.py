@@ -42,6 +42,7 @@ def start(rank: int, port: int, scenario: str, folder: Path) -> None:
     scenarios = {"nan": nan, "sigterm": sigterm, "stream": stream, "verify": verify, "sharded": sharded}
     scenarios |= {"predictions": predictions, "sigterm_in_evaluation": sigterm_in_evaluation}
     scenarios |= {"sigterm_in_generation": sigterm_in_generation}
+    scenarios |= {"resumed_stream": resumed_stream}
     result = scenarios[scenario](rank, folder)
     (folder / str(rank)).write_text(repr(result))
 
@@ -147,6 +148,20 @@ def stream(rank: int, folder: Path):
     batches = [batch["miso_rows"].tolist() for batch in trainer.get_train_dataloader()]
     trainer.train()
     return batches, trainer.state.global_step
+
+
+def resumed_stream(rank: int, folder: Path):
+    """A shuffled stream with 3 batches in a pass: step, epoch and loss, of 7 steps and of those after step 5."""
+    courses = []
+    for resume in (None, str(folder / "out" / "checkpoint-5")):
+        dataset = IterableDataset.from_generator(parts, gen_kwargs={"bounds": [(0, 3), (3, 10)]})
+        options = {"max_steps": 7, "save_steps": 5, "verify": False}
+        trainer = make_trainer(folder, dataset.shuffle(seed=1, buffer_size=4), **options)
+        trainer.train(resume_from_checkpoint=resume)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        courses.append([(log["step"], log["epoch"], log["loss"], log["grad_norm"]) for log in logs])
+    whole, resumed = courses
+    return whole, resumed[-2:]
 
 
 def verify(rank: int, folder: Path):

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer
-from trl_miso.training import interruption, reliability
+from trl_miso.training import checkpoints, interruption, kept_settings, reliability, streams
 from trl_miso.training.interruption import NonFiniteError
 from trl_miso.training.reliability import ReliableTrainer
 
@@ -54,11 +54,13 @@ def test_order_of_the_mixins(method, order):
     assert first == order[:-1], "no other class may come in between"
 
 
-def test_it_knows_no_miso():
-    source = Path(reliability.__file__).read_text()
+@pytest.mark.parametrize("module", [reliability, checkpoints, interruption, kept_settings, streams])
+def test_it_knows_no_miso(module):
+    source = Path(module.__file__).read_text()
     modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     own = {module for module in modules if module.startswith("trl_miso")}
-    assert own <= {"trl_miso.data.mapping", "trl_miso.training.checkpoints", "trl_miso.training.interruption"}
+    layer = {f"trl_miso.training.{name}" for name in ("checkpoints", "interruption", "kept_settings", "streams")}
+    assert own <= {"trl_miso.data.mapping"} | layer
 
 
 def test_any_trainer_resumes_from_complete_checkpoints(trainer, tmp_path):

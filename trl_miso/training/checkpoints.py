@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from trl_miso.training.kept_settings import RESULT_SETTINGS, keep_settings, settings_of
+
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
@@ -36,6 +38,10 @@ class AtomicCheckpoints(_Trainer):
     _temporary_dir: str | None = None  # set while a checkpoint is being written
     last_saved_step = 0
 
+    def result_settings(self) -> dict[str, Any]:
+        """The settings on which the weights depend, to keep in checkpoints and to compare when training resumes."""
+        return settings_of(self.args, RESULT_SETTINGS)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._temporary_dir or super()._get_output_dir(trial)
 
@@ -50,6 +56,8 @@ class AtomicCheckpoints(_Trainer):
         self._temporary_dir = temporary_dir
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                keep_settings(Path(written), self.result_settings())
             # transformers has looked for the best checkpoint in the temporary folder: set its path again.
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == checkpoint or os.path.isdir(best):

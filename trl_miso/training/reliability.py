@@ -1,17 +1,23 @@
 """A Trainer layer for long runs: resuming, signals, NaN, and streams. It knows nothing of MISO."""
 
+import os
 import signal
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from trl_miso.data.mapping import UnshardedStream
 from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
 from trl_miso.training.interruption import UNSHARDED, Interrupted, NonFiniteError, TrainingGuard
+from trl_miso.training.kept_settings import changed_settings, settings_of
+from trl_miso.training.streams import StreamPasses, position
 
 logger = get_logger(__name__)
 
@@ -32,11 +38,14 @@ class ReliableTrainer(AtomicCheckpoints):
 
     row_numbers_key = "row_numbers"
     _guard: TrainingGuard
+    _passes: StreamPasses
 
     def guard_training(self) -> None:
         """Start to guard the steps of training; to be called once the Trainer is constructed."""
         self._guard = TrainingGuard(self.accelerator)
+        self._passes = StreamPasses(self)
         self.add_callback(self._guard)
+        self.add_callback(self._passes)
 
     @property
     def terminated(self) -> bool:
@@ -45,7 +54,8 @@ class ReliableTrainer(AtomicCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does, with these differences:
 
-        - It resumes from complete checkpoints only; `True` means the newest complete one in `output_dir`.
+        - It resumes from complete checkpoints only; `True` means the newest complete one in `output_dir`. A warning names the
+          settings on which the weights depend (`result_settings`) that are not those of the checkpoint.
         - After SIGTERM or Ctrl-C it finishes the current step (an evaluation is left at once), saves a checkpoint and raises
           SystemExit(143 or 130), unless the script handles the signal itself or trains outside of the main thread. A second Ctrl-C ends
           the process at once.
@@ -61,6 +71,8 @@ class ReliableTrainer(AtomicCheckpoints):
                 "PeftModel.from_pretrained(model, adapter, is_trainable=True), or pass peft_config for a new one."
             )
         checkpoint = resumable(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and (changed := changed_settings(Path(checkpoint), self.result_settings())):
+            logger.warning(changed)
         self.last_saved_step = 0
         # transformers' own just-in-time checkpoint handles SIGTERM itself.
         handler = nullcontext() if self.args.enable_jit_checkpoint else self._guard.signals()
@@ -80,6 +92,11 @@ class ReliableTrainer(AtomicCheckpoints):
             logger.warning(f"Training ends after {name}: {saved}. It continues with resume_from_checkpoint=True.")
             raise SystemExit(128 + self._guard.ending)
         return output
+
+    def result_settings(self) -> dict[str, Any]:
+        # Each data worker reads shards of its own: their number changes the order of a stream's rows.
+        of_streams = ["dataloader_num_workers"] if self._passes.is_stream else []
+        return super().result_settings() | settings_of(self.args, of_streams)
 
     def interruptible(self) -> AbstractContextManager[None]:
         """A block of work between two steps, which a signal ends at once."""
@@ -120,6 +137,26 @@ class ReliableTrainer(AtomicCheckpoints):
             self._guard.check_gradients(norm)
         return norm
 
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, *args: Any
+    ) -> tuple[int, int]:
+        """The passes over the training data that are complete, and the batches to skip in the next one."""
+        settings = max_steps, num_update_steps_per_epoch, num_train_epochs
+        trained = super()._init_training_state(*settings, checkpoint, *args)
+        if checkpoint is None or not self._passes.is_stream:
+            return trained
+        passes, steps = position(TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)))
+        if self.args.ignore_data_skip:  # the pass begins anew, as with other datasets
+            steps = 0
+        self.state.epoch = (
+            passes + steps / max_steps
+        )  # by this run's max_steps, also in a checkpoint before its next step
+        return passes, steps * self.args.gradient_accumulation_steps
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._passes.random_state():
+            super()._save_rng_state(output_dir)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         step_before = self.state.global_step
         if step_before >= self.state.max_steps:
@@ -129,13 +166,11 @@ class ReliableTrainer(AtomicCheckpoints):
         super()._run_epoch(*args, **kwargs)
         if self.state.global_step > step_before or self.control.should_training_stop or self.control.should_epoch_stop:
             return
-        if not kwargs["resume_from_checkpoint"] or kwargs["epoch"] > kwargs["epochs_trained"]:
-            raise ValueError(
-                f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
-                "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
-            )
-        logger.warning(
-            f"The checkpoint of step {step_before} is from beyond the end of the stream: its rows start over."
+        if kwargs["resume_from_checkpoint"] and kwargs["epoch"] == kwargs["epochs_trained"]:
+            return  # the checkpoint is that of the last step of its pass
+        raise ValueError(
+            f"Got fewer batches in the training data than gradient_accumulation_steps={self.args.gradient_accumulation_steps}, "
+            "expected at least as many: no step would ever be made. Fix: lower gradient_accumulation_steps."
         )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -37,6 +37,7 @@ from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
 from trl_miso.training.hub import HubPushes
+from trl_miso.training.kept_settings import settings_of
 from trl_miso.training.neftune import noisy_embeddings
 from trl_miso.training.predictions import RowPredictions
 from trl_miso.training.quantized import keep_unpacked
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 logger = get_logger(__name__)
+
+# Settings of MISO on which the weights do not depend, except by rounding.
+_WITHOUT_EFFECT = {"attention_kernel", "eval_contexts", "log_shares", "share_prefixes", "verify"}
 
 _BIBTEX = """\
 @article{lu2025enhancing,
@@ -260,6 +264,10 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
                 return super().train(*args, **kwargs)
         finally:
             self._attention.ordinary.set()
+
+    def result_settings(self) -> dict[str, Any]:
+        own = settings_of(self.args, [name for name in MISOSFTConfig.__annotations__ if name not in _WITHOUT_EFFECT])
+        return own | {"training_mode": self.training_mode} | super().result_settings()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._mixing():
