@@ -1,7 +1,13 @@
-"""Responses to prompts, joined by row number: row n answers prompt n."""
+"""Responses to prompts, joined by prompt or by id: a file in any order gives each prompt the same response.
+
+Rows with neither are joined by row number: row n answers prompt n.
+"""
 
 import logging
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +15,38 @@ from trl_miso.evaluation.jsonl import read_jsonl
 
 logger = logging.getLogger(__name__)
 
+_SAME_PROMPT = 0.9  # IFEval's first version of key 2785, which published responses were given to, is alike by 0.98
+_ORDER_OF_DATA = "Fix: give one row per prompt of the data, also for prompts that are left out of the score"
 
-def load_responses(file: str | Path, prompts: Sequence[str]) -> list[str]:
-    """Read the `response` of every row of a JSONL file; warn of rows whose `prompt` is not the one with their number.
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of a benchmark, in the order of the data, with the ids by which the data name them."""
+
+    prompts: Sequence[str]
+    keys: Sequence[int]
+    key_name: str = "key"
+
+    def ids(self, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """What these columns (`prompt`, `key_name`) hold for each prompt."""
+        return list(zip(*({"prompt": self.prompts, self.key_name: map(str, self.keys)}[name] for name in columns)))
+
+
+def load_responses(file: str | Path, questions: Questions) -> list[str]:
+    """Read the `response` to every prompt, in the order of the prompts, from a JSONL file whose rows have any order.
+
+    Rows are joined by their `prompt`; rows without by their id (`questions.key_name`); rows with neither by number. Of several equal
+    prompts the id tells which is meant, or else the order of their rows.
+
+    One row may have a prompt that was edited since: it is joined to the only prompt left over if their texts are nearly the same,
+    which is warned of.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the number of rows is not that of the prompts, a row's response is not text, or more than half of the rows
-            with a `prompt` have another than the data.
+        ValueError: If a prompt has no response or several, a row's prompt or id is not of the data, or a response is not text.
     """
     rows = read_jsonl(file, {"response": str})
-    if len(rows) != len(prompts):
-        raise ValueError(
-            f"Got {len(rows)} responses in {file} to {len(prompts)} prompts, expected one response per prompt: they are joined by row "
-            "number. Fix: give one row per prompt of the data, in the order of the data, also for prompts that are left out of the score."
-        )
-    with_prompt, differing = _to_other_prompts(rows, prompts)
-    if 2 * len(differing) > with_prompt:
-        raise ValueError(
-            f"Got {len(differing)} of {with_prompt} responses in {file} to another prompt than the data have in that row, expected the "
-            "order of the data: responses are joined by row number. Fix: put the rows into that order, or give the data that were answered."
-        )
-    if differing:
-        shown = ", ".join(str(number) for number in differing[:5]) + (", ..." if len(differing) > 5 else "")
-        logger.warning("%s Rows %s (from 1) of %s.", _sentence(differing, rows), shown, file)
-    return [row["response"] for row in rows]
-
-
-def note_of(file: str | Path, prompts: Sequence[str]) -> str:
-    """Return the note that a score table needs if responses answer other prompts: a space and a sentence, or nothing."""
-    rows = read_jsonl(file, {})
-    if any("generated" in row for row in rows):  # ComplexBench's own responses, which are joined by main_id
-        return ""
-    _, differing = _to_other_prompts(rows, prompts)
-    return f" {_sentence(differing, rows)}" if differing else ""
-
-
-def _to_other_prompts(rows: Sequence[dict[str, Any]], prompts: Sequence[str]) -> tuple[int, list[int]]:
-    """Count the rows with a prompt, and number (from 1) those whose prompt is not the data's."""
-    with_prompt, differing = 0, []
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False), start=1):
-        if "prompt" in row:
-            with_prompt += 1
-            if row["prompt"] != prompt:
-                differing.append(number)
-    return with_prompt, differing
-
-
-def _sentence(differing: Sequence[int], rows: Sequence[object]) -> str:
-    return f"{len(differing)} of {len(rows)} responses were given to another prompt than the data have in that row."
+    order, edited = _join(file, rows, questions)
+    if edited is not None:
+        logger.warning("%s Row %d (from 1) of %s.", _sentence(rows), edited, file)
+    return [rows[at]["response"] for at in order]
