@@ -25,7 +25,7 @@ class Verified(_Trainer):
     verification: list[Check] = []
 
     def verify(self, rows: int = 8) -> list[Check]:
-        """Check on the model, the tokenizer and short rows of the first ones that MISO is exact, and print the results as a table.
+        """Check on the model, the tokenizer and some of the first rows that MISO is exact, and print the results as a table.
 
         Two ways of computing the labelled tokens' log-probabilities must agree: one context by MISO and by the model's own
         attention; rows packed and one by one; prefixes shared and unshared; contexts in either order; attention by the kernel
@@ -33,7 +33,7 @@ class Verified(_Trainer):
         `verification/checks.py`. No label may lie across a boundary, and every token must have gradient.
 
         Args:
-            rows: Number of examples to check on, those with several contexts first, and of these short ones.
+            rows: Number of examples to check on, those with several contexts first: of these short ones, and, of more than two, one long one.
 
         Returns:
             The results, also kept as `verification`.

@@ -9,13 +9,16 @@ from trl_miso.segments import Example, decode, encode, single, unshare, unshare_
 # `input_ids`, `labels` and `miso_layout` of a single example; `sources` of a row with copies: the token that each copies.
 PreparedRow = dict[str, list[int]]
 LONGEST = 4096  # tokens of a row for which all attention scores at once, or all contexts unshared, fit in memory
+ALL_SHORT = 2  # of up to this many rows each is a short one
 
 
 def choose(rows: Iterable[dict[str, Any]], count: int) -> list[PreparedRow]:
     """Choose up to `count` examples with labels from prepared rows or bins, one row per example.
 
     Prefers examples of at most `LONGEST` tokens, then examples with several contexts, then short ones, since the checks forward
-    each row many times. One has several contexts if any does. Those come first in the result, which is their order in a batch.
+    each row many times. One has several contexts if any does. Of more than `ALL_SHORT` the last is the longest of those preferred,
+    since a sliding window shows in long rows only. Those with several contexts come first in the result, which is their order in
+    a batch.
     """
     examples: list[PreparedRow] = []
     for row in chain.from_iterable(map(_split_examples, rows)):
@@ -23,6 +26,9 @@ def choose(rows: Iterable[dict[str, Any]], count: int) -> list[PreparedRow]:
             examples.append(row)
     examples.sort(key=_preference)
     chosen = examples[:count]
+    alike = [row for row in examples if _preference(row)[:2] == _preference(examples[0])[:2]]
+    if count > ALL_SHORT and len(alike) > count:
+        chosen[-1] = alike[-1]
     several = [row for row in examples if example_of(row).branches]
     if several and not any(example_of(row).branches for row in chosen):  # all of them are longer than `LONGEST`
         chosen[-1] = several[0]

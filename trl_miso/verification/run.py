@@ -17,7 +17,7 @@ from trl_miso.attention.support import base_of
 from trl_miso.attention.transformers_attention import register_definition
 from trl_miso.data.collator import MISODataCollator
 from trl_miso.verification.checks import Check, Verifier
-from trl_miso.verification.rows import choose
+from trl_miso.verification.rows import ALL_SHORT, choose
 from trl_miso.verification.table import as_text
 
 ROWS_READ_PER_EXAMPLE = 20  # enough to find examples with several contexts among rows with one
@@ -35,8 +35,8 @@ class Cost:
     seconds: float
 
     def __str__(self) -> str:
-        rows = "1 short row" if self.rows == 1 else f"{self.rows} short rows"
-        return f"{rows} ({self.tokens:,} tokens, {self.forwarded:,} forwarded) in {self.seconds:.1f} s"
+        short, plural = "short " * (self.rows <= ALL_SHORT), "s" * (self.rows > 1)
+        return f"{self.rows} {short}row{plural} ({self.tokens:,} tokens, {self.forwarded:,} forwarded) in {self.seconds:.1f} s"
 
 
 def verify_model(
@@ -55,7 +55,7 @@ def verify_model(
         model: The model as it is wrapped for training, with MISO attention installed.
         collator: The collator of training.
         dataset: Prepared rows or bins, of which the first `ROWS_READ_PER_EXAMPLE * count` are read.
-        count: Examples to check on, those with several contexts first, and of these short ones.
+        count: Examples to check on, those with several contexts first, and of these short ones; see `choose`.
         dtype: The compute dtype.
         device: Device of the batches.
         gradients: Also check that every token has gradient. Not possible for sharded parameters outside a training step.
