@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _field(row: Any, name: str, kind: Any, where: str) -> Any:
     return row[name]
 
 
-def questions_of(instances: list[Instance]) -> Questions:
+def questions_of(instances: Sequence[Instance]) -> Questions:
     """What responses are joined by."""
     prompts = [instance.instruction for instance in instances]
     return Questions(prompts, [instance.main_id for instance in instances], "main_id")
