@@ -170,7 +170,8 @@ class Verifier:
             return _Result(note=note)
         with self.definition():
             by_definition = torch.cat([self._log_probs_by_definition(row) for row in rows])
-        return packed.within(_distance(by_definition, self.log_probs(rows)))
+        by_kernel = packed.log_probs if len(rows) == len(self.rows) else self.log_probs(rows)
+        return packed.within(_distance(by_definition, by_kernel))
 
     def _log_probs_by_definition(self, row: PreparedRow) -> torch.Tensor:
         """`log_probs` of one row, for a model that attends by definition."""
@@ -233,7 +234,7 @@ class Verifier:
             return _Result(note="there is only one row")
         first, *others = self.rows
         changed = first | {"input_ids": first["input_ids"][::-1]}
-        start = len(self.log_probs([first]))
+        start = sum(label != -100 for label in first["labels"][1:])
         return packed.within(_distance(self.log_probs([changed, *others])[start:], packed.log_probs[start:]))
 
     def _labels_are_in_place(self, packed: "_Packed") -> "_Result":
