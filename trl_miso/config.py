@@ -78,8 +78,8 @@ class MISOSFTConfig(SFTConfig):
             mean share of a context (`context_share`) and the smallest share of a context (`min_context_share`).
             Computed from the same forward pass.
         verify (`bool`, *optional*, defaults to `True`):
-            Whether to check before the first step that MISO is exact on this model and the first rows, and to refuse to
-            train if not. Costs some 15 forward passes of two rows.
+            Whether to check before the first step that MISO is exact on this model and two short ones of the first rows, and
+            to refuse to train if not. Costs some 15 forward passes of these two, and the log says how long they took.
     """
 
     context_mode: str = field(
@@ -191,8 +191,9 @@ class MISOSFTConfig(SFTConfig):
     verify: bool = field(
         default=True,
         metadata={
-            "help": "Whether to check before the first step that MISO is exact on this model and the first rows, and to "
-            "refuse to train if not. Costs some 15 forward passes of two rows."
+            "help": "Whether to check before the first step that MISO is exact on this model and two short ones of the "
+            "first rows, and to refuse to train if not. Costs some 15 forward passes of these two, and the log says how long "
+            "they took."
         },
     )
 

@@ -185,9 +185,13 @@ def test_the_benchmarks_own_responses_are_joined_by_main_id(tmp_path):
             load_answers(write_lines(file, bad), instances)
 
 
-def test_responses_of_standard_inference_are_joined_by_row(tmp_path):
-    instances = [Instance(main_id, "做。", "And", (Question("?", None, ()),)) for main_id in (4, 2)]
-    file = write_lines(tmp_path / "r.jsonl", [{"response": "a", "main_id": 2}, {"response": "b", "main_id": 4}])
+def test_responses_of_standard_inference_are_joined_by_prompt_or_main_id_or_row(tmp_path):
+    instances = [Instance(main_id, f"做{main_id}。", "And", (Question("?", None, ()),)) for main_id in (4, 2)]
+    for columns in ([{"main_id": 2}, {"main_id": 4}], [{"prompt": "做2。"}, {"prompt": "做4。"}]):
+        rows = [{"response": text} | each for text, each in zip("ba", columns, strict=True)]
+        for order in (rows, rows[::-1]):
+            assert load_answers(write_lines(tmp_path / "r.jsonl", order), instances) == ["a", "b"]
+    file = write_lines(tmp_path / "r.jsonl", [{"response": "a"}, {"response": "b"}])
     assert load_answers(file, instances) == ["a", "b"]
     with pytest.raises(ValueError, match="Got 2 responses .* to 1 prompts"):
         load_answers(file, instances[:1])

@@ -17,7 +17,7 @@ from trl_miso.cli.eval import main
 from trl_miso.cli.main import main as console_command
 from trl_miso.evaluation import ifeval
 from trl_miso.evaluation.ifeval import Counts, Verdict, load_prompts, load_scorer, without
-from trl_miso.evaluation.responses import load_responses, note_of
+from trl_miso.evaluation.responses import Questions, load_responses
 from trl_miso.evaluation.table import PAPER
 
 REAL = Path(__file__).parents[3] / "shared/data/ifeval"
@@ -185,37 +185,15 @@ def test_what_the_command_prints_and_writes(punkt, files, tmp_path, capsys, wide
 
 
 def test_the_note_names_keys_that_are_scored_by_chance(punkt, tmp_path, capsys, wide_terminal):
-    data = write(tmp_path / "data.jsonl", [PROMPTS[0] | {"key": 1129}, PROMPTS[0]])
+    data = write(tmp_path / "data.jsonl", [PROMPTS[0] | {"key": 1129}, PROMPTS[1]])
     responses = write(
-        tmp_path / "responses.jsonl", [{"response": "a", "prompt": "Question 10."}, {"response": "a", "prompt": ""}]
+        tmp_path / "responses.jsonl",
+        [{"response": "a", "prompt": "Question 10."}, {"response": "a", "prompt": "Question: 11."}],
     )
     main(["ifeval", "--responses", responses, "--data", data])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Keys 1129 are scored by chance" in printed and "1 of 2 responses were given to another prompt" in printed
-
-
-def test_responses_to_other_prompts_are_warned_of(files, tmp_path, caplog):
-    prompts = [asked["prompt"] for asked in PROMPTS]
-    assert load_responses(files[1], prompts) == RESPONSES
-    assert not caplog.records
-    assert load_responses(files[1], [prompts[0], "other", *prompts[2:]]) == RESPONSES
-    (record,) = caplog.records
-    assert "1 of 4 responses" in record.getMessage() and "Rows 2 (from 1)" in record.getMessage()
-    assert note_of(files[1], prompts) == ""
-    own = write(tmp_path / "own.jsonl", [{"main_id": at, "generated": "a", "prompt": "other"} for at in range(9)])
-    assert note_of(own, prompts) == ""
-    assert note_of(files[1], ["other", *prompts[1:]]).startswith(" 1 of 4 responses were given to another prompt")
-
-
-def test_responses_in_another_order_are_refused(files, tmp_path):
-    """If more than half of the rows with a prompt have another one. Rows without prompts are trusted."""
-    prompts = [asked["prompt"] for asked in PROMPTS]
-    assert load_responses(files[1], [prompts[1], prompts[0], *prompts[2:]]) == RESPONSES
-    with pytest.raises(ValueError, match="Got 3 of 4 responses in .* to another prompt.*Fix: put the rows"):
-        load_responses(files[1], prompts[1:3] + prompts[:1] + prompts[3:])
-    rows = [{"response": "a"}] * 3 + [{"response": "a", "prompt": "other"}]
-    with pytest.raises(ValueError, match="Got 1 of 1 responses"):
-        load_responses(write(tmp_path / "new.jsonl", rows), prompts)
+    assert "Keys 1129 are scored by chance" in printed
+    assert "1 response was given to another edition of its prompt" in printed
 
 
 @pytest.mark.parametrize("option", ["--json", "--samples"])
@@ -250,7 +228,7 @@ BAD = {
 @pytest.mark.parametrize(("rows", "message"), BAD.values(), ids=BAD)
 def test_responses_that_cannot_be_joined_are_refused(rows, message, tmp_path):
     with pytest.raises(ValueError, match=f"(?s){message}.*xpected .*Fix: "):
-        load_responses(write(tmp_path / "responses.jsonl", rows), ["a"] * 4)
+        load_responses(write(tmp_path / "responses.jsonl", rows), Questions(["a"] * 4, range(4)))
 
 
 def test_data_that_are_not_ifevals_are_refused(tmp_path):

@@ -25,7 +25,7 @@ from trl_miso.cli.eval_arguments import add_model_arguments, model_request, resp
 from trl_miso.evaluation import backends, model_fingerprint
 from trl_miso.evaluation.file_lock import exclusive_lock
 from trl_miso.evaluation.inference import respond
-from trl_miso.evaluation.responses import load_responses
+from trl_miso.evaluation.responses import Questions, load_responses
 from trl_miso.sources.synthetic import build_model
 
 QUESTIONS = [
@@ -80,7 +80,7 @@ def request(**options):
 
 def ask(file, prompts=QUESTIONS, **options):
     respond(prompts, file, request(**options))
-    return load_responses(file, prompts)
+    return load_responses(file, Questions(prompts, range(len(prompts))))
 
 
 # transformers
@@ -376,7 +376,7 @@ def test_after_an_error_answers_are_kept_and_the_next_run_resumes(server, tmp_pa
     came = [json.loads(line)["row"] for line in file.read_text().splitlines()]
     assert came[0] == 2 and sorted(came) == [1, 2]  # in the order in which they came
     with pytest.raises(ValueError, match="Got 2 responses"):
-        load_responses(file, QUESTIONS)
+        load_responses(file, Questions(QUESTIONS, range(len(QUESTIONS))))
     assert ask(file, **settings) == [f"answer to {text}" for text in QUESTIONS]
     assert sorted(request.text for request in server.requests) == sorted([*QUESTIONS, QUESTIONS[2]])
     assert file.read_bytes() == whole

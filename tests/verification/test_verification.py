@@ -15,6 +15,7 @@ from trl_miso.cli.main import main
 from trl_miso.data import collator
 from trl_miso.segments import decode
 from trl_miso.verification import checks
+from trl_miso.verification.rows import choose, example_of
 
 NAMES = [
     "loss matches the model's logits",
@@ -70,8 +71,12 @@ def statuses(trainer):
     ],
 )
 def test_exact_models_pass(make_trainer, model, options):
-    checked = make_trainer(model, **options).verify(6)
+    trainer = make_trainer(model, **options)
+    checked = trainer.verify(6)
     assert [check.name for check in checked] == NAMES
+    if model == "gemma2":
+        window = trainer.model.config.sliding_window
+        assert max(example_of(row).num_positions for row in choose(trainer.train_dataset, 6)) > window
     assert {check.name: (check.measured, check.budget) for check in checked if check.status != "passed"} == {}
 
 
@@ -178,14 +183,15 @@ def _labels_everywhere(monkeypatch):
     monkeypatch.setattr(collator.MISODataCollator, "__call__", call)
 
 
-def _first_weigh_more(monkeypatch):
+def _uneven_weights(monkeypatch):
+    """Weigh the contexts of every row by their places."""
     real = collator.MISODataCollator.__call__
 
     def call(self, rows):
         batch = real(self, rows)
         if "miso_branch_weight" in batch:
             weights = batch["miso_branch_weight"].view(torch.float64)
-            weights[: len(weights) // 2] *= 2
+            weights *= 2.0 ** (torch.arange(len(weights)) % 3)
         return batch
 
     monkeypatch.setattr(collator.MISODataCollator, "__call__", call)
@@ -206,12 +212,12 @@ def _no_gradient_of_keys(monkeypatch):
         (_no_rotation, {}, "prefix sharing changes nothing"),
         (_one_sequence, {"context_mode": "single"}, "packing changes nothing"),
         (_one_sequence, {"context_mode": "single"}, "examples do not see each other"),
-        (_first_weigh_more, {}, "context order changes nothing"),
+        (_uneven_weights, {}, "context order changes nothing"),
         (_labels_everywhere, {}, "no loss across boundaries"),
         (_no_gradient_of_keys, {}, "every token carries gradient"),
         (_scaled_scores, BF16, "kernel matches the definition"),
         (_no_rotation, BF16, "prefix sharing changes nothing"),
-        (_first_weigh_more, BF16, "context order changes nothing"),
+        (_uneven_weights, BF16, "context order changes nothing"),
     ],
 )
 def test_a_fault_fails_its_check(make_trainer, monkeypatch, break_it, options, failed):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from trl_miso.cli.arguments import command_parser, count_from, output_file
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
-from trl_miso.evaluation.complexbench.instances import LANGUAGES, Instance, load_answers, load_instances
+from trl_miso.evaluation.complexbench.instances import LANGUAGES, Instance, load_answers, load_instances, questions_of
 from trl_miso.evaluation.complexbench.judge import Estimate, Key, Task, ask_judge, judge_tasks, read_verdicts
 from trl_miso.evaluation.complexbench.scores import complexbench_table, counts
 from trl_miso.evaluation.endpoint import Endpoint
@@ -70,7 +70,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--responses",
         metavar="FILE",
-        help='JSONL with "response", one row per instance, in order; or the benchmark\'s own, with "main_id" and "generated"',
+        help='JSONL with "response", one row per instance: joined by "prompt" or "main_id", or else in order; or the benchmark\'s own, with "main_id" and "generated"',
     )
     parser.add_argument(
         "--verdicts",
@@ -160,7 +160,7 @@ def _report(
         f"First line: {len(instances):,} of the benchmark's 1,150 instructions ({options.language}), {len(tasks):,} of its 5,306 "
         f"questions, judge {verdicts.judge}."
     )
-    note += note_of(options.responses, [instance.instruction for instance in instances])
+    note += note_of(options.responses, questions_of(instances))
     Console().print(complexbench_table(scored_name(options), scored, note))
     if unjudged:
         lines = [

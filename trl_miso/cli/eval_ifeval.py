@@ -18,6 +18,7 @@ from trl_miso.evaluation.ifeval import (
     Verdict,
     load_prompts,
     load_scorer,
+    questions_of,
     without,
 )
 from trl_miso.evaluation.inference import ModelRequest, respond
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
     kept = without(prompts, options.exclude_keys)
     counts = score_responses(prompts, kept, score, request, options)
     note = f"First line: {counts.prompts} of {len(prompts)} prompts, {counts.instructions} instructions."
-    note += note_of(options.responses, [prompt["prompt"] for prompt in prompts])
+    note += note_of(options.responses, questions_of(prompts))
     random_keys = [prompts[number]["key"] for number in kept if prompts[number]["key"] in RANDOM_KEYS]
     if random_keys:
         note += f" Keys {', '.join(map(str, random_keys))} are scored by chance (--exclude_keys leaves them out)."
@@ -67,7 +68,7 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--responses",
         metavar="FILE",
-        help='JSONL with "response" (and "prompt"), one row per prompt, in the order of the data',
+        help='JSONL with "response", one row per prompt: joined by "prompt" or "key", or else in the order of the data',
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the counts")
     parser.add_argument(
@@ -83,8 +84,8 @@ def score_responses(
     options: argparse.Namespace,
 ) -> Counts:
     """Ask for missing responses, score those to the prompts numbered `kept`, and write `--json` and `--samples`."""
-    questions = [prompt["prompt"] for prompt in prompts]
-    respond(questions, options.responses, request)
+    questions = questions_of(prompts)
+    respond(questions.prompts, options.responses, request)
     responses = load_responses(options.responses, questions)
     verdicts, samples = [], []
     for number in track(kept, "Scoring", console=Console(stderr=True)):

@@ -8,7 +8,7 @@ from trl_miso.cli.arguments import command_parser, output_file
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
 from trl_miso.cli.eval_ifeval import add_file_arguments, score_responses
 from trl_miso.evaluation.flatten import NOTE, flatten_rows, load_bases
-from trl_miso.evaluation.ifeval import load_prompts, load_scorer
+from trl_miso.evaluation.ifeval import load_prompts, load_scorer, questions_of
 from trl_miso.evaluation.responses import note_of
 from trl_miso.evaluation.table import flatten_table
 
@@ -49,5 +49,5 @@ def main(arguments: list[str]) -> None:
     counts = score_responses(rows, range(len(rows)), load_scorer(), request, options)
     _, strict, _, loose = counts.percentages()
     note = f"First line: {counts.instructions} instructions. {NOTE}"
-    note += note_of(options.responses, [row["prompt"] for row in rows])
+    note += note_of(options.responses, questions_of(rows))
     Console().print(flatten_table(scored_name(options), (strict, loose), note))

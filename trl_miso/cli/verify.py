@@ -8,8 +8,8 @@ from trl_miso.verification.run import ROWS_READ_PER_EXAMPLE
 
 _USAGE = "trl-miso verify [DATASET] [-n ROWS] [--config RECIPE.yaml] [options of a recipe]"
 _ABOUT = """\
-Check on a model, its tokenizer and its first rows that MISO is exact, and print the results as a table. Nothing is trained or
-saved. The exit status is 1 if a check fails.
+Check on a model, its tokenizer and some of its first rows that MISO is exact, and print the results and the seconds they took as
+a table. Nothing is trained or saved. The exit status is 1 if a check fails.
 
 DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file. Without DATASET, rows are generated. Every option
 of examples/train_crab.py can be given (--model_name_or_path, --context_mode, --bf16, --use_peft, ...)."""

@@ -33,9 +33,17 @@ def load_bases(file: str | Path) -> dict[int, str]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If a row has no `key` or no `model_output`.
+        ValueError: If a row has no `key` or no `model_output`, or two rows have one key.
     """
-    return {row["key"]: row["model_output"] for row in read_jsonl(file, {"key": int, "model_output": str})}
+    bases: dict[int, str] = {}
+    for number, row in enumerate(read_jsonl(file, {"key": int, "model_output": str}), start=1):
+        if row["key"] in bases:
+            raise ValueError(
+                f"Got line {number} of {file} with key {row['key']}, which an earlier line has. Expected one base instruction per key. "
+                "Fix: remove one of the lines."
+            )
+        bases[row["key"]] = row["model_output"]
+    return bases
 
 
 def flatten_rows(prompts: Sequence[IFEvalPrompt], bases: Mapping[int, str]) -> list[IFEvalPrompt]:

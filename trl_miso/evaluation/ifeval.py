@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 from datasets import load_dataset
 
 from trl_miso.evaluation.jsonl import read_jsonl
+from trl_miso.evaluation.responses import Questions
 
 DATASET = "google/IFEval"
 RANDOM_KEYS = (1122, 1129)
@@ -95,6 +96,11 @@ def load_prompts(file: str | Path | None) -> list[IFEvalPrompt]:
                 "expected equal numbers of both, at least one. Fix: take IFEval's own input_data.jsonl."
             )
     return prompts
+
+
+def questions_of(prompts: Sequence[IFEvalPrompt]) -> Questions:
+    """What responses are joined by."""
+    return Questions([prompt["prompt"] for prompt in prompts], [prompt["key"] for prompt in prompts])
 
 
 def without(prompts: Sequence[IFEvalPrompt], keys: Iterable[int]) -> list[int]:

@@ -43,6 +43,7 @@ from trl_miso.training.predictions import RowPredictions
 from trl_miso.training.quantized import keep_unpacked
 from trl_miso.training.reliability import ReliableTrainer
 from trl_miso.training.verified import Verified, VerifyFirst
+from trl_miso.verification.run import Cost
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -273,9 +274,9 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         with self._mixing():
             return super().evaluation_loop(*args, **kwargs)
 
-    def run_checks(self, *args: Any, **kwargs: Any) -> None:
+    def run_checks(self, *args: Any, **kwargs: Any) -> Cost | None:
         with self._mixing():
-            super().run_checks(*args, **kwargs)
+            return super().run_checks(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._mixing():  # also in backward, where checkpointing runs layers again

@@ -7,25 +7,33 @@ differ by at most 1.0 s (six architectures of 3 and 16 layers, float32 and bf16)
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from transformers.utils.logging import tqdm
 
 from trl_miso.attention.state import in_eval_mode
 from trl_miso.data.bins import ROW_LENGTHS
 from trl_miso.data.collator import PLACES, MISODataCollator
-from trl_miso.segments import WEIGHTINGS, Example, PackedSegments, decode, encode, single, unshare, unshare_row
+from trl_miso.segments import WEIGHTINGS, PackedSegments
+from trl_miso.verification.rows import (
+    LONGEST,
+    PreparedRow,
+    example_of,
+    first_context_row,
+    length,
+    reverse_contexts,
+    unshared,
+)
 
-# `input_ids`, `labels` and `miso_layout` of a single example; `sources` of a row with copies: the token that each copies.
-PreparedRow = dict[str, list[int]]
-LONGEST = 4096  # tokens of a row for which all attention scores at once, or all contexts unshared, fit in memory
 _NATS = "nats"
+_LOGITS_AT_ONCE = 2**22  # of a piece in float64, which takes 32 MiB; a token of a vocabulary of 262,144 has 2**18
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ class Verifier:
             `transformers_attention.register_definition`.
         device: Device of the batches.
         gradients: Also check gradients. Not possible for sharded parameters outside a training step.
+        progress: Show a progress bar with the name of the check under way.
+
+    Attributes:
+        forwarded: Number of tokens of each batch that the model was given.
     """
 
     model: nn.Module
@@ -69,6 +81,8 @@ class Verifier:
     definition: Callable[[], AbstractContextManager]
     device: torch.device
     gradients: bool = False
+    progress: bool = False
+    forwarded: list[int] = field(default_factory=list, init=False)
 
     def __call__(self) -> Iterator[Check]:
         """Run all checks, with the model in eval mode. It and the random states stay as they are."""
@@ -77,43 +91,51 @@ class Verifier:
             yield from self._checks()
 
     def _checks(self) -> Iterator[Check]:
-        packed = self.log_probs(self.rows)
-        budget = self._budget(packed)
-        causal_rows = [_first_context_row(row) for row in self.rows]
+        checks: dict[str, Callable[[_Packed], _Result]] = {
+            "loss matches the model's logits": self._loss_matches_logits,
+            "one context matches plain attention": self._one_context_is_plain,
+            "packing changes nothing": self._packing_changes_nothing,
+            "prefix sharing changes nothing": self._sharing_changes_nothing,
+            "kernel matches the definition": self._kernel_matches_definition,
+            "context order changes nothing": self._order_changes_nothing,
+            "examples do not see each other": self._examples_are_isolated,
+            "no loss across boundaries": self._labels_are_in_place,
+        }
+        if self.gradients:
+            checks["every token carries gradient"] = self._every_token_has_gradient
+        with tqdm(checks.items(), "Verifying: rounding", leave=False, disable=not self.progress) as bar:
+            log_probs = self.log_probs(self.rows)
+            packed = _Packed(log_probs, self._budget(log_probs))
+            for name, check in bar:
+                bar.set_description(f"Verifying: {name}")
+                yield check(packed).named(name)
 
-        def compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Check:
-            return _check(name, _distance(a, b), budget, _NATS)
+    def _loss_matches_logits(self, packed: "_Packed") -> "_Result":
+        return packed.within(self._fused_head_error(min(map(first_context_row, self.rows), key=length)))
 
-        yield _check(
-            "loss matches the model's logits", self._fused_head_error(min(causal_rows, key=_length)), budget, _NATS
-        )
-        yield compare(
-            "one context matches plain attention",
-            torch.cat([self.log_probs([row]) for row in causal_rows]),
-            torch.cat([self.log_probs([row], metadata=False) for row in causal_rows]),
-        )
-        yield compare("packing changes nothing", torch.cat([self.log_probs([row]) for row in self.rows]), packed)
+    def _one_context_is_plain(self, packed: "_Packed") -> "_Result":
+        rows = [first_context_row(row) for row in self.rows]
+        by_miso = torch.cat([self.log_probs([row]) for row in rows])
+        return packed.within(_distance(by_miso, torch.cat([self.log_probs([row], metadata=False) for row in rows])))
+
+    def _packing_changes_nothing(self, packed: "_Packed") -> "_Result":
+        return packed.agree(torch.cat([self.log_probs([row]) for row in self.rows]))
+
+    def _sharing_changes_nothing(self, packed: "_Packed") -> "_Result":
         skip = self._why_not_unshare()
         if skip or not self.collator.share_prefixes:
-            yield Check("prefix sharing changes nothing", "skipped", note=skip or "share_prefixes is off")
-        else:
-            yield compare(
-                "prefix sharing changes nothing", self.log_probs([_unshared(row) for row in self.rows]), packed
-            )
-        yield self._kernel_matches_definition(budget)
+            return _Result(note=skip or "share_prefixes is off")
+        return packed.agree(self.log_probs([unshared(row) for row in self.rows]))
+
+    def _order_changes_nothing(self, packed: "_Packed") -> "_Result":
+        skip = self._why_not_unshare()
         if skip:
-            yield Check("context order changes nothing", "skipped", note=skip)
-        else:
-            reversed_rows = [_reverse_contexts(row) for row in self.rows]
-            yield compare("context order changes nothing", self.log_probs(reversed_rows), packed)
-        yield self._examples_are_isolated(packed, budget)
-        yield self._labels_are_in_place()
-        if self.gradients:
-            yield self._every_token_has_gradient()
+            return _Result(note=skip)
+        return packed.agree(self.log_probs([reverse_contexts(row) for row in self.rows]))
 
     def _why_not_unshare(self) -> str:
         """Why not to give each context its own copy of its tokens; empty if that is possible and changes a row."""
-        examples = [_example_of(row) for row in self.rows]
+        examples = [example_of(row) for row in self.rows]
         if not any(example.branches for example in examples):
             return "no row has several contexts"
         tokens = max(example.num_unshared_tokens for example in examples)
@@ -125,7 +147,7 @@ class Verifier:
         `metadata=False` leaves MISO's fields out of the batch, so that the model's own attention runs.
         """
         if not self.collator.share_prefixes:
-            rows = [_unshared(row) for row in rows]
+            rows = [unshared(row) for row in rows]
         with torch.no_grad():
             return self._in_order(self._batch(rows, metadata), rows)
 
@@ -141,22 +163,22 @@ class Verifier:
             order += [len(order) + at for at in sorted(range(len(own)), key=own.__getitem__)]
         return by_token[order] if len(order) == len(by_token) else by_token  # misplaced labels are a check of their own
 
-    def _kernel_matches_definition(self, budget: float) -> Check:
-        name = "kernel matches the definition"
-        rows = [row for row in self.rows if _example_of(row).num_unshared_tokens <= LONGEST]
+    def _kernel_matches_definition(self, packed: "_Packed") -> "_Result":
+        rows = [row for row in self.rows if example_of(row).num_unshared_tokens <= LONGEST]
         if not rows:
             note = f"no row has at most {LONGEST} tokens, and the definition computes all scores at once"
-            return Check(name, "skipped", note=note)
+            return _Result(note=note)
         with self.definition():
             by_definition = torch.cat([self._log_probs_by_definition(row) for row in rows])
-        return _check(name, _distance(by_definition, self.log_probs(rows)), budget, _NATS)
+        by_kernel = packed.log_probs if len(rows) == len(self.rows) else self.log_probs(rows)
+        return packed.within(_distance(by_definition, by_kernel))
 
     def _log_probs_by_definition(self, row: PreparedRow) -> torch.Tensor:
         """`log_probs` of one row, for a model that attends by definition."""
         if not self.collator.share_prefixes:
-            row = _unshared(row)
+            row = unshared(row)
         # The definition takes the tokens in the row's own order.
-        example, size = _example_of(row), len(row["input_ids"])
+        example, size = example_of(row), len(row["input_ids"])
         positions = [segment.start + i for segment in example.segments for i in range(segment.length)]
         columns = {"input_ids": row["input_ids"], "labels": row["labels"], "position_ids": positions}
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in columns.items()}
@@ -168,17 +190,21 @@ class Verifier:
 
     def _batch(self, rows: Sequence[PreparedRow], metadata: bool = True) -> dict[str, Any]:
         if not self.collator.share_prefixes:
-            rows = [_unshared(row) for row in rows]
+            rows = [unshared(row) for row in rows]
         batch = replace(self.collator, share_prefixes=True, keep_rows=True)(rows)
         if not metadata:
             batch = {name: value for name, value in batch.items() if not name.startswith("miso_") or name == PLACES}
         batch.pop(ROW_LENGTHS, None)
         return send_to_device(batch, self.device)
 
+    def _run(self, batch: dict[str, Any], **options: bool) -> Any:
+        self.forwarded.append(batch["input_ids"].numel())
+        return self.model(**batch, use_cache=False, **options)
+
     def _forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of the labelled tokens, in the order of the batch."""
         batch = {name: value for name, value in batch.items() if name != PLACES}
-        outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
+        outputs = self._run(batch, fused_lm_head=True)
         return outputs.log_probs[outputs.label_mask.bool()]
 
     def _fused_head_error(self, row: PreparedRow) -> float:
@@ -187,14 +213,13 @@ class Verifier:
         del batch[PLACES]
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad():
-            logits = self.model(**batch, use_cache=False).logits[0, :-1][labels != -100]
-        log_probs = logits.float().log_softmax(-1).gather(-1, labels[labels != -100, None])[:, 0]
-        return _distance(log_probs.cpu().double(), self.log_probs([row]))
+            logits = self._run(batch).logits[0, :-1]
+        return _distance(exact_log_probs(logits, labels), self.log_probs([row]))
 
     def _budget(self, packed: torch.Tensor) -> float:
         """Largest difference that rounding explains, in nats; see the module's docstring."""
         float32_eps = torch.finfo(torch.float32).eps
-        examples = [_example_of(row) for row in self.rows]
+        examples = [example_of(row) for row in self.rows]
         end = max(example.num_positions for example in examples)
         # Rotary angles are computed in float32, and their absolute rounding grows with the position.
         rounding = max(torch.finfo(self.dtype).eps, end * float32_eps / 2)
@@ -203,33 +228,31 @@ class Verifier:
         floor = float32_eps * float(packed.abs().max())  # the head computes in float32
         return 4 * (change + floor)
 
-    def _examples_are_isolated(self, packed: torch.Tensor, budget: float) -> Check:
+    def _examples_are_isolated(self, packed: "_Packed") -> "_Result":
         """Change the tokens of the first example: the log-probabilities of the others must stay the same."""
-        name = "examples do not see each other"
         if len(self.rows) < 2:
-            return Check(name, "skipped", note="there is only one row")
+            return _Result(note="there is only one row")
         first, *others = self.rows
         changed = first | {"input_ids": first["input_ids"][::-1]}
-        start = len(self.log_probs([first]))
-        change = _distance(self.log_probs([changed, *others])[start:], packed[start:])
-        return _check(name, change, budget, _NATS)
+        start = sum(label != -100 for label in first["labels"][1:])
+        return packed.within(_distance(self.log_probs([changed, *others])[start:], packed.log_probs[start:]))
 
-    def _labels_are_in_place(self) -> Check:
+    def _labels_are_in_place(self, packed: "_Packed") -> "_Result":
         """Count labels that would be predicted from another segment's last token, and labels that were lost or doubled."""
         batch = self._batch(self.rows)
         labelled = batch["labels"][0] != -100
         crossing = labelled[batch["miso_cu_seqlens_q"][:-1].long()].sum()
         expected = sum(label != -100 for row in self.rows for label in row["labels"][1:])
-        return _check("no loss across boundaries", float(crossing + abs(labelled.sum() - expected)), 0.0, "labels")
+        return _Result(float(crossing + abs(labelled.sum() - expected)), 0.0, "labels")
 
-    def _every_token_has_gradient(self) -> Check:
+    def _every_token_has_gradient(self, packed: "_Packed") -> "_Result":
         """Count tokens whose embedding has no gradient, of those that a labelled token depends on."""
         batch = self._batch(self.rows)
         leaf = _Leaf()
         with _hooked(self.embeddings, leaf):
             (gradient,) = torch.autograd.grad(self._forward(batch).sum(), [leaf.out])
         idle = (gradient[0] == 0).all(dim=-1) & self._predicts(batch)
-        return _check("every token carries gradient", float(idle.sum()), 0.0, "tokens")
+        return _Result(float(idle.sum()), 0.0, "tokens")
 
     @staticmethod
     def _predicts(batch: dict[str, Any]) -> torch.Tensor:
@@ -249,90 +272,44 @@ class Verifier:
         return predicts
 
 
-def choose(rows: Iterable[dict[str, Any]], count: int) -> list[PreparedRow]:
-    """Choose up to `count` examples with labels from prepared rows or bins, one row per example.
+class _Result(NamedTuple):
+    """A check without its name; one without a measurement was skipped."""
 
-    Prefers examples of at most `LONGEST` tokens, then examples with several contexts. Those with several contexts come first in
-    the result, which is their order in a batch.
+    measured: float | None = None
+    budget: float | None = None
+    unit: str = ""
+    note: str = ""
+
+    def named(self, name: str) -> Check:
+        if self.measured is None or self.budget is None:
+            return Check(name, "skipped", note=self.note)
+        return Check(name, "passed" if self.measured <= self.budget else "failed", *self)
+
+
+class _Packed(NamedTuple):
+    """What the checks compare with: the log-probabilities of all rows in one batch, and the largest difference allowed."""
+
+    log_probs: torch.Tensor
+    budget: float
+
+    def within(self, measured: float) -> _Result:
+        return _Result(measured, self.budget, _NATS)
+
+    def agree(self, log_probs: torch.Tensor) -> _Result:
+        return self.within(_distance(log_probs, self.log_probs))
+
+
+def exact_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the labels that are not -100, from logits of shape (T, vocabulary): float64 of shape (labels,).
+
+    Computed in float64, since a sum in float32 over 262,144 entries is off by 1e-5; in pieces, since a long row's logits in float64
+    would take more memory than training.
     """
-    examples: list[PreparedRow] = []
-    for row in chain.from_iterable(map(_split_examples, rows)):
-        if any(label != -100 for label in row["labels"][1:]):
-            examples.append(row)
-    examples.sort(key=lambda row: (_example_of(row).num_unshared_tokens > LONGEST, not _example_of(row).branches))
-    return sorted(examples[:count], key=lambda row: not _example_of(row).branches)
-
-
-def _split_examples(row: dict[str, Any]) -> Iterator[PreparedRow]:
-    """One row per example of a prepared row."""
-    examples = list(decode(row["miso_layout"])) if "miso_layout" in row else [single(len(row["input_ids"]))]
-    ends = list(accumulate(example.num_tokens for example in examples))
-    for example, end in zip(examples, ends, strict=True):
-        span = slice(end - example.num_tokens, end)
-        yield _make_row(row["input_ids"][span], row.get("labels", row["input_ids"])[span], example)
-
-
-def _make_row(ids: Sequence[int], labels: Sequence[int], example: Example) -> PreparedRow:
-    return {"input_ids": list(ids), "labels": list(labels), "miso_layout": encode(example)}
-
-
-def _example_of(row: PreparedRow) -> Example:
-    return next(decode(row["miso_layout"]))
-
-
-def _length(row: PreparedRow) -> int:
-    return len(row["input_ids"])
-
-
-def _first_context_row(row: PreparedRow) -> PreparedRow:
-    """The first context and its output, or else the first run with labels, as one causal run: as in plain SFT."""
-    row = _unshared(row)
-    example, bounds = _example_of(row), _bounds(row)
-    if example.outputs:
-        output = example.outputs[0]
-        parts = [output.branches[0].segment, output.segment]
-    else:
-        runs = enumerate(pairwise(bounds))
-        parts = [next(s for s, (a, b) in runs if any(label != -100 for label in row["labels"][a + 1 : b]))]
-    row = _select(row, parts, example)
-    return _make_row(row["input_ids"], row["labels"], single(len(row["input_ids"])))
-
-
-def _reverse_contexts(row: PreparedRow) -> PreparedRow:
-    """Each output's contexts in reverse order, each with its own copy of its tokens."""
-    row = _unshared(row)
-    example = _example_of(row)
-    order = list(range(len(example.segments)))
-    outputs = []
-    for output in example.outputs:
-        # The contexts of an output stand before it, one segment each.
-        first, last = output.branches[0].segment, output.segment
-        order[first:last] = order[first:last][::-1]
-        branches = [branch._replace(segment=s) for s, branch in enumerate(output.branches[::-1], start=first)]
-        outputs.append(output._replace(branches=tuple(branches)))
-    segments = tuple([example.segments[s] for s in order])
-    return _select(row, order, Example(segments, tuple(outputs)))
-
-
-def _bounds(row: PreparedRow) -> list[int]:
-    """Where each segment of a row begins, and where the last ends."""
-    return list(accumulate((segment.length for segment in _example_of(row).segments), initial=0))
-
-
-def _select(row: PreparedRow, segments: Sequence[int], example: Example) -> PreparedRow:
-    """The row with these of its segments, in this order, laid out as `example`."""
-    bounds = _bounds(row)
-    selected: PreparedRow = {"miso_layout": encode(example)}
-    for name in ("input_ids", "labels", "sources"):
-        selected[name] = list(chain.from_iterable(row[name][bounds[s] : bounds[s + 1]] for s in segments))
-    return selected
-
-
-def _unshared(row: PreparedRow) -> PreparedRow:
-    """The row with a copy of its tokens for every context and run."""
-    example, ids, labels = unshare_row(_example_of(row), row["input_ids"], row["labels"])
-    sources = row.get("sources", list(range(len(row["input_ids"]))))
-    return _make_row(ids, labels, example) | {"sources": unshare(_example_of(row), [sources])[1][0]}
+    if logits.device.type == "mps":  # which has no float64
+        logits, labels = logits.cpu(), labels.cpu()
+    pieces = (labels != -100).nonzero()[:, 0].split(max(1, _LOGITS_AT_ONCE // logits.shape[-1]))
+    log_probs = [logits[at].double().log_softmax(-1).gather(-1, labels[at, None])[:, 0] for at in pieces]
+    return torch.cat(log_probs).cpu()
 
 
 class _Noise:
@@ -372,7 +349,3 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
         return math.inf
     distance = float((a - b).square().mean().sqrt())
     return distance if math.isfinite(distance) else math.inf
-
-
-def _check(name: str, measured: float, budget: float, unit: str) -> Check:
-    return Check(name, "passed" if measured <= budget else "failed", measured, budget, unit)

@@ -1,7 +1,9 @@
 """Run the checks on a model that is wrapped for training and on its prepared rows."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,12 +16,27 @@ from transformers import PreTrainedModel
 from trl_miso.attention.support import base_of
 from trl_miso.attention.transformers_attention import register_definition
 from trl_miso.data.collator import MISODataCollator
-from trl_miso.verification.checks import Check, Verifier, choose
+from trl_miso.verification.checks import Check, Verifier
+from trl_miso.verification.rows import ALL_SHORT, choose
 from trl_miso.verification.table import as_text
 
 ROWS_READ_PER_EXAMPLE = 20  # enough to find examples with several contexts among rows with one
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of the checks took: rows, their tokens, the tokens that the model was given in all, and seconds."""
+
+    rows: int
+    tokens: int
+    forwarded: int
+    seconds: float
+
+    def __str__(self) -> str:
+        short, plural = "short " * (self.rows <= ALL_SHORT), "s" * (self.rows > 1)
+        return f"{self.rows} {short}row{plural} ({self.tokens:,} tokens, {self.forwarded:,} forwarded) in {self.seconds:.1f} s"
 
 
 def verify_model(
@@ -30,26 +47,29 @@ def verify_model(
     dtype: torch.dtype,
     device: torch.device,
     gradients: bool,
-) -> list[Check]:
+    progress: bool,
+) -> tuple[list[Check], Cost | None]:
     """Check on the first rows of a prepared dataset that MISO is exact on a model.
 
     Args:
         model: The model as it is wrapped for training, with MISO attention installed.
         collator: The collator of training.
         dataset: Prepared rows or bins, of which the first `ROWS_READ_PER_EXAMPLE * count` are read.
-        count: Examples to check on, those with several contexts first.
+        count: Examples to check on, those with several contexts first, and of these short ones; see `choose`.
         dtype: The compute dtype.
         device: Device of the batches.
         gradients: Also check that every token has gradient. Not possible for sharded parameters outside a training step.
+        progress: Show a progress bar.
 
     Returns:
-        The results, failed ones included; none if no row that was read has a label.
+        The results, failed ones included, and what they took; no results and None if no row that was read has a label.
     """
+    start = time.perf_counter()
     read = ROWS_READ_PER_EXAMPLE * count
     rows = choose(islice(dataset, read), count)
     if not rows:
         logger.warning(f"Nothing was verified: none of the first {read} rows has a label.")
-        return []
+        return [], None
     base_model = base_of(model)
     verifier = Verifier(
         model=model,
@@ -60,8 +80,11 @@ def verify_model(
         definition=partial(_attend_by_definition, base_model),
         device=device,
         gradients=gradients,
+        progress=progress,
     )
-    return list(verifier())
+    checks = list(verifier())
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return checks, Cost(len(rows), tokens, sum(verifier.forwarded), time.perf_counter() - start)
 
 
 def require_exact(checks: Sequence[Check]) -> None:

@@ -12,12 +12,12 @@ from trl_miso.verification.checks import Check
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 
 
-def make_table(checks: Sequence[Check]) -> Table:
-    """One line per check: its result, the measured difference and the budget."""
+def make_table(checks: Sequence[Check], cost: str = "") -> Table:
+    """One line per check: its result, the measured difference and the budget. The caption begins with the cost."""
     table = Table(
         title="MISO on this model, tokenizer and rows",
         box=SIMPLE,
-        caption="at most: four times the effect of rounding, measured on this model",
+        caption=f"{cost}\n" * bool(cost) + "at most: four times the effect of rounding, measured on this model",
     )
     table.add_column("check", no_wrap=True)
     table.add_column("", no_wrap=True)

@@ -3,13 +3,14 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trl_miso.evaluation.complexbench.rules import Rule, parse_rule
 from trl_miso.evaluation.jsonl import read_jsonl
-from trl_miso.evaluation.responses import load_responses
+from trl_miso.evaluation.responses import Questions, load_responses
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +125,17 @@ def _field(row: Any, name: str, kind: Any, where: str) -> Any:
     return row[name]
 
 
+def questions_of(instances: Sequence[Instance]) -> Questions:
+    """What responses are joined by."""
+    prompts = [instance.instruction for instance in instances]
+    return Questions(prompts, [instance.main_id for instance in instances], "main_id")
+
+
 def load_answers(file: str | Path, instances: list[Instance]) -> list[str]:
     """Read one response per instance, in the order of the instances.
 
     If all rows have `generated`, the file is one of the benchmark's own (`llm_generations/`): rows are joined by `main_id`, and may
-    answer further instances. A `generated` of null is an empty response. Otherwise rows have `response` and are joined by row number.
+    answer further instances. A `generated` of null is an empty response. Otherwise rows have `response`: see `load_responses`.
 
     Raises:
         OSError: If the file cannot be read.
@@ -136,7 +143,7 @@ def load_answers(file: str | Path, instances: list[Instance]) -> list[str]:
     """
     rows = read_jsonl(file, {})
     if not all("generated" in row for row in rows) or not rows:
-        return load_responses(file, [instance.instruction for instance in instances])
+        return load_responses(file, questions_of(instances))
     responses: dict[int, str] = {}
     for number, row in enumerate(rows, start=1):
         main_id, text = row.get("main_id"), row["generated"]
