@@ -20,6 +20,7 @@ from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 LONG = [
     "distributed",
     "resume",
+    "streams",
     "benchmarks",
     "examples",
     "hub",
