@@ -84,7 +84,10 @@ def train(folder: Path, options: dict[str, Any]) -> None:
         prompts = [{"prompt": row["prompt"]} for row in evaluated]
         trainer.add_callback(MISOEvalCallback(trainer, prompts, lambda row, response: [True], max_new_tokens=64))
     resumes = any(path.name.startswith("checkpoint-") for path in folder.glob("*"))
-    trainer.train(resume_from_checkpoint=resumes or None)
+    try:
+        trainer.train(resume_from_checkpoint=resumes or None)
+    finally:
+        (folder / "step").write_text(str(trainer.state.global_step))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     torch.save({"losses": losses, "weights": trained}, folder / "end.pt")
@@ -158,7 +161,7 @@ def kill_until_done(options: dict[str, Any], folder: Path, kills: int, draw: ran
 def terminate(folder: Path, times: int, draw: random.Random) -> list[str]:
     start = time.monotonic()
     assert wait(in_child(lambda: train(folder / "alone", TERMINATED)), 600) == 0
-    duration, done, slowest, faults = time.monotonic() - start, 0, 0.0, []
+    duration, done, slowest, faults = time.monotonic() - start, 0, 0.0, list[str]()
     while done < times:
         run = folder / f"run-{done}"
         pid = in_child(lambda: train(run, TERMINATED))  # noqa: B023 - called at once, in the child
@@ -170,13 +173,15 @@ def terminate(folder: Path, times: int, draw: random.Random) -> list[str]:
         status = wait(pid, 120)
         slowest = max(slowest, time.monotonic() - start)
         states = [json.loads(path.read_text())["global_step"] for path in run.glob("checkpoint-*/trainer_state.json")]
-        # Before the trainer guards its steps, the signal ends the process as usual.
-        early = status == -signal.SIGTERM and not states
-        if status != 143 and not early:
-            faults.append(status)
+        if status == 143:
+            step = int((run / "step").read_text())
+            if max(states, default=0) != step:
+                faults.append(f"step {step} is not saved")
+        elif status != -signal.SIGTERM or states:  # before training the signal ends the process as usual
+            faults.append(f"status {status}")
         done += 1
         shutil.rmtree(run, ignore_errors=True)
-    return [f"{done} SIGTERM", f"{slowest:.1f} s at most" if not faults else f"statuses {faults}"]
+    return [f"{done} SIGTERM", f"ended and saved in {slowest:.1f} s at most" if not faults else "; ".join(faults)]
 
 
 def main() -> None:
@@ -192,6 +197,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for i, (name, options) in enumerate(KILLED.items()):
             kills = args.kills * (i + 1) // len(KILLED) - args.kills * i // len(KILLED)
+            if not kills:
+                continue
             rows.append([name, *kill_until_done(options, Path(temporary) / str(i), kills, draw)])
             print(*rows[-1], sep=" | ", flush=True)
         if args.terms:
