@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 
 from tests.support.models import tiny_model
 from trl_miso.attention import register_miso_attention
+from trl_miso.attention.merge import sum_by_row
 from trl_miso.attention.shares import Shares
 from trl_miso.attention.support import prepare_model
 from trl_miso.data.collator import MISODataCollator
@@ -91,3 +92,25 @@ def test_operators_keep_the_contract_of_operators(dtype):
     torch.library.opcheck(torch.ops.trl_miso.attend.default, (q, k, v, *call))
     out, lse = torch.ops.trl_miso.attend(q, k, v, *call)
     torch.library.opcheck(torch.ops.trl_miso.attend_backward.default, (torch.randn_like(out), q, k, v, out, lse, *call))
+
+
+@pytest.mark.parametrize("heads", [2, 8, 16])
+def test_sums_over_rows_compiled_by_inductor(heads):
+    """As a layer computes and logs shares, on two threads. Inductor's own code for the sum of 8 heads writes beyond its end."""
+    torch.compiler.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    row_N = torch.randint(0, 43, (95,), generator=generator)
+    tensors = [torch.randn(*sizes, generator=generator) for sizes in ((heads, 95), (heads, 90), (95, heads, 16))]
+
+    def merge(lse_HN, lse_HT, out_NHD, row_N):
+        share_NH = torch.sigmoid(lse_HN.T - lse_HT.T[47:][row_N])
+        return 1 - sum_by_row(share_NH, row_N, 43), share_NH.mean(1), share_NH[..., None] * out_NHD
+
+    expected = merge(*tensors, row_N)
+    try:
+        got = torch.compile(merge, backend="inductor")(*tensors, row_N)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

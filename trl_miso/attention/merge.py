@@ -88,7 +88,24 @@ def logsumexp_over_branches(x_QH: torch.Tensor, packed: PackedSegments) -> torch
 
 def sum_by_row(x: torch.Tensor, row_N: torch.Tensor, size: int) -> torch.Tensor:
     """Sum the N rows of x that have the same target row: `result[row_N[n]] += x[n]`, (size, ...)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.trl_miso.sum_by_row(x, row_N, size)
     return x.new_zeros(size, *x.shape[1:]).index_add_(0, row_N, x)
+
+
+# An operator of its own in compiled layers: where inductor (torch 2.13, CPU) computes such a sum together with a mean over the
+# other dimension, it adds to wrong addresses, also beyond the end of the result.
+torch.library.define("trl_miso::sum_by_row", "(Tensor x, Tensor row, SymInt size) -> Tensor")
+
+
+@torch.library.impl("trl_miso::sum_by_row", "default")
+def _(x, row_N, size):
+    return x.new_zeros(size, *x.shape[1:]).index_add_(0, row_N, x)
+
+
+@torch.library.register_fake("trl_miso::sum_by_row")
+def _(x, row_N, size):
+    return x.new_empty(size, *x.shape[1:])
 
 
 def logsumexp_by_row(x_NH: torch.Tensor, row_N: torch.Tensor, size: int) -> torch.Tensor:
@@ -129,6 +146,8 @@ def scatter_key_gradients(
         for total, gradient in ((dk_TGD, dk), (dv_TGD, dv)):
             if call.kv_index is None:
                 total[: gradient.shape[0]] += gradient
+            elif torch.compiler.is_compiling():
+                total += sum_by_row(gradient.to(total.dtype), call.kv_index, len(total))
             else:
                 total.index_add_(0, call.kv_index, gradient.to(total.dtype))
     return dk_TGD.to(k_TGD.dtype), dv_TGD.to(k_TGD.dtype)
