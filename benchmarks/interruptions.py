@@ -6,7 +6,7 @@ Runs that are killed or told to end at random moments, resumed until they are do
 Each kind of run is killed (SIGKILL) again and again, at moments drawn from the time that it takes, and each time resumed from
 its newest complete checkpoint. In the end its weights and its losses have to be those of the run left alone, bit for bit.
 A run with evaluations and generation gets SIGTERM at random moments: it has to end with status 143 and leave a checkpoint of
-its last step. "Slowest" is the longest time from the signal to the end of the process.
+its last step. The seconds are the longest time from the signal to the end of the process.
 """
 
 import argparse
