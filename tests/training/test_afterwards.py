@@ -1,6 +1,7 @@
 """After training the model is an ordinary one in memory, and trainers that share a model each train as they were asked to."""
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -88,6 +89,31 @@ def test_the_model_is_loaded_by_torch_in_another_process(trainer_of, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(expected.double().sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, _adapted], ids=["full", "lora"])
+def test_a_copy_of_the_model_has_weights_of_its_own(trainer_of, para_dataset, wrap):
+    """Also where the trainer computed after training, and where the model goes on to change."""
+    trainer = trainer_of(wrap(tiny_model("llama")), gradient_checkpointing=False)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    model = trainer.model.eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        copied = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(IDS).logits, expected)
+        assert not torch.equal(model(IDS).logits, expected)
+
+
+def test_a_forward_that_the_user_set_stays(trainer_of):
+    model = tiny_model("llama")
+    own = model.forward = functools.partial(type(model).forward, model)
+    trainer = trainer_of(model)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    assert vars(model)["forward"] is own
 
 
 def test_sft_goes_on_with_the_model(trainer_of):

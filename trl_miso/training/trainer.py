@@ -36,6 +36,7 @@ from trl_miso.data.sft_settings import check_rows
 from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
+from trl_miso.training.forwards import Forwards, own_forward
 from trl_miso.training.hub import HubPushes
 from trl_miso.training.kept_settings import settings_of
 from trl_miso.training.neftune import noisy_embeddings
@@ -150,6 +151,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         self._probed: set[str] = set()
         # Not known before TRL resizes the embeddings: it adds a cloned template's tokens also to a model that it loads.
         self._vocabulary = None if isinstance(model, str) and args.chat_template_path else config.get_text_config()
+        ordinary_forward = own_forward(model)
         # Bins are planned before TRL has made the model, which may still turn sharing off in `_install`.
         loaded_model = model if isinstance(model, torch.nn.Module) else None
         dropout = getattr(peft_config, "lora_dropout", 0)
@@ -175,6 +177,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
             **{name: value for name, value in removed.items() if value is not None},
         )
         self.neftune_noise_alpha = None  # `_noise` adds it
+        self._forwards = Forwards(base_of(self.model), ordinary_forward)
         self._install(args)
         self.guard_training()
         self.add_callback(VerifyFirst(self))
@@ -265,6 +268,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
                 return super().train(*args, **kwargs)
         finally:
             self._attention.ordinary.set()
+            self._forwards.set_ordinary()
 
     def result_settings(self) -> dict[str, Any]:
         own = settings_of(self.args, [name for name in MISOSFTConfig.__annotations__ if name not in _WITHOUT_EFFECT])
@@ -284,7 +288,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
 
     @contextmanager
     def _mixing(self) -> Iterator[None]:
-        """This trainer's attention on the model, and on exit the attention that the model had."""
+        """This trainer's attention and forward on the model, and on exit those that the model had."""
         if self._is_mixing:
             yield
             return
@@ -292,7 +296,8 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         self._attention.set()
         self._is_mixing = True
         try:
-            yield
+            with self._forwards.in_force():
+                yield
         finally:
             self._is_mixing = False
             before.set()
