@@ -30,9 +30,10 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.common.measure import median, print_table, timed
 from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, texts
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
+from trl_miso.recipes import SHIPPED
 from trl_miso.sources.synthetic import build_model, build_tokenizer, synthetic_rows
 
-TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
+TEMPLATE = SHIPPED["chat template"]["tulu"]
 
 
 def make_rows(count: int, prose: Path | None) -> list[dict]:

@@ -35,9 +35,10 @@ from benchmarks.common.measure import ceiling, machine, median, peak_memory, pri
 from benchmarks.common.rows import adapt, crab_shaped_rows, full_prompts, long_rows, texts
 from benchmarks.variants import VARIANTS, StepTimer, batch_work, build
 from trl_miso.preview.statistics import ModelShape
+from trl_miso.recipes import SHIPPED
 from trl_miso.sources.synthetic import build_tokenizer
 
-TEMPLATE = Path(__file__).parents[1] / "examples" / "configs" / "tulu.jinja"
+TEMPLATE = SHIPPED["chat template"]["tulu"]
 SFT = ("SFTTrainer, packed", "SFTTrainer, row by row")
 CRAB = [name for name in VARIANTS if "succ" not in name]
 QUICK = {"none": (*SFT, "MISO single", "MISO para", "one row per context"), "half": (*SFT, "MISO single", "MISO para")}

@@ -15,7 +15,7 @@ def allowed_imports(text: str) -> dict[str, set[str]]:
     rows = re.findall(r"^\| `(\w+)` +\| ([^|]+)\|", text, flags=re.MULTILINE)
     rooms = {room: set(re.findall(r"`(\w+)`", imports)) for room, imports in rows}
     everything = {room for room, imports in rows if imports.strip() == "everything"}
-    return rooms | {room: set(rooms) - {room} for room in everything}
+    return rooms | {room: set(rooms) - {room, "__main__"} for room in everything}
 
 
 def imports_of(source: str) -> list[tuple[str, list[str]]]:

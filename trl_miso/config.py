@@ -1,5 +1,6 @@
 """`MISOSFTConfig`: the settings, their defaults and the values that they can have."""
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -198,7 +199,10 @@ class MISOSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL sets `gradient_checkpointing` by default, which transformers deprecates.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            super().__post_init__()
         for name in MISOSFTConfig.__annotations__:
             choices = type(self).__dataclass_fields__[name].metadata.get("choices")
             if choices and getattr(self, name) not in choices:

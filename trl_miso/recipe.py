@@ -1,27 +1,25 @@
-"""The steps of a training script: options, rows, tokenizer, trainer, training.
+"""The steps of a training script: rows, tokenizer, trainer, training.
 
-    recipe, args, model_args = parse_recipe()
     train(make_trainer(recipe, args, model_args), recipe)
 
-A recipe is a YAML file of options, such as `examples/configs/llama3_8b_para.yaml`.
+The options come from the command line and from a recipe, a YAML file such as `recipes/llama3_8b_para.yaml`.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import AnyDataset
 from trl_miso.data.mapping import naming
+from trl_miso.recipes import SHIPPED, check_path, find_file, similar_path
 from trl_miso.sources.alpaca import alpaca_features, alpaca_row
 from trl_miso.sources.conifer import conifer_features, conifer_row
 from trl_miso.sources.crab import crab_features, crab_row
@@ -87,37 +85,20 @@ class RecipeArguments(ScriptArguments):
     dry_run_rows: int = field(default=1000, metadata={"help": "Rows that a dry run prepares."})
 
 
-def parse_recipe(
-    arguments: list[str] | None = None, **defaults: Any
-) -> tuple[RecipeArguments, MISOSFTConfig, ModelConfig]:
-    """Parse the options of a training script.
-
-    The command line takes precedence over `--config FILE.yaml`, and this over `defaults`. The package's log is turned on, so that
-    counts of rows that were split, dropped or shared are seen.
-
-    Args:
-        arguments: The command line (default: that of the process).
+def complete_recipe(recipe: RecipeArguments, args: MISOSFTConfig) -> None:
+    """Find the chat template by its name, and compute the accumulation steps of the global batch size.
 
     Raises:
         ValueError: If the chat template's file is missing, or the global batch size does not fit.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("trl_miso").setLevel(logging.INFO)
-    parser = TrlParser((RecipeArguments, MISOSFTConfig, ModelConfig))
-    # transformers refuses TRL's default of bf16=True on a CPU.
-    parser.set_defaults_with_config(**{"bf16": torch.accelerator.is_available()} | defaults)
-    recipe, args, model_args = parser.parse_args_and_config(arguments)
     template = args.chat_template_path
-    if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ValueError(
-            f"Got chat_template_path={template!r}, which is no file in {Path.cwd()}. Expected a path from there. Fix: run from the "
-            "folder that the recipe's paths are relative to (for examples/configs the repository), or give an absolute path."
-        )
+    is_name = template in SHIPPED["chat template"] and not Path(template).exists()
+    if is_name or (template and template.endswith((".jinja", ".j2"))):
+        args.chat_template_path = str(find_file("chat template", template))
     if recipe.thinking_column in ("none", ""):
         recipe.thinking_column = None
     if recipe.global_batch_size is not None:
         set_global_batch_size(args, recipe.global_batch_size)
-    return recipe, args, model_args
 
 
 def set_global_batch_size(args: MISOSFTConfig, global_batch_size: int) -> None:
@@ -157,6 +138,9 @@ def load_rows(recipe: RecipeArguments, split: str) -> AnyDataset:
     if name is None:
         rows = synthetic_rows(EMBEDDED_ROWS + 64)
         return Dataset.from_list(rows[-64:] if split == recipe.dataset_test_split else rows[:-64])
+    check_path(name, _BUILDERS)
+    if Path(name).is_file() and not Path(name).stat().st_size:
+        raise ValueError(f"Got {name}, which is empty, expected at least one row. Fix: check the file.")
     builder = _BUILDERS.get(Path(name).suffix)
     train_split = recipe.dataset_train_split.split("[")[0]
     if builder and split.split("[")[0] != train_split:
@@ -215,6 +199,8 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, num_proc: int | Non
         arguments["thinking"] = recipe.thinking_column
         arguments["response"] = recipe.response_column
     options |= {"fn_kwargs": arguments, "features": features(), "remove_columns": list(first)}
+    if not isinstance(dataset, IterableDataset):
+        options["desc"] = f"Reading rows of {source}"
     return dataset.map(_adapt_row, with_indices=True, **options)
 
 
@@ -261,13 +247,23 @@ def _chat_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(dataset: AnyDataset, args: MISOSFTConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; without a model, train one on the text of the first rows."""
-    if model_args.model_name_or_path is not None:
-        return AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-        )
+    """Load the model's tokenizer; without a model, train one on the text of the first rows.
+
+    Raises:
+        ValueError: If there is no such model, or it has no tokenizer.
+    """
+    name = model_args.model_name_or_path
+    if name is not None:
+        check_path(name)
+        source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+        try:
+            return AutoTokenizer.from_pretrained(name, **source)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
+            raise ValueError(
+                f"Got the model {name!r}, whose tokenizer cannot be loaded: {reason}.{similar_path(name)} Expected a folder or an id on "
+                "the Hub. Fix: correct --model."
+            ) from error
     return build_tokenizer(
         {"messages": [{"content": text} for text in _texts(row)]} for row in islice(dataset, EMBEDDED_ROWS)
     )

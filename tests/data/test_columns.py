@@ -368,8 +368,9 @@ def test_names_of_checks_are_no_constraints(row, name, streamed, train):
 
 def test_a_preview_of_strings_shows_what_is_trained(tokenizer, make_config, tmp_path, train):
     """Plain text, though the tokenizer has a chat template; messages where the recipe asks for them."""
+    from tests.support.recipes import parse_recipe
     from trl_miso.cli.preview import preview_recipe
-    from trl_miso.recipe import adapt_rows, load_rows, parse_recipe
+    from trl_miso.recipe import adapt_rows, load_rows
 
     rows = [ROWS["constraints in plain text"] | {"prompt": f"the {x}{END}"} for x in ("sea", "ship", "boat")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,14 +14,15 @@ import yaml
 from datasets import Dataset, IterableDataset
 
 from tests.support.models import tiny_model
+from tests.support.recipes import parse_recipe
 from trl_miso import MISOSFTConfig
 from trl_miso.cli.preview import dry_run, main
-from trl_miso.recipe import RecipeArguments, adapt_rows, load_rows, parse_recipe, set_global_batch_size
+from trl_miso.recipe import RecipeArguments, adapt_rows, load_rows, set_global_batch_size
+from trl_miso.recipes import SHIPPED
 from trl_miso.sources.synthetic import synthetic_rows
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "examples" / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+RECIPES = list(SHIPPED["recipe"])
 
 # hyperparameters of the paper's Appendices B and C
 LLAMA = {"model_name_or_path": "meta-llama/Meta-Llama-3-8B", "max_length": 4096, "num_train_epochs": 3}
@@ -30,7 +32,7 @@ CRAB |= {"dataset_name": "THU-KEG/Crab-SFT"}
 PARA, SUCC = {"context_mode": "para"}, {"context_mode": "succ", "chunk_probs": [0.25] * 4}
 NO_FULL, FID = {"include_full": False}, {"context_weighting": "fid"}
 R1 = {"dataset_name": "tuanha1305/DeepSeek-R1-Distill", "global_batch_size": 128, "num_train_epochs": 4}
-R1 |= {"source": "r1_distill", "context_mode": "succ", "chunk_probs": [0.55, 0.15, 0.15, 0.15]}
+R1 |= {"source": "r1_distill"}
 EXPECTED = {
     "llama3_8b_sft": CRAB | LLAMA | {"context_mode": "single"},
     "llama3_8b_para": CRAB | LLAMA | PARA,
@@ -42,7 +44,8 @@ EXPECTED = {
     "mistral_7b_sft": CRAB | MISTRAL | {"context_mode": "single"},
     "mistral_7b_para": CRAB | MISTRAL | PARA,
     "mistral_7b_succ": CRAB | MISTRAL | SUCC,
-    "llama3_8b_r1_succ": CRAB | LLAMA | R1,
+    "llama3_8b_r1_sft": CRAB | LLAMA | R1 | {"context_mode": "single"},
+    "llama3_8b_r1_succ": CRAB | LLAMA | R1 | {"context_mode": "succ", "chunk_probs": [0.55, 0.15, 0.15, 0.15]},
 }
 
 
@@ -67,7 +70,7 @@ def local(tmp_path_factory, tokenizer):
 def arguments(local, recipe, *others):
     rows = local / ("r1.jsonl" if "r1" in recipe else "crab.jsonl")
     options = ["--model_name_or_path", local / "model", "--dataset_name", rows, "--dry_run"]
-    return ["--config", str(CONFIGS / f"{recipe}.yaml"), *map(str, options), *others]
+    return ["--config", recipe, *map(str, options), *others]
 
 
 def test_there_is_a_recipe_for_every_row_of_the_paper():
@@ -76,15 +79,15 @@ def test_there_is_a_recipe_for_every_row_of_the_paper():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_hyperparameters_are_the_papers(recipe):
-    options = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
+    options = yaml.safe_load(SHIPPED["recipe"][recipe].read_text())
     style = {"chat_template_path", "output_dir", "logging_steps", "save_strategy", "dataset_train_split"}
     assert {key: value for key, value in options.items() if key not in style} == EXPECTED[recipe]
     assert options["output_dir"] == recipe.replace("_", "-")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_passes_its_dry_run(recipe, local, monkeypatch, capsys, wide_terminal):
-    monkeypatch.chdir(REPOSITORY)
+def test_every_recipe_passes_its_dry_run(recipe, local, tmp_path, monkeypatch, capsys, wide_terminal):
+    monkeypatch.chdir(tmp_path)
     dry_run(*parse_recipe(arguments(local, recipe)))
     printed = capsys.readouterr().out
     batch = EXPECTED[recipe]["global_batch_size"]
@@ -94,20 +97,21 @@ def test_every_recipe_passes_its_dry_run(recipe, local, monkeypatch, capsys, wid
     assert "estimated cost, plain SFT = 1" in printed
 
 
-@pytest.mark.parametrize(("script", "recipe"), [("train_crab", "mistral_7b_para"), ("train_r1_distill", RECIPES[5])])
+@pytest.mark.parametrize(
+    ("script", "recipe"), [("train_crab", "mistral_7b_para"), ("train_r1_distill", "llama3_8b_r1_succ")]
+)
 def test_dry_runs_of_the_scripts(script, recipe, local):
     command = [sys.executable, str(REPOSITORY / "examples" / f"{script}.py"), *arguments(local, recipe)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=local, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Dry run passed" in done.stdout
     if script == "train_r1_distill":
         assert "train dataset: 19 of 20 rows were split; not split: 1 no_thinking." in done.stderr
 
 
-def test_a_dry_run_refuses_what_training_refuses(local, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(ValueError, match="Unknown arguments from config file"):
+def test_a_dry_run_refuses_what_training_refuses(local):
+    with pytest.raises(ValueError, match="key 'context_mod' in .*Did you mean 'context_mode'"):
         bad = local / "bad.yaml"
         bad.write_text("context_mod: para\n")
         parse_recipe(["--config", str(bad)])
@@ -122,10 +126,14 @@ def test_a_dry_run_refuses_what_training_refuses(local, monkeypatch):
         dry_run(*parse_recipe(arguments(local, "mistral_7b_succ", "--model_name_or_path", str(windowed))))
 
 
-def test_a_missing_template_is_named(local, tmp_path, monkeypatch):
+def test_chat_templates_are_found_by_name(local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"chat_template_path='examples/configs/tulu\.jinja', which is no file.*Fix"):
-        parse_recipe(arguments(local, "llama3_8b_para"))
+    _, args, _ = parse_recipe(arguments(local, "llama3_8b_para"))
+    assert args.chat_template_path == str(SHIPPED["chat template"]["tulu"])
+    (tmp_path / "tulu").mkdir()  # a folder of that name, as TRL takes one
+    assert parse_recipe(arguments(local, "llama3_8b_para"))[1].chat_template_path == "tulu"
+    with pytest.raises(ValueError, match=r"Got 'templates/tulu\.jinja' as chat template.*Fix"):
+        parse_recipe(arguments(local, "llama3_8b_para", "--chat_template_path", "templates/tulu.jinja"))
 
 
 class _Processes(MISOSFTConfig):
@@ -217,12 +225,12 @@ PUBLISHED = {
 def test_published_columns_are_recognised_and_pass_a_dry_run(
     source, local, tmp_path, monkeypatch, capsys, caplog, wide_terminal
 ):
+    caplog.set_level(logging.INFO, "trl_miso")
     rows = Dataset.from_list(PUBLISHED[source])
     adapted = adapt_rows(rows, RecipeArguments())
     assert adapted.to_list() == adapt_rows(rows, RecipeArguments(source=source)).to_list()
     assert "miso_status" in adapted.column_names
     rows.to_json(tmp_path / "rows.jsonl")
-    monkeypatch.chdir(REPOSITORY)
     options = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--context_mode", "auto"]
     dry_run(*parse_recipe(arguments(local, "llama3_8b_para", *options)))
     assert "Dry run passed" in capsys.readouterr().out

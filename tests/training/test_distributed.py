@@ -22,7 +22,7 @@ from trl_miso.attention import register_miso_attention
 from trl_miso.attention.support import prepare_model
 from trl_miso.data.collator import MISODataCollator
 
-CONFIGS = REPOSITORY / "examples" / "accelerate"
+CONFIGS = REPOSITORY / "trl_miso" / "recipes" / "accelerate"
 SCRIPT = REPOSITORY / "tests" / "support" / "distributed_script.py"
 CPU = {"use_cpu": True}
 DEEPSPEED = {"ddp_backend": "gloo"}  # with use_cpu accelerate would use DDP, and without a backend a single process

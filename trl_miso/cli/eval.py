@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from trl_miso.recipes import did_you_mean
+
 _BENCHMARKS = {
     "ifeval": ("trl_miso.cli.eval_ifeval", "541 prompts with instructions that a program checks"),
     "ifeval_flatten": ("trl_miso.cli.eval_ifeval_flatten", "the same with one instruction per prompt, 834 prompts"),
@@ -19,6 +21,8 @@ def main(arguments: list[str]) -> None:
         print(_HELP)
         raise SystemExit(0)
     if name not in _BENCHMARKS:
-        print(f"Got benchmark {name!r}, expected one of {list(_BENCHMARKS)}.\n\n{_HELP}")
-        raise SystemExit(2)
+        suggestion = did_you_mean(name, list(_BENCHMARKS))
+        raise SystemExit(
+            f"trl-miso eval: got benchmark {name!r}, expected one of {', '.join(_BENCHMARKS)}.{suggestion}"
+        )
     import_module(_BENCHMARKS[name][0]).main(arguments[1:])

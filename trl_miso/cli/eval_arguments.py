@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_miso.cli.arguments import count_from
+from trl_miso.cli.parser import count_from
 from trl_miso.evaluation.backends import BACKENDS
 from trl_miso.evaluation.inference import ModelRequest
 

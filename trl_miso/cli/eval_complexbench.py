@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trl_miso.cli.arguments import command_parser, count_from, output_file
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
+from trl_miso.cli.parser import CommandParser, count_from, output_file
 from trl_miso.evaluation.complexbench.instances import LANGUAGES, Instance, load_answers, load_instances, questions_of
 from trl_miso.evaluation.complexbench.judge import Estimate, Key, Task, ask_judge, judge_tasks, read_verdicts
 from trl_miso.evaluation.complexbench.scores import complexbench_table, counts
@@ -18,7 +18,7 @@ from trl_miso.evaluation.inference import respond
 from trl_miso.evaluation.responses import note_of
 
 _USAGE = (
-    "trl-miso eval complexbench --data data_final.json [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] "
+    "--data data_final.json [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] "
     "--verdicts FILE [--judge MODEL [--judge_base_url URL] [--dry_run] ...] [--language zh|en] [--json FILE]"
 )
 _ABOUT = """\
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = command_parser(_USAGE, _ABOUT)
+    parser = CommandParser("eval complexbench", _USAGE, _ABOUT)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="ComplexBench's data_final.json")
     parser.add_argument(
         "--responses",

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.progress import track
 
-from trl_miso.cli.arguments import command_parser, output_file
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
+from trl_miso.cli.parser import CommandParser, output_file
 from trl_miso.evaluation.ifeval import (
     RANDOM_KEYS,
     Counts,
@@ -26,7 +26,7 @@ from trl_miso.evaluation.responses import load_responses, note_of
 from trl_miso.evaluation.table import ifeval_table
 
 _USAGE = (
-    "trl-miso eval ifeval [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
+    "[--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
     "[--exclude_keys KEY ...] [--json FILE] [--samples FILE]"
 )
 _ABOUT = """\
@@ -43,7 +43,7 @@ them out (--exclude_keys 1122 1129) for a score without chance."""
 
 def main(arguments: list[str]) -> None:
     """Run the command."""
-    parser = command_parser(_USAGE, _ABOUT)
+    parser = CommandParser("eval ifeval", _USAGE, _ABOUT)
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--exclude_keys", metavar="KEY", type=int, nargs="+", default=[], help="prompts to leave out")
     add_file_arguments(parser)

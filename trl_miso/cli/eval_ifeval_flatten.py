@@ -4,16 +4,16 @@ import json
 
 from rich.console import Console
 
-from trl_miso.cli.arguments import command_parser, output_file
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
 from trl_miso.cli.eval_ifeval import add_file_arguments, score_responses
+from trl_miso.cli.parser import CommandParser, output_file
 from trl_miso.evaluation.flatten import NOTE, flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import load_prompts, load_scorer, questions_of
 from trl_miso.evaluation.responses import note_of
 from trl_miso.evaluation.table import flatten_table
 
 _USAGE = (
-    "trl-miso eval ifeval_flatten --bases FILE [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
+    "--bases FILE [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
     "[--write_rows FILE] [--json FILE] [--samples FILE]"
 )
 _ABOUT = f"""\
@@ -28,7 +28,7 @@ the folder trl_miso/evaluation/tasks)."""
 
 def main(arguments: list[str]) -> None:
     """Run the command."""
-    parser = command_parser(_USAGE, _ABOUT)
+    parser = CommandParser("eval ifeval_flatten", _USAGE, _ABOUT)
     parser.add_argument("--data", metavar="FILE", help="IFEval's input_data.jsonl (default: google/IFEval on the Hub)")
     parser.add_argument("--bases", metavar="FILE", required=True, help="ifeval_wo_instructions.jsonl")
     parser.add_argument(

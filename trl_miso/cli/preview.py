@@ -9,7 +9,8 @@ from trl import ModelConfig, get_peft_config
 
 from trl_miso.attention.support import prepare_model, why_not_share
 from trl_miso.attention.transformers_attention import register_miso_attention
-from trl_miso.cli.arguments import command_parser, count_from, output_file, parse_command
+from trl_miso.cli.arguments import RecipeParser
+from trl_miso.cli.parser import count_from, output_file
 from trl_miso.cli.preview_terminal import print_preview
 from trl_miso.config import MISOSFTConfig
 from trl_miso.pages.page import render_page
@@ -19,31 +20,27 @@ from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, 
 from trl_miso.sources.synthetic import build_model
 from trl_miso.training import guards
 
-_USAGE = "trl-miso preview [DATASET] [-n ROWS] [--html FILE] [--json FILE] [--config RECIPE.yaml] [options of a recipe]"
+_USAGE = "[-n ROWS] [--html FILE] [--json FILE]"
 _ABOUT = """\
 Show rows as they will be trained on, with statistics of the whole dataset: in the terminal, as an interactive page (--html),
-or as JSON (--json).
-
-DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file. Without it, rows are generated. All options
-of examples/train_crab.py are accepted (--context_mode, --max_length, --packing, --chat_template_path, --source, ...)."""
+or as JSON (--json). Takes the options of `trl-miso sft` (--context_mode, --max_length, --packing, --chat_template_path, ...)."""
 
 _TOY_TOKENIZER = (
-    "the tokenizer is built from these rows, so token counts are not those of a real model. Set --model_name_or_path to count "
+    "the tokenizer is built from these rows, so token counts are not those of a real model. Set --model to count "
     "with its tokenizer."
 )
 
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    parser = command_parser(_USAGE, _ABOUT)
-    parser.add_argument("-n", type=count_from(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
-    parser.add_argument(
-        "--rows", type=count_from(1), metavar="N", help="read only the first N rows (default: all; 1000 of a stream)"
-    )
-    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a self-contained HTML page")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
-    options, (recipe, args, model_args) = parse_command(parser, arguments)
-    preview, _ = preview_recipe(recipe, args, model_args, options.n, options.rows)
+    parser = RecipeParser("preview", _USAGE, _ABOUT)
+    add = parser.own.add_argument
+    add("-n", "--num_rows", type=count_from(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
+    add("--rows", type=count_from(1), metavar="N", help="read only the first N rows (default: all; 1000 of a stream)")
+    add("--html", type=output_file, metavar="FILE", help="write a self-contained HTML page")
+    add("--json", type=output_file, metavar="FILE", help="write the statistics as JSON")
+    options, recipe, args, model_args, _ = parser.parse(arguments)
+    preview, _ = preview_recipe(recipe, args, model_args, options.num_rows, options.rows)
     if options.json:
         options.json.write_text(json.dumps(preview["statistics"], indent=2) + "\n", encoding="utf-8")
     if options.html:

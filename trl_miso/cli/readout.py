@@ -14,7 +14,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_miso.cli.arguments import command_parser, count_from, output_file, parse_command
+from trl_miso.cli.arguments import Parsed, RecipeParser
+from trl_miso.cli.parser import count_from, output_file
 from trl_miso.config import MISOSFTConfig
 from trl_miso.readout.answers import generate_answers, verdicts_on
 from trl_miso.readout.losses import read_answers
@@ -24,10 +25,7 @@ from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, 
 from trl_miso.report.build import load_chat_template, load_model
 from trl_miso.report.constraint_checks import ifeval_check, synthetic_check
 
-_USAGE = (
-    "trl-miso readout [DATASET] --model DIR_OR_ID [--num_rows N] [--min_contexts N] [--generate] [--max_new_tokens N] "
-    "[--json FILE] [--config RECIPE.yaml] [options of a recipe]"
-)
+_USAGE = "--model MODEL [-n ROWS] [--min_contexts N] [--generate] [--max_new_tokens N] [--json FILE]"
 _ABOUT = """\
 Show how a model, trained or not, reads several contexts: loss and token accuracy of the rows' answers by standard inference (the
 full context alone) and under each weighting of the contexts, with paired 95 % intervals over rows. With --generate also how many
@@ -35,17 +33,13 @@ constraints the model's own answers follow (greedy), by standard inference and u
 IFEval's instruction_id_list and kwargs of the rows (pip install 'trl-miso[eval]'). Nothing is trained.
 
 Rows are drawn at random (--seed) among those that give several contexts. Contexts, tokens and labels are those of training with the
-same options.
-
-DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file; without it, rows are generated. All options of
-examples/train_crab.py are options here (--max_length, --output_positions, --response_template, --dtype, --source, ...).
+same options, which are those of `trl-miso sft` (--max_length, --output_positions, --response_template, --dtype, ...).
 --per_device_eval_batch_size is the number of rows that are answered at once."""
 
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    options, (recipe, args, model_args) = parse_command(_parser(), arguments)
-    model_args.model_name_or_path = options.model or model_args.model_name_or_path
+    options, recipe, args, model_args, _ = _parse(arguments)
     _check(options, model_args)
     check = None
     if options.generate:
@@ -90,21 +84,15 @@ def main(arguments: list[str]) -> None:
     _print(data, Console())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(_USAGE, _ABOUT)
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="the model")
-    parser.add_argument("--num_rows", type=count_from(1), default=64, metavar="N", help="rows to read (default: 64)")
-    parser.add_argument(
-        "--min_contexts", type=count_from(2), default=2, metavar="N", help="fewest contexts of a row (default: 2)"
-    )
-    parser.add_argument(
-        "--generate", action="store_true", help="also check the constraints that the model's own answers follow"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=count_from(1), metavar="N", help="tokens per generated answer (default: 512)"
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers, also row by row")
-    return parser
+def _parse(arguments: list[str]) -> Parsed:
+    parser = RecipeParser("readout", _USAGE, _ABOUT)
+    add = parser.own.add_argument
+    add("-n", "--num_rows", type=count_from(1), default=64, metavar="ROWS", help="rows to read (default: 64)")
+    add("--min_contexts", type=count_from(2), default=2, metavar="N", help="fewest contexts of a row (default: 2)")
+    add("--generate", action="store_true", help="also check the constraints that the model's own answers follow")
+    add("--max_new_tokens", type=count_from(1), metavar="N", help="tokens per generated answer (default: 512)")
+    add("--json", type=output_file, metavar="FILE", help="write the numbers, also row by row")
+    return parser.parse(arguments)
 
 
 def _check(options: argparse.Namespace, model_args: ModelConfig) -> None:

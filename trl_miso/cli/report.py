@@ -10,7 +10,8 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_miso.cli.arguments import command_parser, count_from, parse_command
+from trl_miso.cli.arguments import Parsed, RecipeParser
+from trl_miso.cli.parser import count_from, output_file
 from trl_miso.cli.report_terminal import print_report
 from trl_miso.config import MISOSFTConfig
 from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, load_tokenizer
@@ -29,10 +30,7 @@ from trl_miso.report.meters import SCORES_AT_ONCE
 from trl_miso.report.plots import require_matplotlib
 from trl_miso.report.samples import Sample
 
-_USAGE = (
-    "trl-miso report [DATASET] --model DIR_OR_ID [--compare DIR_OR_ID] [--num_rows N] [--row N] [--generate] "
-    "[--output_dir DIR] [--config RECIPE.yaml] [options of a recipe]"
-)
+_USAGE = "--model MODEL [--compare MODEL] [-n ROWS] [--row N] [--generate] [--output_dir DIR] [--html FILE]"
 _ABOUT = f"""\
 Measure on multi-constraint rows how much attention a model's answers give to each constraint, to the base instruction and to the
 output itself; whether the answers follow the constraints; and how several contexts change the output's share. With --compare, for
@@ -42,19 +40,18 @@ The answers are the completions of the rows, whatever train_turns says (earlier 
 --generate each model's own (greedy, standard inference). Constraints are checked where
 the rows have IFEval's instruction_id_list and kwargs (pip install 'trl-miso[eval]'); other constraints count as unknown.
 
-DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file; without it, rows are generated. All options of
-examples/train_crab.py are options here (--context_weighting, --max_length, --dtype, --source, ...). The model reads one row at a
-time. Beside its forward pass this takes two arrays of {4 * SCORES_AT_ONCE // 1_000_000} MB (or of one token's scores): no attention matrix is kept."""
+Takes the options of `trl-miso sft` (--context_weighting, --max_length, --dtype, --source, ...). The model reads one row at a time.
+Beside its forward pass this takes two arrays of {4 * SCORES_AT_ONCE // 1_000_000} MB (or of one token's scores): no attention matrix is kept."""
 
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    options, (recipe, args, model_args) = parse_command(_parser(), arguments)
+    options, recipe, args, model_args, _ = _parse(arguments)
     require_matplotlib()
     names = _model_names(options, model_args)
     if options.max_new_tokens and not options.generate:
         raise ValueError("Got --max_new_tokens without --generate, expected both or neither. Fix: add --generate.")
-    folder = Path(options.output_dir)
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model_args.model_name_or_path = names[0]
     dataset, tokenizer = _load(recipe, args, model_args, names, options)
@@ -70,33 +67,32 @@ def main(arguments: list[str]) -> None:
         max_new_tokens=options.max_new_tokens or 512,
         progress=_progress,
     )
-    write_report(report, arrays, folder)
+    page = options.html or folder / "report.html"
+    write_report(report, arrays, folder, page)
     print_report(report, Console())
-    Console().print(f"Wrote {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    Console().print(f"Wrote {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(_USAGE, _ABOUT)
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="the model, or the model before training")
-    parser.add_argument("--compare", metavar="DIR_OR_ID", help="the model after training")
-    parser.add_argument("--num_rows", type=count_from(1), default=32, metavar="N", help="rows to read (default: 32)")
-    parser.add_argument(
-        "--row", type=count_from(0), metavar="N", help="row to show token by token (default: the first)"
+def _parse(arguments: list[str]) -> Parsed:
+    parser = RecipeParser("report", _USAGE, _ABOUT)
+    add = parser.own.add_argument
+    add("--compare", metavar="MODEL", help="the model after training")
+    add("-n", "--num_rows", type=count_from(1), default=32, metavar="ROWS", help="rows to read (default: 32)")
+    add("--row", type=count_from(0), metavar="N", help="row to show token by token (default: the first)")
+    add("--generate", action="store_true", help="measure each model's own answers instead of the rows' answers")
+    add("--max_new_tokens", type=count_from(1), metavar="N", help="tokens per generated answer (default: 512)")
+    add("--output_dir", metavar="DIR", help="folder of the report (default: miso-report)")
+    add(
+        "--html",
+        type=output_file,
+        metavar="FILE",
+        help="write the page to this file (default: report.html in the folder)",
     )
-    parser.add_argument(
-        "--generate", action="store_true", help="measure each model's own answers instead of the rows' answers"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=count_from(1), metavar="N", help="tokens per generated answer (default: 512)"
-    )
-    parser.add_argument(
-        "--output_dir", default="miso-report", metavar="DIR", help="folder of the report (default: miso-report)"
-    )
-    return parser
+    return parser.parse(arguments, output_dir="miso-report")
 
 
 def _model_names(options: argparse.Namespace, model_args: ModelConfig) -> list[str]:
-    model = options.model or model_args.model_name_or_path
+    model = model_args.model_name_or_path
     if not model or options.compare == model:
         names = [name for name in (model, options.compare) if name]
         raise ValueError(

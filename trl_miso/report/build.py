@@ -233,12 +233,12 @@ def model_labels(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def write_report(report: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path) -> None:
-    """Write `report.json`, `masses.npz`, the figures, and `report.html` to a folder that exists."""
+def write_report(report: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path, page: Path) -> None:
+    """Write `report.json`, `masses.npz` and the figures to a folder that exists, and the page."""
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     np.savez_compressed(folder / "masses.npz", **arrays)  # type: ignore[arg-type]
     figures = draw(report, folder)
-    (folder / "report.html").write_text(render_report(report, figures, folder), encoding="utf-8")
+    page.write_text(render_report(report, figures, folder), encoding="utf-8")
 
 
 def _generate_answers(

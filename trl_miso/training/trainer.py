@@ -34,6 +34,7 @@ from trl_miso.data.pipeline import Pipeline, check_first_row, first_row
 from trl_miso.data.preparation import COLUMNS
 from trl_miso.data.sft_settings import check_rows
 from trl_miso.evaluation.callback import ScoredEvaluations
+from trl_miso.log import show_log
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
 from trl_miso.training.forwards import Forwards, own_forward
@@ -127,6 +128,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
+        show_log()
         args = _miso_config(args, model)
         config = guards.check_request(args, model, data_collator, processing_class, peft_config, quantization_config)
         if processing_class is None:  # as SFTTrainer, but now

@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 
 from tests.data.test_tokenization import TEMPLATES, make_tokenizer
 from tests.preview.test_preview import SHAPE, some_rows, trainer_of
+from tests.support.recipes import parse_recipe
 from trl_miso.cli.main import main
 from trl_miso.cli.preview import preview_recipe
 from trl_miso.preview import preview_dataset
-from trl_miso.recipe import parse_recipe
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_stream_is_read_as_far_as_a_file_is(command, tmp_path):
     assert written[2] == written[0] | {"complete": False}
 
 
-@pytest.mark.parametrize("line", ["", "-h", "--help", "preview --help", "preview -h"])
+@pytest.mark.parametrize("line", ["", "-h", "--help", "preview --help", "preview -h", "preview --help-all"])
 def test_help(command, line):
     code, said = command(line)
     assert code == 0
@@ -201,32 +201,101 @@ def test_help(command, line):
     assert ("--html FILE" in said.out) == line.startswith("preview")
 
 
+YAML_FILES = {
+    "typo": "learning_rate: 1e-4\ncontext_mod: para\n",
+    "broken": "a: [1\nb: 2\n",
+    "scalar": "chunk_probs: 0.5\n",
+    "word": "num_train_epochs: three\n",
+}
+
+
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        ("paint", 2, "Got command 'paint', expected one of ['preview', 'verify', 'readout', 'report', 'eval']."),
-        ("preview rows.jsonl -n x", 2, "argument -n: got 'x', expected a whole number of at least 0"),
-        ("preview rows.jsonl -n -1", 2, "argument -n: got '-1', expected a whole number of at least 0"),
+        ("paint", 2, "got command 'paint', expected one of sft, recipes, preview, verify, readout, report, eval."),
+        ("previw", 2, "Did you mean 'preview'?"),
+        ("preview rows.jsonl -n x", 2, "argument -n/--num_rows: got 'x', expected a whole number of at least 0"),
+        ("preview rows.jsonl -n -1", 2, "argument -n/--num_rows: got '-1', expected a whole number of at least 0"),
         ("preview rows.jsonl --rows 0", 2, "argument --rows: got '0', expected a whole number of at least 1"),
         ("preview rows.jsonl --config", 2, "argument --config: expected one argument"),
         ("preview rows.jsonl --html no/page.html", 2, "got 'no/page.html', expected a file in a folder that exists"),
         ("preview rows.jsonl --context_mode parra", 2, "invalid choice: 'parra'"),
-        ("preview rows.jsonl --contxt_mode para", "ValueError: ", "'--contxt_mode', 'para'"),
-        ("preview rows.jsonl --max_length 300 x", "ValueError: ", "['x']"),
-        ("preview missing.jsonl", "FileNotFoundError: ", "missing.jsonl"),
-        ("preview rows.jsonl --config missing.yaml", "FileNotFoundError: ", "missing.yaml"),
-        ("preview rows.jsonl --max_length 2", "ValueError: ", "none of which can be trained on"),
-        ("preview -n 1 rows.jsonl --para_prob 2", "ValueError: ", "Got para_prob=2.0"),
+        ("preview rows.jsonl --context_mode parra", 2, "Did you mean 'para'?"),
+        ("preview rows.jsonl --max-length x", 2, "argument --max_length: invalid"),
+        ("preview rows.jsonl --contxt_mode para", 2, "unknown option --contxt_mode. Did you mean '--context_mode'?"),
+        ("preview rows.jsonl --max_length 300 x", 2, "got 'x', which no option takes."),
+        ("preview rows.jsnl", 1, "Got 'rows.jsnl', which does not exist. Did you mean 'rows.jsonl'? Fix"),
+        ("preview rows.jsonl --model ./no/model", 1, "Got './no/model', which does not exist."),
+        (
+            "preview rows.jsonl --model nobody/nothing",
+            1,
+            "Got the model 'nobody/nothing', whose tokenizer cannot be loaded",
+        ),
+        ("preview empty.jsonl", 1, "Got empty.jsonl, which is empty"),
+        ("preview rows.jsonl --config missing.yaml", 1, "Got 'missing.yaml' as recipe, expected a file or a name"),
+        ("preview rows.jsonl --config llama3_8b_par", 1, "Did you mean 'llama3_8b_para'?"),
+        (
+            "preview rows.jsonl --config typo.yaml",
+            1,
+            "Got the key 'context_mod' in typo.yaml, which is no option. Did you mean 'c",
+        ),
+        ("preview rows.jsonl --config broken.yaml", 1, "Got broken.yaml, line 2, which is no YAML"),
+        ("preview rows.jsonl --config empty.jsonl", 1, "Got empty.jsonl, which has no keys"),
+        ("preview rows.jsonl --config scalar.yaml", 1, "Got chunk_probs: 0.5 in scalar.yaml, expected a list."),
+        ("preview rows.jsonl --config word.yaml", 2, "argument --num_train_epochs: invalid float value: 'three'"),
+        ("preview rows.jsonl --max_length 2", 1, "none of which can be trained on"),
+        ("preview -n 1 rows.jsonl --para_prob 2", 1, "Got para_prob=2.0"),
+        ("sft rows.jsonl --num_proceses 2", 2, "unknown option --num_proceses. Did you mean '--num_processes'?"),
+        ("sft rows.jsonl --accelerate_config fsdp3", 1, "Got 'fsdp3' as accelerate config, expected a file or a name"),
+        ("sft rows.jsonl --chat_template_path tulo.jinja", 1, "Got 'tulo.jinja' as chat template"),
+        ("sft rows.jsonl --source r1_distill", 1, "Row 0: "),
+        ("recipes llama3", 1, "Got name 'llama3', expected one of the names"),
+        (
+            "eval ifevl",
+            1,
+            "got benchmark 'ifevl', expected one of ifeval, ifeval_flatten, complexbench. Did you mean 'ifeval'?",
+        ),
+        ("eval ifeval --modl x", 2, "unknown option --modl. Did you mean '--model'?"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(command, line, code, message):
+def test_what_is_wrong_is_said_in_a_line(command, line, code, message, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    for name, text in YAML_FILES.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     got, said = command(line)
-    if isinstance(code, int):
-        assert got == code
-        assert message in said.out + said.err
-    else:  # a text to leave with is printed, and the code is 1
-        assert got.startswith(code) and message in got and "\n" not in got
-    assert "Traceback" not in said.out + said.err
+    if isinstance(got, str):  # a text to leave with is printed, and the code is 1
+        got, said = 1, got
+    else:
+        said = said.out + said.err
+    lines = [text for text in said.splitlines() if text.startswith("trl-miso")]
+    assert (got, len(lines)) == (code, 1)
+    assert lines[0].startswith(f"trl-miso{'' if code == 2 and line in ('paint', 'previw') else ' ' + line.split()[0]}")
+    assert message in lines[0]
+    assert "Traceback" not in said
+
+
+def test_flags_need_no_value(command, tmp_path):
+    """Also before the data set, and for options that are None by default."""
+    for line in (
+        "--packing rows.jsonl",
+        "rows.jsonl --packing",
+        "rows.jsonl --packing true",
+        "rows.jsonl --packing=True",
+    ):
+        assert command(f"preview {line} --bf16 no --json said.json")[0] is None
+        statistics = json.loads((tmp_path / "said.json").read_text())
+        assert statistics["bins"] and statistics["rows"] == 30
+    for line, value in (("--bf16 --use_cpu", True), ("--bf16 no", False), ("--no_include_bare", False), ("--verify", True)):
+        _, args, _ = parse_recipe(line.split())
+        assert getattr(args, line.split()[0].removeprefix("--no_").removeprefix("--")) == value
+
+
+def test_names_that_mean_the_same(command, tmp_path):
+    for line in ("--model a --dataset b", "--model_name_or_path a --dataset_name b", "b --model-name-or-path a"):
+        recipe, _, model_args = parse_recipe(line.split())
+        assert (recipe.dataset_name, model_args.model_name_or_path) == ("b", "a")
+    shown = [command(f"preview rows.jsonl {option} 2")[1].out for option in ("-n", "--num_rows", "--num_rows")]
+    assert shown[0] == shown[1] and "row 1" in shown[0] and "row 2" not in shown[0]
 
 
 def test_adapters_with_dropout_share_no_prefixes(command, tmp_path):
