@@ -3,6 +3,8 @@
 import logging
 import os
 
+from tqdm import tqdm
+
 _PACKAGE = logging.getLogger("trl_miso")
 
 
@@ -11,6 +13,16 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return super().format(record).removeprefix("[RANK 0] ")
+
+
+class _Handler(logging.StreamHandler):
+    """Writes to stderr, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:
+            self.handleError(record)
 
 
 def show_log() -> None:
@@ -22,7 +34,7 @@ def show_log() -> None:
     if _PACKAGE.level == logging.NOTSET:
         _PACKAGE.setLevel(logging.INFO)
     if not _PACKAGE.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _Handler()
         handler.setFormatter(_Formatter("%(message)s"))
         if os.environ.get("RANK", "0") != "0":
             handler.setLevel(logging.WARNING)

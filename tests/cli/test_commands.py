@@ -285,7 +285,12 @@ def test_flags_need_no_value(command, tmp_path):
         assert command(f"preview {line} --bf16 no --json said.json")[0] is None
         statistics = json.loads((tmp_path / "said.json").read_text())
         assert statistics["bins"] and statistics["rows"] == 30
-    for line, value in (("--bf16 --use_cpu", True), ("--bf16 no", False), ("--no_include_bare", False), ("--verify", True)):
+    for line, value in (
+        ("--bf16 --use_cpu", True),
+        ("--bf16 no", False),
+        ("--no_include_bare", False),
+        ("--verify", True),
+    ):
         _, args, _ = parse_recipe(line.split())
         assert getattr(args, line.split()[0].removeprefix("--no_").removeprefix("--")) == value
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
