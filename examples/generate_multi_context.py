@@ -4,7 +4,7 @@ One answer from several input contexts at once: the example of the paper's Appen
 Each choice of a multiple-choice question is a context of its own. One answer attends to all of them, once per weighting. Standard
 inference, one prompt with all choices, comes first for comparison:
 
-    python examples/generate_multi_context.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct
+    python examples/generate_multi_context.py --model meta-llama/Meta-Llama-3-8B-Instruct
 
 In the paper's example Llama 3 8B writes no fluent answer under "vanilla" (set-prompt's single softmax, eq. 4) and does under "fid"
 (eq. 7). docs/generation.md has what was measured here on two small models. Without arguments a tiny random model writes gibberish,
@@ -31,7 +31,9 @@ CHOICES = [
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="any causal language model (default: a tiny random one)")
+    parser.add_argument(
+        "--model", "--model_name_or_path", help="any causal language model (default: a tiny random one)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--do_sample", action="store_true", help="sample instead of taking the most likely token")
     return parser.parse_args()
@@ -57,7 +59,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> torch.Tenso
 
 def main() -> None:
     args = parse_arguments()
-    model, tokenizer = load(args.model_name_or_path)
+    model, tokenizer = load(args.model)
     questions = [TEMPLATE.format(choice=choice) for choice in CHOICES]
     chat = tokenizer.chat_template is not None
     contexts = [[{"role": "user", "content": question}] if chat else question for question in questions]

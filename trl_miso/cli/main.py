@@ -50,7 +50,8 @@ def main() -> None:
 def run(command: str, arguments: list[str]) -> None:
     """Run a command of `_COMMANDS`; `trl_miso.cli.sft` documents the arguments of `sft`, for instance."""
     module, _ = _COMMANDS[command]
-    show_log()
+    if command != "preview":  # whose page says the same
+        show_log()
     try:
         import_module(module).main(arguments)
     except (ValueError, OSError, ImportError) as error:
