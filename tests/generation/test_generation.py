@@ -444,7 +444,7 @@ GEMMA = {"sliding_window": 8}
         ({}, CONTEXTS, {"weights": [1.0] * 3}, "4 positive numbers"),
         ({}, CONTEXTS, {"input_ids": 1, "use_cache": False}, r"\['input_ids', 'use_cache'\]"),
         ({}, [[5], []], {}, "empty context"),
-        ({}, [], {}, "empty context"),
+        ({}, [], {}, "at least one context"),
         (GEMMA, CONTEXTS, {"weighting": "vanilla"}, "window of 8"),
         (GEMMA, CONTEXTS, {"output_positions": "after_longest"}, "window of 8"),
     ],
@@ -455,12 +455,38 @@ def test_refused_requests(model, contexts, options, message, words):
     assert all(part in str(error.value) for part in ("Got", "xpected", "Fix: "))
 
 
+CHAT = [{"role": "user", "content": "w5"}]
+
+
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [
+        (torch.ones(1, 3), "Got Tensor as contexts"),
+        ("w5 w6", "Got str as contexts"),
+        ([torch.ones(3)], "Got tensor.* as a context"),
+        (["w5", 3], "Got 3 as a context"),
+        ([CHAT, "w5"], "Got strings and lists of messages as contexts"),
+        ([["w5"], [CHAT]], "Got strings and lists of messages as contexts"),
+        ([[CHAT], "w5"], "Got 'w5' as the contexts of a request"),
+    ],
+)
+def test_contexts_of_other_types_are_refused(contexts, message, llama, words):
+    with pytest.raises(ValueError, match=message + ".*expected a list of contexts.*Fix: "):
+        miso_generate(llama, words, contexts, max_new_tokens=2)
+
+
+def test_what_is_not_loaded_is_refused(llama, words):
+    with pytest.raises(ValueError, match="Got 'model' as model.*Fix: give AutoModelForCausalLM.from_pretrained"):
+        miso_generate("model", words, ["w5"])
+    for tokenizer in (None, "model"):
+        with pytest.raises(ValueError, match=f"Got {type(tokenizer).__name__} as tokenizer.*Fix: "):
+            miso_generate(llama, tokenizer, ["w5"])
+
+
 def test_contexts_that_end_differently(llama, words):
     for contexts in (["w5 w6", "w5 w7"], [["w5 w6", "w5 w7"]]):
         with pytest.raises(ValueError, match="end differently"):
             miso_generate(llama, words, contexts, max_new_tokens=2)
-    with pytest.raises(ValueError, match="Got 'w5 w6'"):
-        miso_generate(llama, words, "w5 w6", max_new_tokens=2)
 
 
 def test_positions_that_are_learned_need_after_longest(words):

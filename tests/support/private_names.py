@@ -31,6 +31,9 @@ NAMES = {
     "trl.data_utils.get_dataset_column_names": ("dataset", "columns, also of a stream that does not know them"),
     "trl.data_utils.is_conversational": ("example", "the rule by which SFTTrainer takes rows as conversations"),
     "trl.trainer.utils.get_config_model_id": ("config", "names of the model's tokenizer, the output folder, the card"),
+    # accelerate: the launcher, as TRL's command line uses it.
+    "accelerate.commands.launch.launch_command": ("args", "trl-miso sft starts processes"),
+    "accelerate.commands.launch.launch_command_parser": ("", "trl-miso sft takes the launcher's options"),
     # transformers: the trainer.
     "transformers.Trainer._finalize_training": ("", "overridden: the final weights are scored before trackers close"),
     "transformers.Trainer._finish_current_push": ("", "waits for an upload that reads files about to be written"),

@@ -48,7 +48,8 @@ _MOST_USED = (
     "push_to_hub",
     "hub_model_id",
 )
-_ALIASES = {"model_name_or_path": "--model", "dataset_name": "--dataset"}
+_ALIASES = {"--model_name_or_path": "--model", "--dataset_name": "--dataset"}
+_OWN = "options of this command"
 _DATASET = (
     "DATASET is an id on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file. Without it, rows are generated."
 )
@@ -67,11 +68,12 @@ class Parsed(NamedTuple):
 class RecipeParser(CommandParser, TrlParser):
     """Parser of `trl-miso COMMAND [DATASET] [options]`: the command's own options, and all of a training recipe.
 
-    `own` is the group for the command's options. Flags need no value: `--bf16` and `--bf16 true` are the same.
+    `add` adds an option of the command's own. Flags need no value: `--bf16` and `--bf16 true` are the same.
     """
 
     def __init__(self, command: str, usage: str, description: str):
         usage = f"[DATASET] {usage} [--config RECIPE] [options of a recipe]"
+        self.actions: list[argparse.Action] = []  # the options of a recipe, then the command's own
         dataclasses = (RecipeArguments, MISOSFTConfig, ModelConfig)
         super().__init__(
             command,
@@ -81,18 +83,27 @@ class RecipeParser(CommandParser, TrlParser):
             conflict_handler="resolve",
             add_help=False,
         )
-        self.own = self.add_argument_group("options of this command")
-        self.own.add_argument("-h", "--help", action=_Help, help="show these lines")
-        self.own.add_argument("--help-all", action=_Help, help="show all options")
-        self.own.add_argument(
-            "--config", metavar="RECIPE", help="read options from a YAML file, or from a recipe of `trl-miso recipes`"
-        )
-        for action in self._actions:
-            if _is_flag(action):
-                action.nargs, action.const = "?", True
-            if alias := _ALIASES.get(action.dest):
-                action.option_strings = [*action.option_strings, alias]
-                self._option_string_actions[alias] = action
+        self.own: list[argparse.Action] = []
+        self._group = self.add_argument_group(_OWN)
+        self.add("-h", "--help", action=_Help, help="show these lines")
+        self.add("--help-all", action=_Help, help="show all options")
+        self.add("--config", metavar="RECIPE", help="read options from a YAML file, or a recipe of `trl-miso recipes`")
+
+    def add(self, *names: str, **settings: Any) -> None:
+        """Add an option of the command's own, also in place of one of a recipe's."""
+        action = self._group.add_argument(*names, **settings)
+        self.own.append(action)
+        self.actions.append(action)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Called by transformers for each field: with an alias for some, and flags that need no value."""
+        if _is_flag(settings.get("type")):
+            settings |= {"nargs": "?", "const": True}
+        if alias := _ALIASES.get(names[0]):
+            names = (*names, alias)
+        action = super().add_argument(*names, **settings)
+        self.actions.append(action)
+        return action
 
     def parse(self, arguments: Sequence[str], others: Iterable[str] | None = None, **defaults: Any) -> Parsed:
         """Parse the command line.
@@ -128,10 +139,11 @@ class RecipeParser(CommandParser, TrlParser):
 
     def _with_values(self, arguments: Sequence[str]) -> list[str]:
         """The arguments, with `=true` behind each flag that has no value: what follows a flag may be the data set."""
+        options = {name: action for action in self.actions for name in action.option_strings}
         explicit = []
         for argument, following in pairwise([*arguments, ""]):
-            action = self._option_string_actions.get(argument)
-            if action is not None and _is_flag(action) and following.lower() not in _WORDS_OF_FLAGS:
+            action = options.get(argument)
+            if action is not None and _is_flag(action.type) and following.lower() not in _WORDS_OF_FLAGS:
                 argument += "=true"
             explicit.append(argument)
         return explicit
@@ -145,7 +157,7 @@ class RecipeParser(CommandParser, TrlParser):
             return arguments
         file = find_file("recipe", options.config)
         values = _read_yaml(file)
-        actions = {action.dest: action for action in self._actions}
+        actions = {action.dest: action for action in self.actions}
         for name, value in values.items():
             if name not in actions:
                 suggestion = did_you_mean(str(name), list(actions))
@@ -154,41 +166,41 @@ class RecipeParser(CommandParser, TrlParser):
                 )
             if actions[name].nargs == "+" and not isinstance(value, list) and value is not None:
                 raise ValueError(f"Got {name}: {value!r} in {file}, expected a list. Fix: write {name}: [{value}].")
-            if isinstance(value, dict) and (actions[name].type in (int, float) or _is_flag(actions[name])):
+            if isinstance(value, dict) and (actions[name].type in (int, float) or _is_flag(actions[name].type)):
                 raise ValueError(f"Got {name}: {value!r} in {file}, expected one value. Fix: correct {name}.")
         self.set_defaults_with_config(**values)
         return arguments
 
     def print_short_help(self) -> None:
         """Print the command's own options, MISO's, and the most used ones of a recipe."""
-        own = [action.dest for action in self.own._group_actions]
+        own = [action.dest for action in self.own]
         rows = [name for name in RecipeArguments.__dataclass_fields__ if name != "ignore_bias_buffers"]
         groups = {
-            "contexts and their mixture": [name for name in MISOSFTConfig.__annotations__ if name not in own],
-            "rows": [name for name in rows if name not in own],
-            "model and training, the most used": [name for name in _MOST_USED if name not in own],
+            "contexts and their mixture": list(MISOSFTConfig.__annotations__),
+            "rows": rows,
+            "model and training, the most used": list(_MOST_USED),
         }
-        formatter = self._get_formatter()
+        fields = {action.dest: action for action in reversed(self.actions) if action.option_strings}
+        sections = {_OWN: self.own}
+        for title, names in groups.items():
+            sections[title] = [fields[name] for name in names if name not in own]
+        formatter = self.formatter_class(prog=self.prog)
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        formatter.start_section(self.own.title)
-        formatter.add_arguments([_shortened(action) for action in self.own._group_actions])
-        formatter.end_section()
-        for title, names in groups.items():
+        for title, actions in sections.items():
             formatter.start_section(title)
-            for name in names:
-                formatter.add_arguments([_shortened(action) for action in self._actions if action.dest == name][:1])
+            formatter.add_arguments([_shortened(action) for action in actions])
             formatter.end_section()
-        count = len({action.dest for action in self._actions})
+        count = len({action.dest for action in self.actions})
         formatter.add_text(
             f"--help-all lists all {count} options, also TRL's and transformers'. A recipe can set each of them."
         )
         print(formatter.format_help(), end="")
 
 
-def _is_flag(action: argparse.Action) -> bool:
-    """Whether an option of a dataclass is a bool, which transformers' parser gives a value."""
-    return getattr(action.type, "__name__", "") == "string_to_bool"
+def _is_flag(kind: Any) -> bool:
+    """Whether the type of an option of a dataclass is that of bools, which transformers' parser gives a value."""
+    return getattr(kind, "__name__", "") == "string_to_bool"
 
 
 class _Help(argparse.Action):

@@ -47,8 +47,9 @@ class CommandParser(argparse.ArgumentParser):
         unknown = arguments[0].split("=")[0]
         if not unknown.startswith("-"):
             self.error(f"got {unknown!r}, which no option takes.")
-        known = [name for action in self._actions for name in action.option_strings] + list(names)
-        self.error(f"unknown option {unknown}.{did_you_mean(unknown, known)} --help lists the options.")
+        known = re.findall(r"--[\w-]+", self.format_help())
+        suggestion = did_you_mean(unknown, [*known, *names])
+        self.error(f"unknown option {unknown}.{suggestion} --help lists the options.")
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^(argument --\w+)(/--[\w-]+)+", r"\1", message)  # the same name with hyphens
@@ -72,10 +73,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return ", ".join(names)
         if action.const is True:
             return ", ".join([*names, f"--no_{action.dest}"] if action.default is True else names)
-        return f"{', '.join(names)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+        value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
+        value = value or {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+        return f"{', '.join(names)} {f'{value} [{value} ...]' if action.nargs == '+' else value}"
 
 
 def count_from(least: int) -> Callable[[str], int]:

@@ -34,7 +34,7 @@ _TOY_TOKENIZER = (
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     parser = RecipeParser("preview", _USAGE, _ABOUT)
-    add = parser.own.add_argument
+    add = parser.add
     add("-n", "--num_rows", type=count_from(0), default=5, metavar="ROWS", help="rows to show (default: 5)")
     add("--rows", type=count_from(1), metavar="N", help="read only the first N rows (default: all; 1000 of a stream)")
     add("--html", type=output_file, metavar="FILE", help="write a self-contained HTML page")

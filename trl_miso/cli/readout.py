@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> Parsed:
     parser = RecipeParser("readout", _USAGE, _ABOUT)
-    add = parser.own.add_argument
+    add = parser.add
     add("-n", "--num_rows", type=count_from(1), default=64, metavar="ROWS", help="rows to read (default: 64)")
     add("--min_contexts", type=count_from(2), default=2, metavar="N", help="fewest contexts of a row (default: 2)")
     add("--generate", action="store_true", help="also check the constraints that the model's own answers follow")

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> Parsed:
     parser = RecipeParser("report", _USAGE, _ABOUT)
-    add = parser.own.add_argument
+    add = parser.add
     add("--compare", metavar="MODEL", help="the model after training")
     add("-n", "--num_rows", type=count_from(1), default=32, metavar="ROWS", help="rows to read (default: 32)")
     add("--row", type=count_from(0), metavar="N", help="row to show token by token (default: the first)")

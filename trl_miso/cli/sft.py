@@ -1,6 +1,7 @@
 """`trl-miso sft`: train. Also what the training scripts in examples/ run."""
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
     Args:
         defaults: Options of a training script's own, over which `--config` and the command line take precedence.
     """
-    accelerate_options = launch_command_parser()._option_string_actions
+    accelerate_options = re.findall(r"--\w+", launch_command_parser().format_help())
     parsed = _parse(arguments, accelerate_options, defaults)
     recipe, args, model_args = parsed.recipe, parsed.args, parsed.model_args
     if recipe.dry_run:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
 
 def _parse(arguments: Sequence[str], accelerate_options: Any, defaults: dict[str, Any]) -> Parsed:
     parser = RecipeParser("sft", "[--accelerate_config CONFIG]", _ABOUT)
-    parser.own.add_argument(
+    parser.add(
         "--accelerate_config",
         metavar="CONFIG",
         help="a file of `accelerate config`, or a name of `trl-miso recipes`: ddp, fsdp2, zero2, zero3, ...",

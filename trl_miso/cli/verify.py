@@ -17,9 +17,7 @@ a table. Nothing is trained or saved. The exit status is 1 if a check fails. Tak
 def main(arguments: list[str]) -> None:
     """Run the command. Raises ValueError if a check fails."""
     parser = RecipeParser("verify", _USAGE, _ABOUT)
-    parser.own.add_argument(
-        "-n", "--num_rows", type=count_from(1), default=8, metavar="ROWS", help="rows to check on (default: 8)"
-    )
+    parser.add("-n", "--num_rows", type=count_from(1), default=8, metavar="ROWS", help="rows to check on (default: 8)")
     options, recipe, args, model_args, _ = parser.parse(arguments)
     if recipe.dataset_name and "[" not in recipe.dataset_train_split and not recipe.dataset_streaming:
         recipe.dataset_train_split += f"[:{ROWS_READ_PER_EXAMPLE * options.num_rows}]"  # the checks read no more

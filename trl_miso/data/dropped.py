@@ -17,6 +17,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 Dropped: TypeAlias = dict[str, list[int]]  # reason -> numbers of the raw rows
 STATUS = "miso_status"  # column in which a source says "split", or why a row keeps one context
 SAMPLE = 500  # rows counted of a stream, which may have no end
+EXAMPLES = 10_000  # of a dataset, whose mixture is logged: reading the layouts of all of a large one takes minutes
 
 
 def dropped_rows(numbers: Iterable[int], reasons: Iterable[str]) -> Dropped:
@@ -86,12 +87,13 @@ def report_statuses(statuses: Mapping[str, int], name: str, streamed: bool = Fal
     )
 
 
-def report_mixture(dataset: AnyDataset, name: str) -> None:
-    """Log how many examples mix contexts, and how many tokens shared prefixes save."""
+def report_mixture(dataset: AnyDataset, name: str, mode: str = "para") -> None:
+    """Log how many examples mix contexts, what these are, and how many tokens shared prefixes save."""
     if not isinstance(dataset, Dataset) or not logger.isEnabledFor(logging.INFO):
         return
     examples = mixed = contexts = tokens = unshared_tokens = answers = 0
-    for batch in dataset.select_columns(["miso_layout", "labels"]).iter(1000):
+    sample = dataset.select(range(min(len(dataset), EXAMPLES)))
+    for batch in sample.select_columns(["miso_layout", "labels"]).iter(1000):
         for example, labels in chain.from_iterable(map(decode_with, batch["miso_layout"], batch["labels"])):
             examples += 1
             answers += len(trained_spans(example, labels))
@@ -99,7 +101,10 @@ def report_mixture(dataset: AnyDataset, name: str) -> None:
             contexts += len(example.branches)
             tokens += example.num_tokens
             unshared_tokens += example.num_unshared_tokens
+    average = f" ({contexts / mixed:.1f} on average)" if mixed else ""
+    meaning = " In succ, contexts are chunks of the input, cut at random (chunk_probs)." if mode == "succ" else ""
+    counted = examples if len(sample) == len(dataset) else f"the first {examples} of {len(dataset)}"
     logger.info(
-        f"{name} dataset: {examples} examples with {answers} answers, {mixed / max(examples, 1):.0%} with several contexts "
-        f"({contexts / max(mixed, 1):.1f} on average), {tokens} tokens ({unshared_tokens} without shared prefixes)."
+        f"{name} dataset: {counted} examples with {answers} answers, {mixed / max(examples, 1):.0%} with several contexts{average}, "
+        f"{tokens} tokens ({unshared_tokens} without shared prefixes).{meaning}"
     )

@@ -162,7 +162,7 @@ class Pipeline:
             dataset, dropped = self._prepare_as_sft(dataset, kind, is_chat, mode, formatting_func, name)
         else:
             dataset, dropped = self._prepare_contexts(dataset, kind, is_chat, mode, name)
-        report_mixture(dataset, name)
+        report_mixture(dataset, name, mode)
         if mode == "para":
             warn_unless_mixed(dataset, raw_rows, kind, self.options, name)
         if packing:

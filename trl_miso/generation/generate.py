@@ -93,6 +93,7 @@ def miso_generate(
         >>> out = miso_generate(model, tokenizer, ["Paris is in France. Answer:", "Rome is in Italy. Answer:"], max_new_tokens=8)
         >>> tokenizer.decode(out[0], skip_special_tokens=True)
     """
+    _check_objects(model, tokenizer, contexts)
     check_adapters(model)
     model = base_of(model)
     _check(model, weighting, weights, output_positions, generate_kwargs)
@@ -302,6 +303,38 @@ def _longest_row(model: PreTrainedModel, longest: int, generate_kwargs: dict[str
     config = generate_kwargs.get("generation_config") or model.generation_config
     new = generate_kwargs.get("max_new_tokens") or config.max_new_tokens
     return longest + new if new else None
+
+
+def _check_objects(model: Any, tokenizer: Any, contexts: Any) -> None:
+    """Raise ValueError for a model or tokenizer that is not loaded, and for contexts of other types than the docstring says."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"Got {model!r} as model, expected a loaded model. Fix: give AutoModelForCausalLM.from_pretrained({model!r})."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"Got {type(tokenizer).__name__} as tokenizer, expected the model's. Fix: give AutoTokenizer.from_pretrained(...)."
+        )
+    expected = "expected a list of contexts (strings, or lists of messages), or a list of such lists"
+    if not isinstance(contexts, list):
+        raise ValueError(f"Got {type(contexts).__name__} as contexts, {expected}. Fix: give the texts in a list.")
+    kinds = set()
+    for request in contexts if _several_requests(contexts) else [contexts]:
+        if not isinstance(request, list) or not request:
+            raise ValueError(
+                f"Got {request!r} as the contexts of a request, {expected}. Fix: give at least one context."
+            )
+        for context in request:
+            is_messages = isinstance(context, list) and all(isinstance(message, dict) for message in context)
+            if not isinstance(context, str) and not is_messages:
+                raise ValueError(
+                    f"Got {context!r} as a context, {expected}. Fix: give a string, or a list of messages."
+                )
+            kinds.add(type(context).__name__)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Got strings and lists of messages as contexts, {expected}. Fix: convert one kind to the other."
+        )
 
 
 def _check(
