@@ -90,4 +90,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:  # such as a mistyped model
+        raise SystemExit(f"generate_multi_context.py: {str(error).splitlines()[0]}") from error

@@ -232,7 +232,7 @@ YAML_FILES = {
             "Got the model 'nobody/nothing', whose tokenizer cannot be loaded",
         ),
         ("preview empty.jsonl", 1, "Got empty.jsonl, which is empty"),
-        ("preview rows.jsonl --config missing.yaml", 1, "Got 'missing.yaml' as recipe, expected a file or a name"),
+        ("preview rows.jsonl --config elsewhere.yaml", 1, "Got 'elsewhere.yaml' as recipe, expected a file or a name"),
         ("preview rows.jsonl --config llama3_8b_par", 1, "Did you mean 'llama3_8b_para'?"),
         (
             "preview rows.jsonl --config typo.yaml",
@@ -255,11 +255,23 @@ YAML_FILES = {
             1,
             "got benchmark 'ifevl', expected one of ifeval, ifeval_flatten, complexbench. Did you mean 'ifeval'?",
         ),
+        ("report rows.jsonl --model model --compare ./no", 1, "Got './no', which does not exist."),
+        ("readout rows.jsonl --model ./no", 1, "Got './no', which does not exist."),
+        ("verify rows.jsonl --model ./no", 1, "Got './no', which does not exist."),
+        ("eval ifeval --model ./no", 1, "Got './no', which does not exist."),
+        (
+            "eval ifeval --data misng.jsonl --model gpt2",
+            1,
+            "Got 'misng.jsonl', which does not exist. Did you mean 'missing.jsonl'?",
+        ),
+        ("eval ifeval --data empty.jsonl --model gpt2", 1, "Got no prompts in empty.jsonl"),
         ("eval ifeval --modl x", 2, "unknown option --modl. Did you mean '--model'?"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(command, line, code, message, tmp_path):
-    (tmp_path / "empty.jsonl").touch()
+    for name in ("empty.jsonl", "missing.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "model").mkdir()
     for name, text in YAML_FILES.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     got, said = command(line)

@@ -208,7 +208,7 @@ def test_ctrl_c_exits_with_status_130_and_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ifeval_command, "load_scorer", interrupted)
+    monkeypatch.setattr(ifeval_command, "load_prompts", interrupted)
     monkeypatch.setattr(sys, "argv", ["trl-miso", "eval", "ifeval", "--responses", "r"])
     with pytest.raises(SystemExit) as ended:
         console_command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from trl_miso.cli.parser import count_from
 from trl_miso.evaluation.backends import BACKENDS
 from trl_miso.evaluation.inference import ModelRequest
+from trl_miso.recipes import check_path
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +45,15 @@ def model_request(options: argparse.Namespace) -> ModelRequest | None:
     """Return the model to ask for responses, or None without `--model`.
 
     Raises:
-        ValueError: If an option has no effect: without `--model`, or because another backend is used.
+        ValueError: If an option has no effect: without `--model`, or because another backend is used. If the model is a path to nothing.
     """
     settings = {}
     for name in ("backend", "batch_size", "base_url", "concurrency"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     if options.model is not None:
+        if options.backend != "openai":
+            check_path(options.model)
         return ModelRequest(options.model, max_new_tokens=options.max_new_tokens, **settings)
     if settings:
         raise ValueError(f"Got --{next(iter(settings))} without --model, expected both or neither. Fix: give --model.")

@@ -51,9 +51,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     options.responses = responses_file(options, "ifeval")
     request = model_request(options)
-    score = load_scorer()
     prompts = load_prompts(options.data)
     kept = without(prompts, options.exclude_keys)
+    score = load_scorer()
     counts = score_responses(prompts, kept, score, request, options)
     note = f"First line: {counts.prompts} of {len(prompts)} prompts, {counts.instructions} instructions."
     note += note_of(options.responses, questions_of(prompts))

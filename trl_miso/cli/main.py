@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from trl_miso.log import show_log
-from trl_miso.recipes import did_you_mean
+from trl_miso.recipes import did_you_mean, similar_path
 from trl_miso.version import __version__
 
 _COMMANDS = {
@@ -65,6 +65,9 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _in_one_line(error: Exception) -> str:
     """The message of an error; of errors of other packages, which may be pages long, the first paragraph."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        name = str(error.filename)
+        return f"Got {name!r}, which does not exist.{similar_path(name)} Fix: correct the path."
     text = str(error).strip() or type(error).__name__
     if text.startswith("Got "):
         return text

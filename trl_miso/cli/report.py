@@ -15,6 +15,7 @@ from trl_miso.cli.parser import count_from, output_file
 from trl_miso.cli.report_terminal import print_report
 from trl_miso.config import MISOSFTConfig
 from trl_miso.recipe import RecipeArguments, adapt_rows, first_rows, load_rows, load_tokenizer
+from trl_miso.recipes import check_path
 from trl_miso.report.build import (
     build_report,
     check_same_prompts,
@@ -99,7 +100,10 @@ def _model_names(options: argparse.Namespace, model_args: ModelConfig) -> list[s
             f"Got {names} as models, expected --model, and optionally another one to --compare it with. Fix: give --model a folder or "
             "an id on the Hub."
         )
-    return [model, options.compare] if options.compare else [model]
+    names = [model, options.compare] if options.compare else [model]
+    for name in names:
+        check_path(name)
+    return names
 
 
 def _load(
