@@ -202,8 +202,10 @@ function answerParts(r, answer, name, shown) {
   const stored = row.segments[s].start;
   const seen = contexts.map(({segment: leaf, weight, offset, name: own}) => {
     const title = name ? `${name}, ${own}` : own, size = length(leaf), [tokens, shared] = pathTokens(r, leaf, size, title, shown);
-    return part("context", capital(title), [`weight ${+weight.toFixed(3)}`, count(size, "token"),
-      `positions ${span(row.segments[path(leaf)[0]].start, size)}`, `output from ${stored + offset}${offset ? ` (offset ${num(offset)})` : ""}`, shared], ...tokens);
+    const section = part("context", capital(title), [`weight ${+weight.toFixed(3)}`, count(size, "token"), shared], ...tokens);
+    section.querySelector(".about").title = `positions ${span(row.segments[path(leaf)[0]].start, size)}, output from ${stored + offset}` +
+      (offset ? ` (offset ${num(offset)})` : "");
+    return section;
   });
   const about = [count(answer.length, "token"), loss, `positions ${span(stored, answer.length)}`, lost];
   return [el("div", "mixed", el("div", "contexts", ...seen), part("output", capital(name || "output"), about, segment(r, s, start, end, false), ...cut))];

@@ -28,7 +28,8 @@ const panel = (title, note, heads, lines) => el("section", "panel", el("h2", "",
 /** Attention by part of the prompt. */
 function kindsPanel() {
   const kinds = Object.keys(KIND).filter((kind) => models.some((m) => m.kinds[kind]));
-  const change = ({mean, interval}) => `${(100 * mean).toFixed(1)}${interval ? ` (${interval.map((x) => (100 * x).toFixed(1)).join(" to ")})` : ""}`.replaceAll("-", "−");
+  const points = (x) => (100 * x).toFixed(1).replace(/^-0\.0$/, "0.0").replace("-", "−");
+  const change = ({mean, interval}) => `${points(mean)}${interval ? ` (${interval.map(points).join(" to ")})` : ""}`;
   const plural = {...KIND, constraint: "all constraints", earlier: "earlier turns"};
   const lines = kinds.map((kind) => {
     const line = [plural[kind], ...models.map((m) => share(m.kinds[kind]))];
@@ -37,19 +38,22 @@ function kindsPanel() {
   });
   let note = "Means over rows, layers, heads and the tokens of the answers, each measured where it is predicted. Every token is in one part, so that the shares " +
     "of a model sum to one. The output begins with the generation prompt.";
-  if (report.compared) note += " The change is computed per row, with the 95\u202f% interval of a bootstrap over rows.";
+  if (report.compared) note += " The change is computed per row, with the 95\u202f% interval of a bootstrap over rows. What MISO is after: more attention on the " +
+    "constraints, each of which should lose little as others are added. Attention alone is no result: what counts is how many constraints are followed.";
   return panel("Where attention goes", note, ["mean share of attention", ...names, ...(report.compared ? ["change, points"] : [])], lines);
 }
 
 function constraintsPanel() {
   const numbers = [...new Set(models.flatMap((m) => m.by_constraints.map((line) => line.constraints)))].filter(Boolean).sort((a, b) => a - b);
   if (!numbers.length) return [];
-  const heads = names.flatMap((name) => [compares ? `each, ${name}` : "attention on each", "if alone", "followed"]);
+  const known = models.some((m) => m.by_constraints.some((line) => line.known));
+  const columns = (cells) => (known ? cells : cells.slice(0, 2)); // no answer was checked
+  const heads = names.flatMap((name) => columns([compares ? `each, ${name}` : "attention on each", "if alone", "followed"]));
   const lines = numbers.map((n) => {
     const groups = models.map((m) => m.by_constraints.find((line) => line.constraints === n));
     const cells = groups.flatMap((line) => {
-      if (!line) return ["", "", ""];
-      return [share(line.mass_each), share(line.mass_alone), line.known ? `${line.followed} of ${line.known}` : "unknown"];
+      if (!line) return columns(["", "", ""]);
+      return columns([share(line.mass_each), share(line.mass_alone), line.known ? `${line.followed} of ${line.known}` : "unknown"]);
     });
     return [String(n), Math.max(...groups.map((line) => line?.rows ?? 0)), ...cells];
   });

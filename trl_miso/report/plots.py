@@ -170,9 +170,11 @@ def _dilution(models: list[dict[str, Any]]) -> "Figure":
     for axis, model in zip(axes, models, strict=True):
         lines = model["dilution"]
         numbers = [line["contexts"] for line in lines]
-        for name, marker in (("uniform", "o"), ("fid", "s"), ("vanilla", "^")):
+        for name, marker in (("uniform", "o-"), ("fid", "s:"), ("vanilla", "^-")):
             values = [np.nan if line[name] is None else line[name] for line in lines]
-            axis.plot(numbers, values, marker=marker, label=name)
+            # fid is often uniform's line: hollow and dotted, it shows both.
+            size = {"markersize": 9, "markerfacecolor": "none"} if name == "fid" else {}
+            axis.plot(numbers, values, marker, label=name, **size)
         axis.plot(numbers, [line["equation 6"] for line in lines], "k--", label="eq. 6")
         ticks = [f"{line['contexts']}\n({line['rows']})" for line in lines]
         axis.set_xticks(numbers, ticks, fontsize=8)
