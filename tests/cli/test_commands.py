@@ -212,7 +212,11 @@ YAML_FILES = {
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        ("paint", 2, "got command 'paint', expected one of sft, recipes, preview, verify, readout, report, eval."),
+        (
+            "paint",
+            2,
+            "got command 'paint', expected one of sft, recipes, decompose, preview, verify, readout, report, eval.",
+        ),
         ("previw", 2, "Did you mean 'preview'?"),
         ("preview rows.jsonl -n x", 2, "argument -n/--num_rows: got 'x', expected a whole number of at least 0"),
         ("preview rows.jsonl -n -1", 2, "argument -n/--num_rows: got '-1', expected a whole number of at least 0"),

@@ -10,6 +10,7 @@ from trl_miso.version import __version__
 _COMMANDS = {
     "sft": ("trl_miso.cli.sft", "train: a recipe, your own rows and model, or (without arguments) a small example"),
     "recipes": ("trl_miso.cli.recipes", "list the recipes, accelerate configs and chat templates; print one"),
+    "decompose": ("trl_miso.cli.decompose", "split instructions into a base and constraints, by rules"),
     "preview": ("trl_miso.cli.preview", "show rows as they will be trained on, and statistics"),
     "verify": ("trl_miso.cli.verify", "check that MISO is exact on a model and its rows, without training"),
     "readout": ("trl_miso.cli.readout", "show how a model reads several contexts, before or after training"),

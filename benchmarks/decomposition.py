@@ -1,0 +1,112 @@
+"""
+How well the rules of `trl-miso decompose` find the constraints of instructions whose constraints are known.
+
+    python -m benchmarks.decomposition ROWS.jsonl     # columns prompt, constraints; optional pattern
+
+Each constraint of a row is paired with at most one that was found. A pair counts if their words overlap: the F1 of the two bags of words is
+at least 0.8. Recall, precision, and "exact", the share of rows in which everything was found and nothing else, beside two simple
+rules on the same rows: every sentence after the first, and every clause with a modal verb.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common.measure import print_table
+from trl_miso.decompose.rules import find_constraints
+
+AT_LEAST = 0.8
+
+
+def sentences(text: str) -> list[str]:
+    return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
+
+
+def after_the_first(text: str) -> list[str]:
+    return sentences(text)[1:]
+
+
+def modal_verbs(text: str) -> list[str]:
+    parts = [
+        part
+        for sentence in sentences(text)
+        for part in re.split(r", (?=and |ensuring )| and (?=must |should )", sentence)
+    ]
+    return [part for part in parts if re.search(r"\b(must|should|ensure|ensuring|need to)\b", part, re.IGNORECASE)]
+
+
+def rules(text: str) -> list[str]:
+    return [found.text for found in find_constraints(text)]
+
+
+METHODS: dict[str, Callable[[str], list[str]]] = {
+    "every sentence after the first": after_the_first,
+    "modal verbs": modal_verbs,
+    "trl-miso decompose, rules": rules,
+}
+
+
+def overlap(one: str, other: str) -> float:
+    """F1 of two bags of words."""
+    first, second = (Counter(re.findall(r"\w+", text.lower())) for text in (one, other))
+    common = sum((first & second).values())
+    return 2 * common / max(1, sum(first.values()) + sum(second.values()))
+
+
+def matched(constraints: list[str], found: list[str]) -> int:
+    """Pairs that count, each text in one of them; the closest are paired first."""
+    pairs = [(overlap(c, f), i, j) for i, c in enumerate(constraints) for j, f in enumerate(found)]
+    left, right = set(range(len(constraints))), set(range(len(found)))
+    count = 0
+    for closeness, i, j in sorted(pairs, reverse=True):
+        if closeness >= AT_LEAST and i in left and j in right:
+            left.remove(i)
+            right.remove(j)
+            count += 1
+    return count
+
+
+def score(rows: list[dict], method: Callable[[str], list[str]]) -> list[float]:
+    """Recall, precision and the share of exact rows."""
+    pairs = expected = given = exact = 0
+    for row in rows:
+        found = method(row["prompt"])
+        count = matched(row["constraints"], found)
+        pairs, expected, given = pairs + count, expected + len(row["constraints"]), given + len(found)
+        exact += count == len(row["constraints"]) == len(found)
+    return [pairs / expected, pairs / max(1, given), exact / len(rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows that are not exact")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    patterns = {"all": rows}
+    for row in rows:
+        patterns.setdefault(row.get("pattern", "all"), [])
+    for name in patterns:
+        if name != "all":
+            patterns[name] = [row for row in rows if row["pattern"] == name]
+    lines = []
+    for pattern, part in patterns.items():
+        for name, method in METHODS.items():
+            lines.append([f"{pattern} ({len(part)})", name, *(f"{value:.2f}" for value in score(part, method))])
+    print_table(
+        f"Constraints found in {len(rows)} instructions", ["rows", "method", "recall", "precision", "exact"], lines
+    )
+    shown = 0
+    for row in rows:
+        found = rules(row["prompt"])
+        if shown < options.show and not matched(row["constraints"], found) == len(found) == len(row["constraints"]):
+            shown += 1
+            print(f"\n--- {row.get('pattern')}\n{row['prompt'][-900:]}\nEXPECTED", *row["constraints"], sep="\n  ")
+            print("FOUND", *found, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
