@@ -53,6 +53,8 @@ def chats(draw):
 
 
 plain = st.fixed_dictionaries({"prompt": spoken, "completion": spoken})
+# SFTTrainer puts a second BOS before such prompts, MISO does not (test_plain_text_has_one_bos_and_one_eos).
+plain = plain.filter(lambda row: not row["prompt"].startswith(("<|bos|>", "<s>")))
 
 # Tokenizers
 

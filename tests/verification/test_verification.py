@@ -278,5 +278,5 @@ def test_command(monkeypatch, capsys, tmp_path):
     assert all(name in output for name in NAMES) and "failed" not in output
     assert list(tmp_path.iterdir()) == []
     _scaled_scores(monkeypatch)
-    with pytest.raises(SystemExit, match="ValueError: Got a model on which MISO is not exact"):
+    with pytest.raises(SystemExit, match="trl-miso verify: Got a model on which MISO is not exact"):
         main()

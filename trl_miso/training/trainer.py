@@ -37,7 +37,7 @@ from trl_miso.evaluation.callback import ScoredEvaluations
 from trl_miso.log import show_log
 from trl_miso.segments.packed import PackedSegments
 from trl_miso.training import guards
-from trl_miso.training.forwards import Forwards, own_forward
+from trl_miso.training.forwards import Forwards, own_forwards
 from trl_miso.training.hub import HubPushes
 from trl_miso.training.kept_settings import settings_of
 from trl_miso.training.neftune import noisy_embeddings
@@ -153,7 +153,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
         self._probed: set[str] = set()
         # Not known before TRL resizes the embeddings: it adds a cloned template's tokens also to a model that it loads.
         self._vocabulary = None if isinstance(model, str) and args.chat_template_path else config.get_text_config()
-        ordinary_forward = own_forward(model)
+        ordinary_forwards = own_forwards(model)
         # Bins are planned before TRL has made the model, which may still turn sharing off in `_install`.
         loaded_model = model if isinstance(model, torch.nn.Module) else None
         dropout = getattr(peft_config, "lora_dropout", 0)
@@ -179,7 +179,7 @@ class MISOSFTTrainer(ReliableTrainer, HubPushes, Verified, ScoredEvaluations, Ro
             **{name: value for name, value in removed.items() if value is not None},
         )
         self.neftune_noise_alpha = None  # `_noise` adds it
-        self._forwards = Forwards(base_of(self.model), ordinary_forward)
+        self._forwards = Forwards(self.model, ordinary_forwards)
         self._install(args)
         self.guard_training()
         self.add_callback(VerifyFirst(self))
