@@ -290,6 +290,11 @@ def test_what_is_wrong_is_said_in_a_line(command, line, code, message, tmp_path)
     assert "Traceback" not in said
 
 
+def test_a_dry_run_without_a_model_has_the_settings_of_the_example(command):
+    code, said = command("sft --dry_run --dry_run_rows 20")
+    assert code is None and "Step: 16 rows = 16 x 1 accumulation steps" in said.out
+
+
 def test_flags_need_no_value(command, tmp_path):
     """Also before the data set, and for options that are None by default."""
     for line in (

@@ -49,35 +49,28 @@ _EMBEDDED: dict[str, Any] = {
 }
 
 
-def main(arguments: Sequence[str], **defaults: Any) -> None:
-    """Run the command.
-
-    Args:
-        defaults: Options of a training script's own, over which `--config` and the command line take precedence.
-    """
-    accelerate_options = re.findall(r"--\w+", launch_command_parser().format_help())
-    parsed = _parse(arguments, accelerate_options, defaults)
-    recipe, args, model_args = parsed.recipe, parsed.args, parsed.model_args
-    if recipe.dry_run:
-        dry_run(recipe, args, model_args)
-        return
-    if _should_launch(parsed):
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    parsed = _parse(arguments)
+    if parsed.model_args.model_name_or_path is None:
+        parsed = _parse(arguments, **_EMBEDDED)
+    if parsed.recipe.dry_run:
+        dry_run(parsed.recipe, parsed.args, parsed.model_args)
+    elif _should_launch(parsed):
         _launch(arguments, parsed)
-        return
-    if model_args.model_name_or_path is None:
-        # The toy model's defaults.
-        parsed = _parse(arguments, accelerate_options, _EMBEDDED | defaults)
-    run(parsed.recipe, parsed.args, parsed.model_args)
+    else:
+        run(parsed.recipe, parsed.args, parsed.model_args)
 
 
-def _parse(arguments: Sequence[str], accelerate_options: Any, defaults: dict[str, Any]) -> Parsed:
+def _parse(arguments: Sequence[str], **defaults: Any) -> Parsed:
     parser = RecipeParser("sft", "[--accelerate_config CONFIG]", _ABOUT)
     parser.add(
         "--accelerate_config",
         metavar="CONFIG",
         help="a file of `accelerate config`, or a name of `trl-miso recipes`: ddp, fsdp2, zero2, zero3, ...",
     )
-    return parser.parse(arguments, accelerate_options, **defaults)
+    launcher_options = re.findall(r"--\w+", launch_command_parser().format_help())
+    return parser.parse(arguments, launcher_options, **defaults)
 
 
 def _should_launch(parsed: Parsed) -> bool:
