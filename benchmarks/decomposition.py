@@ -88,10 +88,8 @@ def main() -> None:
     rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
     patterns = {"all": rows}
     for row in rows:
-        patterns.setdefault(row.get("pattern", "all"), [])
-    for name in patterns:
-        if name != "all":
-            patterns[name] = [row for row in rows if row["pattern"] == name]
+        if "pattern" in row:
+            patterns.setdefault(row["pattern"], []).append(row)
     lines = []
     for pattern, part in patterns.items():
         for name, method in METHODS.items():

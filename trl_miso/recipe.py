@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -182,25 +182,36 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, num_proc: int | Non
             f"Got no rows in {recipe.dataset_name}, expected at least one. Fix: check the file or the split."
         )
     source = _source_of(first) if recipe.source == "auto" else recipe.source
-    options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
     if recipe.as_messages:
         if source != "none" or not isinstance(first.get("completion"), str):
             raise ValueError(
                 f"Got as_messages=True and rows with columns {list(first)}, which are messages already, by themselves or by "
                 "their source, or have no completion. Expected rows of strings with a completion. Fix: leave as_messages out."
             )
-        return dataset.map(_chat_row, **options)
+        return dataset.map(_chat_row, **({} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}))
     if source == "none":
         return dataset
     adapter, features = _SOURCES[source]
-    arguments: dict[str, Any] = {"adapter": adapter}
+    arguments: dict[str, Any] = {}
     if source == "r1_distill":
         arguments["instruction"] = recipe.instruction_column
         arguments["thinking"] = recipe.thinking_column
         arguments["response"] = recipe.response_column
-    options |= {"fn_kwargs": arguments, "features": features(), "remove_columns": list(first)}
-    if not isinstance(dataset, IterableDataset):
-        options["desc"] = f"Reading rows of {source}"
+    return apply_adapter(dataset, adapter, features(), list(first), f"Reading rows of {source}", num_proc, **arguments)
+
+
+def apply_adapter(
+    dataset: AnyDataset,
+    adapter: Callable[..., dict[str, Any]],
+    features: Features,
+    columns: list[str],
+    desc: str,
+    num_proc: int | None = None,
+    **arguments: Any,
+) -> AnyDataset:
+    """Replace the rows' `columns` by what the adapter returns for a row and `arguments`; its errors name the row."""
+    options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": desc}
+    options |= {"fn_kwargs": {"adapter": adapter, **arguments}, "features": features, "remove_columns": columns}
     return dataset.map(_adapt_row, with_indices=True, **options)
 
 

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from trl_miso.cli.parser import CommandParser, count_from, output_file
-from trl_miso.data.mapping import naming
 from trl_miso.decompose.rows import decompose_row, decomposed_features
-from trl_miso.recipe import RecipeArguments, adapt_rows, load_rows
+from trl_miso.recipe import RecipeArguments, adapt_rows, apply_adapter, load_rows
 
 _USAGE = "ROWS [OUT] [--preview] [-n ROWS]"
 _ABOUT = """\
@@ -48,7 +47,8 @@ def main(arguments: list[str]) -> None:
     rows = adapt_rows(load_rows(recipe, options.split), recipe)
     if isinstance(rows, IterableDataset):
         raise ValueError("Got a stream, expected rows that can be read at once. Fix: give a file or a data set.")
-    split = _decompose(rows)
+    desc = "Decomposing instructions"
+    split = apply_adapter(rows, decompose_row, decomposed_features(), rows.column_names, desc)
     console = Console()
     if options.preview:
         for number in range(min(options.num_rows, len(split))):
@@ -58,20 +58,6 @@ def main(arguments: list[str]) -> None:
     if options.out is not None:
         (split.to_json if options.out.suffix == ".jsonl" else split.to_parquet)(str(options.out))
         console.print(f"Wrote {options.out}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _decompose(rows: Dataset) -> Dataset:
-    def decompose(row: dict[str, Any], index: int) -> dict[str, Any]:
-        with naming(index):
-            return decompose_row(row)
-
-    return rows.map(
-        decompose,
-        with_indices=True,
-        features=decomposed_features(),
-        remove_columns=rows.column_names,
-        desc="Decomposing instructions",
-    )
 
 
 def _show(console: Console, number: int, row: dict[str, Any]) -> None:

@@ -35,7 +35,10 @@ class Split(NamedTuple):
 
 def split_text(text: str) -> Split:
     """Split an instruction by `rules.find_constraints`. Without constraints, or without a base, the base is the whole text."""
-    found = find_constraints(text)
+    return _split_at(text, find_constraints(text))
+
+
+def _split_at(text: str, found: list[Found]) -> Split:
     if not found:
         return Split(text, [], [])
     begin, end = last_request(text)
@@ -46,8 +49,7 @@ def split_text(text: str) -> Split:
         within = [c for c in found if c.begin < stop and c.end > start]
         if not within:
             sentence = text[start:stop]
-            announces = is_about_requirements(sentence, _next_is_list(found, stop))
-            if announces:
+            if is_about_requirements(sentence, _next_is_list(found, stop)):
                 left_out.append(sentence)
             else:
                 kept += [gap, sentence]
@@ -93,9 +95,10 @@ def decompose_row(row: dict[str, Any]) -> dict[str, Any]:
         return _columns(messages, [], "bad_messages")
     prompt, answer = messages[:-1], messages[-1:]
     text = prompt[-1]["content"]
-    split = split_text(text)
+    found = find_constraints(text)
+    split = _split_at(text, found)
     if not split.constraints:
-        return _columns(prompt, answer, "only_constraints" if find_constraints(text) else "no_constraints")
+        return _columns(prompt, answer, "only_constraints" if found else "no_constraints")
     return _columns(prompt, answer, "split") | {
         "prompt": [*prompt[:-1], {"role": "user", "content": split.base}],
         "constraints": split.texts,
