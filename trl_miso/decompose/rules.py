@@ -10,6 +10,8 @@ are left alone.
 import re
 from typing import NamedTuple
 
+from trl_miso.decompose.checkers import find_checkers
+
 
 class Found(NamedTuple):
     """A constraint: the characters `text[begin:end]` of the instruction, and the rule that found it (`"list"` or `"clause"`)."""
@@ -109,7 +111,7 @@ _JOINTS = re.compile(
     rf"(?:containing|including (?:the |an? |at |no )?(?:keywords?|terms?|table|heading|least|more)|structured|using|ending|beginning|starting|consisting|limiting|keeping|avoiding|concluding|capitalizing|not exceeding|"
     rf"presenting|maintaining|incorporating|following|formatted|written|presented|limited)\b|"
     rf"(?:remember )?that (?:the|each|every|all|any|it|your|this)\b|(?:it is|it's) (?:important|necessary|essential|crucial|required)|at (?:least|most)\b|no (?:more|fewer|less) than\b))"
-    rf"|\s+(?=ensuring\b|making sure\b)",
+    rf"|\s+(?=ensuring\b|making sure\b)|(?:,\s+(?:and|but)|\s+(?:and|but))\s+(?=if\b|does not exceed\b)",
     re.IGNORECASE,
 )
 
@@ -178,15 +180,17 @@ def _clauses(text: str, begin: int, end: int, has_request: bool) -> list[Found]:
         sentence = text[start:stop]
         if sentence.rstrip().endswith("?") and not (has_request and number == 0):
             continue
-        if not _FORM.search(sentence) or _ABOUT_REQUIREMENTS.search(_stripped(sentence)):
+        checked = [(a, b) for a, b, _ in find_checkers(text, start, stop)]
+        if not (checked or _FORM.search(sentence)) or _ABOUT_REQUIREMENTS.search(_stripped(sentence)):
             continue
         is_request = has_request and number == 0
-        pieces = _pieces(text, start, stop)
-        stating = [i for i, (a, b) in enumerate(pieces) if _states(text[a:b], i > 0)]
+        pieces = _pieces(text, start, stop, checked)
+        with_checker = [i for i, (a, b) in enumerate(pieces) if any(a <= c < b for c, _ in checked)]
+        stating = [i for i, (a, b) in enumerate(pieces) if i in with_checker or _states(text[a:b], i > 0)]
         if is_request:
             # The first clause of the first sentence asks for something, in words that may be those of a style.
-            stating = [i for i in stating if i > 0 and _is_definite(text[slice(*pieces[i])])]
-        elif not _demands(_stripped(sentence)) and not _REQUIRES.search(sentence):
+            stating = [i for i in stating if i > 0 and (i in with_checker or _is_definite(text[slice(*pieces[i])]))]
+        elif not checked and not _demands(_stripped(sentence)) and not _REQUIRES.search(sentence):
             continue
         found += [_found(text, *pieces[i], "clause") for i in stating]
     return found
@@ -207,13 +211,14 @@ def _demands(clause: str) -> bool:
     return any(pattern.search(clause) for pattern in (_REQUIRES, _IMPERATIVE, _ASKS))
 
 
-def _pieces(text: str, start: int, stop: int) -> list[tuple[int, int]]:
-    """A sentence cut where clauses are joined, as far as each piece has a form of its own."""
+def _pieces(text: str, start: int, stop: int, checked: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A sentence cut where clauses are joined, as far as each piece has a form of its own; what one checker checks stays together."""
     cuts = [start]
     for joint in _JOINTS.finditer(text, start, stop):
         piece = text[cuts[-1] : joint.start()]
         if (
-            _quoted(text[start : joint.start()])
+            any(a < joint.end() and joint.start() < b for a, b in checked)
+            or _quoted(text[start : joint.start()])
             or _CONDITION.match(piece)
             or _SAME_OBJECT.match(text, joint.end(), stop)
         ):
@@ -236,10 +241,14 @@ def _quoted(before: str) -> bool:
 
 
 def sentences(text: str, begin: int, end: int) -> list[tuple[int, int]]:
+    """The sentences and lines between two positions. Sentences that describe one constraint together (`find_checkers`) are one."""
+    together = [(a, b) for a, b, _ in find_checkers(text, begin, end)]
     sentences, start = [], begin
     for gap in _SENTENCE.finditer(text, begin, end):
         before = text[start : gap.start()]
         if _ABBREVIATION.search(before) or re.fullmatch(r"\s*\d{1,2}\.", before):
+            continue
+        if any(a < gap.start() and gap.end() < b for a, b in together):
             continue
         sentences.append((start, gap.start()))
         start = gap.end()
@@ -275,5 +284,5 @@ def _found(text: str, begin: int, end: int, rule: str) -> Found:
     reason = _REASON.search(clause) if rule == "clause" else None
     if reason and reason.start() > 10 and (_PLAIN_REASON.match(reason[0]) or not _FORM.search(reason[0])):
         clause = clause[: reason.start()]
-    clause = re.sub(r"(?:[,;]\s*(?:and|but|while)?|\s+and)$", "", clause.rstrip())
+    clause = re.sub(r"(?:[,;]\s*(?:and|but|while)?|\s+(?:and|but|while))$", "", clause.rstrip())
     return Found(begin, begin + len(clause), clause, rule)
