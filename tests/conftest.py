@@ -100,6 +100,19 @@ def wide_terminal(monkeypatch):
     monkeypatch.setattr(Console, "_environ", {"COLUMNS": "200", "TERM": "xterm"})
 
 
+@pytest.fixture
+def punkt(tmp_path, monkeypatch):
+    """An untrained Punkt tokenizer in place of NLTK's, so that lm-eval's checkers run: enough for sentences without abbreviations."""
+    pytest.importorskip("lm_eval", reason="needs pip install 'trl-miso[eval]'")
+    nltk = pytest.importorskip("nltk")
+    english = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
+    english.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (english / name).touch()
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+    return tmp_path / "nltk_data"
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

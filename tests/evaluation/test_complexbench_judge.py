@@ -16,12 +16,9 @@ from rich.console import Console
 from tests.evaluation.test_complexbench import EXAMPLE, question, row, write, write_lines
 from tests.support.chat_server import Fault, chat_server, completion
 from trl_miso.cli.eval import main
+from trl_miso.evaluation.asking import ATTEMPTS, GIVE_UP, Estimate
 from trl_miso.evaluation.complexbench.instances import load_instances
 from trl_miso.evaluation.complexbench.judge import (
-    ATTEMPTS,
-    GIVE_UP,
-    Estimate,
-    Task,
     ask_judge,
     judge_tasks,
     read_verdicts,
@@ -445,7 +442,8 @@ def test_kept_verdicts_are_scored_again_at_no_cost(files, server, capsys, wide_t
 def test_the_cost_is_estimated_before_it_is_spent(files, server, tmp_path, capsys, wide_terminal, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     line = [*command(*files, server), "--dry_run", "--judge_prices", "1000", "2000", "--judge_max_tokens", "100"]
-    tokens = Estimate.of(judge_tasks(load_instances(files[0], "zh"), ["a", "b"], "zh"), 100).input_tokens
+    tasks = judge_tasks(load_instances(files[0], "zh"), ["a", "b"], "zh")
+    tokens = Estimate.of([task.prompt for task in tasks], 100).input_tokens
     main([each for each in line if each != server.url and each != "--judge_base_url"])
     printed = " ".join(capsys.readouterr().out.split())
     assert f"5 of 5 questions to ask judge-1: about {tokens:,} tokens in" in printed and "at most 500 out" in printed
@@ -460,8 +458,8 @@ def test_the_cost_is_estimated_before_it_is_spent(files, server, tmp_path, capsy
 
 
 def test_tokens_are_estimated_from_characters():
-    task = Task((0, 0), None, "", "汉字，" * 100 + "word" * 50)
-    assert Estimate.of([task, task], 7) == Estimate(2, 2 * (300 + 50), 14)
+    prompt = "汉字，" * 100 + "word" * 50
+    assert Estimate.of([prompt, prompt], 7) == Estimate(2, 2 * (300 + 50), 14)
     assert Estimate(1, 500_000, 1_000_000).cost(2, 3) == (1, 4)
 
 

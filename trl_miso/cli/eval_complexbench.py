@@ -10,8 +10,9 @@ from rich.console import Console
 
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
 from trl_miso.cli.parser import CommandParser, count_from, output_file
+from trl_miso.evaluation.asking import Estimate
 from trl_miso.evaluation.complexbench.instances import LANGUAGES, Instance, load_answers, load_instances, questions_of
-from trl_miso.evaluation.complexbench.judge import Estimate, Key, Task, ask_judge, judge_tasks, read_verdicts
+from trl_miso.evaluation.complexbench.judge import Key, Task, ask_judge, judge_tasks, read_verdicts
 from trl_miso.evaluation.complexbench.scores import complexbench_table, counts
 from trl_miso.evaluation.endpoint import Endpoint
 from trl_miso.evaluation.inference import respond
@@ -57,7 +58,10 @@ def main(arguments: list[str]) -> None:
     passed = read_verdicts(options.verdicts, tasks, options.judge).passed
     if options.judge:
         unjudged = [task for task in tasks if task.key not in passed]
-        Console().print(_announcement(Estimate.of(unjudged, max_tokens), len(tasks), options), highlight=False)
+        Console().print(
+            _announcement(Estimate.of([task.prompt for task in unjudged], max_tokens), len(tasks), options),
+            highlight=False,
+        )
         if options.dry_run:
             return
     reasons = {} if endpoint is None else ask_judge(tasks, options.judge, endpoint.ask_all, options.verdicts)

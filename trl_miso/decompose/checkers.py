@@ -21,12 +21,10 @@ class Checker(NamedTuple):
     kwargs: dict[str, Any]
 
 
-_NUMBERS = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
-)
+_NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 _WORDS = {word: number for number, word in enumerate(_NUMBERS.split(), start=1)}
 _OFTEN = {"once": 1, "twice": 2}
-_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _N = rf"(?:\d[\d,]*|{'|'.join(_WORDS)})"
 _LANGUAGES = {
     "arabic": "ar", "bengali": "bn", "bulgarian": "bg", "english": "en", "finnish": "fi", "french": "fr", "german": "de", "gujarati": "gu",
@@ -41,7 +39,9 @@ _LIMIT = (
     rf"|(?:at most|(?:a )?maximum(?: of)?|no more than|not more than|not (?:to )?exceed(?:ing)?|up to|within|limit(?:ed)? to) (?P<most>{_N}))"
 )
 _TIMES = rf"(?:(?P<after>{_N}) (?:or more times|times or more)|{_LIMIT} times?\b|at least (?P<once>once|twice)|at most (?P<never>once|twice))"
-_QUOTED = re.compile(r"\"([^\"]+)\"|(?<!\w)'([^']+)'(?!\w)|\u201c([^\u201d]+)\u201d|\u2018([^\u2019]+)\u2019|`([^`]+)`|\*\*([^*]+)\*\*")
+_QUOTED = re.compile(
+    r"\"([^\"]+)\"|(?<!\w)'([^']+)'(?!\w)|\u201c([^\u201d]+)\u201d|\u2018([^\u2019]+)\u2019|`([^`]+)`|\*\*([^*]+)\*\*"
+)
 _OPEN, _CLOSE = r"[\"'\u201c\u2018`{]?", r"[\"'\u201d\u2019`}]?"
 _ITEM = r"(?:\"[^\"\n]+\"|'[^'\n]+'(?!\w)|\u201c[^\u201d\n]+\u201d|\u2018[^\u2019\n]+\u2019)"
 _TERMS = (

@@ -8,11 +8,14 @@
 Every word of the instruction is in the base, in one constraint, or in `left_out`; nothing else is in any of them.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from datasets import Features, List, Value
 
+from trl_miso.decompose.checkers import checker_of
 from trl_miso.decompose.rules import Found, find_constraints, is_about_requirements, is_lead, last_request, sentences
 
 _WORD = re.compile(r"\w")
@@ -38,13 +41,35 @@ def split_text(text: str) -> Split:
     return _split_at(text, find_constraints(text))
 
 
+def split_by_quotes(text: str, quotes: Sequence[str]) -> tuple[Split, list[str]]:
+    """Split an instruction at quotations from it, as a model gives them; return the split and the quotations that are none.
+
+    A quotation is looked up behind the one before, then anywhere; its case and spaces may differ. One that overlaps another
+    is left out with those that do not stand in the instruction.
+    """
+    begin, end = last_request(text)
+    found: list[Found] = []
+    invented = []
+    at = begin
+    for quote in quotes:
+        words = quote.strip().split()
+        pattern = re.compile(r"\s+".join(map(re.escape, words)), re.IGNORECASE)
+        match = pattern.search(text, at, end) or pattern.search(text, begin, end)
+        if not (match and _WORD.search(quote)) or any(match.start() < c.end and c.begin < match.end() for c in found):
+            invented.append(quote)
+            continue
+        found.append(Found(*match.span(), match[0], "model"))
+        at = match.end()
+    return _split_at(text, sorted(found)), invented
+
+
 def _split_at(text: str, found: list[Found]) -> Split:
     if not found:
         return Split(text, [], [])
     begin, end = last_request(text)
     kept, left_out = [text[:begin]], []
     at = begin
-    for start, stop in [*sentences(text, begin, end), (end, end)]:
+    for start, stop in [*_units(text, begin, end, found), (end, end)]:
         gap, at = text[at:start], stop
         within = [c for c in found if c.begin < stop and c.end > start]
         if not within:
@@ -54,24 +79,48 @@ def _split_at(text: str, found: list[Found]) -> Split:
             else:
                 kept += [gap, sentence]
             continue
-        head = text[start : within[0].begin]
-        if is_lead(head):
-            left_out.append(head)
-        else:
-            request = _OPEN_END.sub("", head)
-            left_out.append(head[len(request) :])
+        request, others = _request(text, start, stop, within)
+        left_out += others
+        if request:
             kept += [gap, request if request.endswith((".", "!", "?")) else f"{request}."]
-        ends = [c.end for c in within]
-        begins = [c.begin for c in within[1:]]
-        left_out += [text[a:b] for a, b in zip(ends, [*begins, stop], strict=True)]
     base = "".join(kept).rstrip() + (text[end:] if text[end:].strip() else "")
     if not _WORD.search(base[begin:] if begin < len(base) else ""):
         return Split(text, [], [])
     return Split(base, found, [part.strip() for part in left_out if _WORD.search(part)])
 
 
+def _units(text: str, begin: int, end: int, found: list[Found]) -> list[tuple[int, int]]:
+    """The sentences between two positions; those that a constraint joins are one."""
+    units: list[tuple[int, int]] = []
+    for start, stop in sentences(text, begin, end):
+        if units and any(c.begin < units[-1][1] and start < c.end for c in found):
+            start = units.pop()[0]
+        units.append((start, stop))
+    return units
+
+
+def _request(text: str, start: int, stop: int, within: list[Found]) -> tuple[str, list[str]]:
+    """What is asked for beside the constraints of a sentence, and what is left out.
+
+    Between and behind constraints that a rule found there are reasons; a model also quotes from the middle of a request.
+    """
+    head = text[start : within[0].begin]
+    request = "" if is_lead(head) else _OPEN_END.sub("", head)
+    left_out = [head[len(request) :]]
+    for constraint, following in zip(within, [*(c.begin for c in within[1:]), stop], strict=True):
+        gap = text[constraint.end : following]
+        if constraint.rule != "model" or is_lead(gap):
+            left_out.append(gap)
+        else:
+            stated = gap.lstrip(" ,;:")
+            kept = _OPEN_END.sub("", stated)
+            left_out.append(stated[len(kept) :])
+            request = f"{request} {kept}".strip()
+    return request, left_out
+
+
 def decompose_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Turn a row with an instruction and an answer into a row of para.
+    """Turn a row with an instruction and an answer into a row of para, by the rules.
 
     Args:
         row: `messages`, or `prompt` and `completion`: messages, or strings, which become messages. The instruction is the last turn
@@ -80,11 +129,16 @@ def decompose_row(row: dict[str, Any]) -> dict[str, Any]:
     Returns:
         - `prompt`, `full_prompt`, `completion` (messages): the base instruction, the instruction verbatim, the answer;
         - `constraints`: parts of the instruction, verbatim; `constraint_spans`: for each, its first character in the instruction and the
-          one after its last; `constraint_rules`: the rule that found it, `"list"` or `"clause"`;
+          one after its last; `constraint_rules`: what found it, the rule `"list"` or `"clause"`, or a `"model"`;
+        - `instruction_id_list`, `kwargs`: for each constraint IFEval's id of its checker, or null; and the checkers' keyword arguments,
+          as JSON of a list;
+        - `answer_follows`: for each constraint whether the answer follows it; null until `answers.with_verdicts` has checked it;
         - `left_out`: words of the instruction in neither the base nor a constraint;
+        - `not_found`: quotations of a model that do not stand in the instruction, or overlap others; they are not used;
         - `train_turns`: `"last"` for rows that were split, `"all"` for the others;
-        - `miso_status`: `"split"`, or why not: `"no_constraints"`, `"only_constraints"` (no base would be left), `"bad_messages"` (no
-          instruction by a user before an answer; the completion is empty, so that training drops the row).
+        - `miso_status`: `"split"`, or why not: `"no_constraints"`, `"only_constraints"` (no base would be left), `"no_answer"` (a model
+          was asked, without a readable answer), `"bad_messages"` (no instruction by a user before an answer; the completion is empty,
+          so that training drops the row).
 
     Raises:
         ValueError: If the row has other columns or values.
@@ -93,19 +147,20 @@ def decompose_row(row: dict[str, Any]) -> dict[str, Any]:
     roles = [message["role"] for message in messages]
     if roles[-1:] != ["assistant"] or roles[-2:-1] != ["user"] or not messages[-1]["content"].strip():
         return _columns(messages, [], "bad_messages")
-    prompt, answer = messages[:-1], messages[-1:]
-    text = prompt[-1]["content"]
+    text = messages[-2]["content"]
     found = find_constraints(text)
-    split = _split_at(text, found)
-    if not split.constraints:
-        return _columns(prompt, answer, "only_constraints" if found else "no_constraints")
-    return _columns(prompt, answer, "split") | {
-        "prompt": [*prompt[:-1], {"role": "user", "content": split.base}],
-        "constraints": split.texts,
-        "constraint_spans": [[constraint.begin, constraint.end] for constraint in split.constraints],
-        "constraint_rules": [constraint.rule for constraint in split.constraints],
-        "left_out": split.left_out,
-    }
+    return _split_columns(messages[:-1], messages[-1:], _split_at(text, found), bool(found))
+
+
+def with_quotes(row: dict[str, Any], quotes: dict[str, list[str]]) -> dict[str, Any]:
+    """A row of `decompose_row`, split at the quotations of a model (by instruction) instead; `"no_answer"` if there are none for it."""
+    prompt, answer = row["full_prompt"], row["completion"]
+    text = prompt[-1]["content"]
+    if text not in quotes:
+        return _columns(prompt, answer, "no_answer")
+    split, not_found = split_by_quotes(text, quotes[text])
+    stands = len(quotes[text]) > len(not_found)
+    return _split_columns(prompt, answer, split, stands) | {"not_found": not_found}
 
 
 def decomposed_features() -> Features:
@@ -118,10 +173,40 @@ def decomposed_features() -> Features:
         full_prompt=_MESSAGES,
         constraint_spans=List(List(Value("int64"))),
         constraint_rules=List(text),
+        instruction_id_list=List(text),
+        kwargs=text,
+        answer_follows=List(Value("bool")),
         left_out=List(text),
+        not_found=List(text),
         train_turns=text,
         miso_status=text,
     )
+
+
+def _split_columns(
+    prompt: list[dict[str, str]], answer: list[dict[str, str]], split: Split, stated: bool
+) -> dict[str, Any]:
+    """The columns of a row with that split; `stated`: constraints stand in the instruction, perhaps without a base."""
+    if not split.constraints:
+        return _columns(prompt, answer, "only_constraints" if stated else "no_constraints")
+    text = prompt[-1]["content"]
+    checkers, kwargs = [], []
+    for constraint in split.constraints:
+        checker = checker_of(constraint.text)
+        checkers.append(checker)
+        kwargs.append(checker.kwargs if checker else {})
+        if checker and checker.id == "combination:repeat_prompt":
+            kwargs[-1] = {"prompt_to_repeat": f"{text[: constraint.begin].rstrip()}{text[constraint.end :]}".strip()}
+    return _columns(prompt, answer, "split") | {
+        "prompt": [*prompt[:-1], {"role": "user", "content": split.base}],
+        "constraints": split.texts,
+        "constraint_spans": [[constraint.begin, constraint.end] for constraint in split.constraints],
+        "constraint_rules": [constraint.rule for constraint in split.constraints],
+        "instruction_id_list": [checker.id if checker else None for checker in checkers],
+        "kwargs": json.dumps(kwargs, ensure_ascii=False),
+        "answer_follows": [None] * len(checkers),
+        "left_out": split.left_out,
+    }
 
 
 def _columns(prompt: list[dict[str, str]], completion: list[dict[str, str]], status: str) -> dict[str, Any]:
@@ -132,7 +217,11 @@ def _columns(prompt: list[dict[str, str]], completion: list[dict[str, str]], sta
         "full_prompt": prompt,
         "constraint_spans": [],
         "constraint_rules": [],
+        "instruction_id_list": [],
+        "kwargs": "[]",
+        "answer_follows": [],
         "left_out": [],
+        "not_found": [],
         "train_turns": "last" if status == "split" else "all",
         "miso_status": status,
     }

@@ -30,7 +30,7 @@ _INTRODUCES = re.compile(
     r"\b(?:rules?|requirements?|constraints?|conditions?|guidelines?|criteria|restrictions?|instructions?)\b[^.\n]*:\s*\Z",
     re.IGNORECASE,
 )
-_SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z\"'(\[])|\n+")
+_SENTENCE = re.compile(r"(?<=[.!?])(?P<closing>[\"')\]]*)\s+(?=[A-Z\"'(\[])|\n+")
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|No)\.$")
 
 # What states a requirement.
@@ -250,7 +250,7 @@ def sentences(text: str, begin: int, end: int) -> list[tuple[int, int]]:
             continue
         if any(a < gap.start() and gap.end() < b for a, b in together):
             continue
-        sentences.append((start, gap.start()))
+        sentences.append((start, gap.end("closing") if gap["closing"] else gap.start()))
         start = gap.end()
     sentences.append((start, end))
     return [(a, b) for a, b in sentences if text[a:b].strip()]

@@ -15,7 +15,8 @@ _FIXES = {
     "RateLimitError": "lower --concurrency, try again later, or check the account's quota.",
     "APITimeoutError": "lower --concurrency, or check whether the server is overloaded.",
     "APIConnectionError": "check that the server runs, and correct --base_url.",
-    "BadRequestError": "use a model that accepts this request: these messages, temperature 0 and a token limit.",
+    "BadRequestError": "use a model that accepts this request: these messages, temperature 0, a token limit, and the form of the answer, if "
+    "one is asked for.",
     "APIError": "see the server's message; try again later.",
 }
 
@@ -41,6 +42,7 @@ class Endpoint:
         concurrency: Number of requests at once.
         timeout: Limit per answer, in seconds.
         max_retries: Number of retries per conversation.
+        response_format: Form of the answers, such as a JSON schema, sent as it is.
 
     Raises:
         ImportError: If the `openai` package is not installed.
@@ -56,6 +58,7 @@ class Endpoint:
         concurrency: int = 16,
         timeout: float = 600,
         max_retries: int = 6,
+        response_format: dict[str, Any] | None = None,
     ) -> None:
         try:
             import openai
@@ -70,6 +73,7 @@ class Endpoint:
         _check_address(base_url)
         self._client()  # fail now rather than after hours: responses of a model may be awaited before the first question
         self._max_tokens = max_tokens
+        self._form = {} if response_format is None else {"response_format": response_format}
         self._limit_name = "max_tokens"
         self._concurrency = concurrency
 
@@ -133,7 +137,7 @@ class Endpoint:
         limit_name = self._limit_name
         try:
             completion = await client.chat.completions.create(
-                model=self._model, messages=conversation, temperature=0, **{limit_name: self._max_tokens}
+                model=self._model, messages=conversation, temperature=0, **self._form, **{limit_name: self._max_tokens}
             )
         except self._openai.BadRequestError as error:
             # OpenAI's newer models accept max_completion_tokens only, most other servers max_tokens only.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -109,6 +109,15 @@ def respond(prompts: Sequence[str], file: str | Path, request: ModelRequest | No
         if refusals:
             refused_file.write_bytes(b"".join(_row(row_starts[number], "") for number in sorted(refusals)))
             raise _refusal_error(refusals, file, refused_file)
+
+
+def ask_local(
+    request: ModelRequest, conversations: Iterable[Sequence[Mapping[str, str]]]
+) -> Iterator[tuple[int, str | ValueError]]:
+    """Answer conversations of one user turn, as `Endpoint.ask_all` does, by a model that is loaded here."""
+    prompts = [conversation[-1]["content"] for conversation in conversations]
+    backend = BACKENDS[request.backend]
+    yield from backend(request.model, prompts, range(len(prompts)), request.max_new_tokens, **request.settings())
 
 
 def _write_answers(

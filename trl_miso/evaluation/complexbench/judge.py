@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,20 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from trl_miso.evaluation.asking import AskAll, ask_until_read
 from trl_miso.evaluation.complexbench.instances import Instance, Question
 from trl_miso.evaluation.complexbench.prompts import judge_prompt, read_answer
 from trl_miso.evaluation.file_lock import exclusive_lock
-
-# How often a question is asked in total, if there is no answer or the answer cannot be read as a verdict.
-ATTEMPTS = 3
-# After this many failures in a row no other question is asked.
-GIVE_UP = 20
 
 # Every line starts with these bytes: they tell the unfinished line of a killed run from a file of another kind.
 _LINE_START = b'{"judge": '
 
 Key = tuple[int, int]
-AskAll = Callable[[Iterable[Sequence[dict[str, str]]]], Iterator[tuple[int, str | ValueError]]]
 
 
 @dataclass(frozen=True)
@@ -108,38 +103,11 @@ def _refusal(file: Path, number: int, got: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Estimated cost of asking a judge: requests, input tokens, and the most output tokens."""
-
-    requests: int
-    input_tokens: int
-    output_tokens: int
-
-    @classmethod
-    def of(cls, tasks: Iterable[Task], max_tokens: int) -> "Estimate":
-        """Estimate one request per task. Questions that have to be asked again are not counted.
-
-        Tokens are estimated from characters, since the judge's tokenizer is seldom at hand: one token per character of three UTF-8
-        bytes (such as Chinese), and one per four other characters.
-        """
-        prompts = [task.prompt for task in tasks]
-        characters = sum(len(prompt) for prompt in prompts)
-        size = sum(len(prompt.encode("utf-8", "replace")) for prompt in prompts)
-        wide = (size - characters) // 2  # a character of three bytes exceeds its count by two
-        return cls(len(prompts), wide + (characters - wide) // 4, len(prompts) * max_tokens)
-
-    def cost(self, input_price: float, output_price: float) -> tuple[float, float]:
-        """Return the cost of the questions alone, and with answers of the greatest length. Prices are per million tokens."""
-        least = self.input_tokens * input_price / 1e6
-        return least, least + self.output_tokens * output_price / 1e6
-
-
 def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) -> dict[Key, str]:
     """Append the missing verdicts to `file`; return the reason per task that stays without a verdict.
 
-    Every verdict is flushed when it comes, so that a killed run can be resumed. A question without a readable answer is asked again
-    after all others, `ATTEMPTS` times in total.
+    Every verdict is flushed when it comes, so that a killed run can be resumed. A question without a readable answer is asked again (see
+    `ask_until_read`).
 
     Args:
         ask_all: As `Endpoint.ask_all`, which may stop asking after a failure.
@@ -147,39 +115,18 @@ def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) ->
     Raises:
         OSError, ValueError: As `read_verdicts`, and as `exclusive_lock`.
     """
-    failures_in_a_row = 0
     with exclusive_lock(file) as opened, Progress(console=Console(stderr=True)) as progress:
         passed = read_verdicts(file, tasks, judge).passed
         _cut_unfinished_line(file)
         waiting = [task for task in tasks if task.key not in passed]
-        failures: dict[Key, list[str]] = {task.key: [] for task in waiting}
         bar = progress.add_task("Judging", total=len(tasks), completed=len(passed))
-        while waiting and failures_in_a_row < GIVE_UP:
-            unanswered = dict(enumerate(waiting))
-            retry = []
-            # The condition is checked as conversations are sent: it stops the round after too many failures.
-            conversations = (_messages(task) for task in waiting if failures_in_a_row < GIVE_UP)
-            for number, answer in ask_all(conversations):
-                task = unanswered.pop(number)
-                verdict, failure = _read(task, answer)
-                if verdict is None:
-                    failures_in_a_row += 1
-                    failures[task.key].append(failure)
-                    if len(failures[task.key]) < ATTEMPTS:
-                        retry.append(task)
-                    continue
-                failures_in_a_row = 0
-                del failures[task.key]
-                opened.write(_line(task, judge, verdict, str(answer)))
-                opened.flush()
-                progress.advance(bar)
-            waiting = [*unanswered.values(), *retry]
-    not_asked = f"not asked, after {failures_in_a_row} failures in a row"
-    return {key: messages[-1] if messages else not_asked for key, messages in failures.items()}
 
+        def keep(task: Task, verdict: bool, answer: str) -> None:
+            opened.write(_line(task, judge, verdict, answer))
+            opened.flush()
 
-def _messages(task: Task) -> list[dict[str, str]]:
-    return [{"role": "user", "content": task.prompt}]
+        reasons = ask_until_read(waiting, lambda task: task.prompt, ask_all, _read, keep, progress, bar)
+    return {waiting[number].key: reason for number, reason in reasons.items()}
 
 
 def _read(task: Task, answer: str | ValueError) -> tuple[bool | None, str]:
