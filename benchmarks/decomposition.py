@@ -2,10 +2,14 @@
 How well the rules of `trl-miso decompose` find the constraints of instructions whose constraints are known.
 
     python -m benchmarks.decomposition ROWS.jsonl     # columns prompt, constraints; optional pattern
+    python -m benchmarks.decomposition ROWS.jsonl --ifeval input_data.jsonl
 
 Each constraint of a row is paired with at most one that was found. A pair counts if their words overlap: the F1 of the two bags of words is
 at least 0.8. Recall, precision, and "exact", the share of rows in which everything was found and nothing else, beside two simple
 rules on the same rows: every sentence after the first, and every clause with a modal verb.
+
+With --ifeval also how well IFEval's own prompts, worded by people, are matched with their checkers: a checker counts if its id and all of its
+keyword arguments are those of the prompt.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.common.measure import print_table
+from trl_miso.decompose.checkers import find_checkers
 from trl_miso.decompose.rules import find_constraints
 
 AT_LEAST = 0.8
@@ -80,12 +85,39 @@ def score(rows: list[dict], method: Callable[[str], list[str]]) -> list[float]:
     return [pairs / expected, pairs / max(1, given), exact / len(rows)]
 
 
+def checkers_found(prompts: list[dict]) -> list[float]:
+    """Recall and precision of the checkers found in IFEval's prompts, with their keyword arguments."""
+    right = given = expected = 0
+    for prompt in prompts:
+        stated = []
+        for name, kwargs in zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True):
+            stated.append(_checker(name, {key: value for key, value in kwargs.items() if value is not None}))
+        expected += len(stated)
+        for _, _, checker in find_checkers(prompt["prompt"]):
+            given += 1
+            if _checker(checker.id, checker.kwargs) in stated:
+                stated.remove(_checker(checker.id, checker.kwargs))
+                right += 1
+    return [right / expected, right / max(1, given)]
+
+
+def _checker(name: str, kwargs: dict) -> tuple[str, str]:
+    """A checker for comparison. The prompt to repeat is the prompt itself, without this instruction."""
+    values = {key: value for key, value in kwargs.items() if key != "prompt_to_repeat"}
+    return name, json.dumps(values, sort_keys=True).lower()
+
+
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
+    parser.add_argument("--ifeval", type=Path, metavar="FILE", help="IFEval's input_data.jsonl")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows that are not exact")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(options.rows)
     patterns = {"all": rows}
     for row in rows:
         if "pattern" in row:
@@ -97,6 +129,11 @@ def main() -> None:
     print_table(
         f"Constraints found in {len(rows)} instructions", ["rows", "method", "recall", "precision", "exact"], lines
     )
+    if options.ifeval:
+        prompts = read_rows(options.ifeval)
+        recall, precision = checkers_found(prompts)
+        cells = [[f"IFEval ({len(prompts)})", f"{recall:.2f}", f"{precision:.2f}"]]
+        print_table("Checkers found in prompts", ["prompts", "recall", "precision"], cells)
     shown = 0
     for row in rows:
         found = rules(row["prompt"])

@@ -18,7 +18,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from trl_miso.config import MISOSFTConfig
 from trl_miso.data.dropped import AnyDataset
-from trl_miso.data.mapping import naming
+from trl_miso.data.mapping import naming, of_this_code
 from trl_miso.recipes import SHIPPED, check_path, find_file, similar_path
 from trl_miso.sources.alpaca import alpaca_features, alpaca_row
 from trl_miso.sources.conifer import conifer_features, conifer_row
@@ -188,7 +188,9 @@ def adapt_rows(dataset: AnyDataset, recipe: RecipeArguments, num_proc: int | Non
                 f"Got as_messages=True and rows with columns {list(first)}, which are messages already, by themselves or by "
                 "their source, or have no completion. Expected rows of strings with a completion. Fix: leave as_messages out."
             )
-        return dataset.map(_chat_row, **({} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}))
+        return dataset.map(
+            of_this_code(_chat_row), **({} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc})
+        )
     if source == "none":
         return dataset
     adapter, features = _SOURCES[source]
@@ -212,7 +214,7 @@ def apply_adapter(
     """Replace the rows' `columns` by what the adapter returns for a row and `arguments`; its errors name the row."""
     options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": desc}
     options |= {"fn_kwargs": {"adapter": adapter, **arguments}, "features": features, "remove_columns": columns}
-    return dataset.map(_adapt_row, with_indices=True, **options)
+    return dataset.map(of_this_code(_adapt_row), with_indices=True, **options)
 
 
 def _source_of(row: dict[str, Any]) -> str:

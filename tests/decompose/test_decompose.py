@@ -56,6 +56,25 @@ CASES = {
         "Explain tides.",
         ["The answer must contain at least 3 sentences"],
     ),
+    "condition behind a joint": (
+        "List the moons. The answer must include a level 2 heading, and if a table is used, it must not exceed 3 rows.",
+        "List the moons.",
+        ["The answer must include a level 2 heading", "if a table is used, it must not exceed 3 rows."],
+    ),
+    "request behind an introduction": (
+        "Given a term, explain it, using at most 20 words.",
+        "Given a term, explain it.",
+        ["using at most 20 words."],
+    ),
+    "IFEval's descriptions": (
+        "Describe the sea. There should be 3 paragraphs. Paragraphs are separated with the markdown divider: ***\nFinish your response "
+        "with this exact phrase Ask away. No other words should follow this phrase.",
+        "Describe the sea.",
+        [
+            "There should be 3 paragraphs. Paragraphs are separated with the markdown divider: ***",
+            "Finish your response with this exact phrase Ask away. No other words should follow this phrase.",
+        ],
+    ),
     "words about the requirements": (
         "Explain tides. The answer must contain at least 3 sentences. These requirements must be considered in your format.",
         "Explain tides.",
@@ -69,6 +88,12 @@ PLAIN = [
     "Buy these:\n- two apples\n- a loaf of bread\n- milk",
     "Correct the grammar of this sentence: he go home.",
     "Which rules must a driver follow?",
+    "Given a sentence, provide a synonym for every word.\n\nThe fox jumped.",
+    "Using the data, write a sentence about a wind turbine.",
+    'Define the word "facetious" and use it in a sentence.',
+    'Find a word that starts with "q" and ends with "y".',
+    "Continue the chat.\n+ How are you?\n- I don't know. I have to write a paragraph with at least 5 words.",
+    'Write a question for it.\n\nAnswer: The title of the book must be "Emma". It should use no commas.',
     "",
 ]
 
@@ -193,7 +218,7 @@ def test_the_command_writes_rows_that_train_as_para(
     Path("rows.jsonl").write_text("".join(json.dumps(row(text)) + "\n" for text in texts))
     run("decompose", ["rows.jsonl", "out.jsonl", "--preview", "-n", "3"])
     said = capsys.readouterr().out
-    assert "8 of 10 rows were split, into 14 constraints." in said and "not split: 2 no_constraints" in said
+    assert "11 of 13 rows were split, into 19 constraints." in said and "not split: 2 no_constraints" in said
     assert "row 2: split" in said and "row 3" not in said and "Wrote out.jsonl" in said
     run("decompose", ["rows.jsonl", "out.parquet"])
     rows = load_dataset("json", data_files="out.jsonl", split="train", features=decomposed_features())
@@ -220,7 +245,7 @@ def test_real_instructions():
     """Instructions with marked constraints: the figures do not fall; and no word of any real prompt is lost or invented."""
     rows = [json.loads(line) for line in (DATA / "muldimif" / "dev.jsonl").read_text().splitlines()]
     recall, precision, exact = score(rows, found_by_rules)
-    assert recall >= 0.85 and precision >= 0.82 and exact >= 0.62
+    assert recall >= 0.86 and precision >= 0.83 and exact >= 0.63
     prompts = [
         json.loads(line)["prompt"] for line in (DATA / "real_prompts" / "prompts.jsonl").read_text().splitlines()
     ]

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request
 from trl_miso.cli.parser import CommandParser, count_from, output_file
+from trl_miso.data.mapping import of_this_code
 from trl_miso.decompose.answers import with_verdicts
 from trl_miso.decompose.asking import RESPONSE_FORMAT, ask_for_quotes, kept_quotes, question
 from trl_miso.decompose.rows import decompose_row, decomposed_features, with_quotes
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
         # A local model's greedy answer would be the same again.
         attempts = ATTEMPTS if request.backend == "openai" else 1
         quotes, reasons = ask_for_quotes(texts, request.model, _ask_all(request), options.answers, attempts)
-        split = split.map(partial(_asked, quotes=quotes, ask=options.ask), desc="Splitting at quotations")
+        split = split.map(of_this_code(partial(_asked, quotes=quotes, ask=options.ask)), desc="Splitting at quotations")
     split, unchecked = _check_answers(split)
     if options.preview:
         for number in range(min(options.num_rows, len(split))):
@@ -170,7 +171,7 @@ def _check_answers(split: Dataset) -> tuple[Dataset, list[str]]:
         score = load_scorer()
     except (ImportError, ValueError) as error:
         return split, [f"The answers were not checked (answer_follows is null). {error}"]
-    checked = split.map(partial(with_verdicts, score=score), desc="Checking answers")
+    checked = split.map(partial(with_verdicts, score=score), desc="Checking answers", load_from_cache_file=False)
     return checked, []
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,32 @@ def naming(index: int) -> Iterator[None]:
         raise ValueError(f"Row {index}: {error}") from error
 
 
+@dataclass(frozen=True)
+class _OfThisCode:
+    """A function with the code it runs in: `datasets` keeps results by what is pickled, and modules are pickled by name alone."""
+
+    function: Callable
+    code: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def of_this_code(function: Callable) -> Callable:
+    """The function for `Dataset.map`, so that results cached by another version of this package are made anew."""
+    return _OfThisCode(function, package_digest())
+
+
+@cache
+def package_digest() -> str:
+    """Digest of this package's source."""
+    folder = Path(__file__).parents[1]
+    digest = sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
 def same_columns(dataset: IterableDataset) -> IterableDataset:
     """A stream whose rows all have the columns of the first row, null where absent: later maps remove columns by name."""
     if dataset.column_names is not None or not (names := get_dataset_column_names(dataset)):
@@ -58,6 +87,7 @@ def map_batches(dataset: AnyDataset, function: Callable, num_proc: int | None, d
     """`Dataset.map(batched=True)`, or the same of a stream. Raises ValueError for rows whose types differ."""
     if isinstance(dataset, IterableDataset):
         return dataset.map(function, batched=True, **options)
+    function = of_this_code(function)
     try:
         # One process per node fills the cache that the other ranks of the node then read.
         with PartialState().local_main_process_first():

@@ -79,6 +79,23 @@ _ASKS = re.compile(
     r"\b(?:at least|at most|no more than|maximum|minimum|exactly|not exceed|json|markdown|capital\w*|keywords?)\b",
     re.IGNORECASE | re.DOTALL,
 )
+# The beginning of a sentence whose main clause is the request.
+_INTRODUCTION = re.compile(
+    r"^\W*(?:given|using|for|to|in|from|with|based on|considering|after|when|if|as)\b", re.IGNORECASE
+)
+# A second thing asked for, or what is said of the thing asked for; without a limit no restriction of the answer's form.
+_SECOND_REQUEST = re.compile(
+    r"^(?:(?:provide|write|give|use it|use the|name|list|create|return|output|is|are|ends?|starts?|begins?|has|have)\b|the \w+ (?:\w+ )?(?:is|are)\b)"
+    r"(?!.*\b(?:at least|at most|no more than|maximum|minimum|exactly|not exceed))",
+    re.IGNORECASE | re.DOTALL,
+)
+# What an instruction hands over: quoted text, what a label announces, somebody's words.
+_MATERIAL = re.compile(r"""^\W*(?:["\u201c].{25,}["\u201d]\W*\Z|(?:I|[Ww]e|[Hh]e|[Ss]he|[Tt]hey) )""", re.DOTALL)
+# A label in front of it, which makes material of the rest of the line.
+_LABEL = re.compile(
+    r"^\W*(?!(?:rule|requirement|constraint|condition|guideline|note|format|important|please)s?\b)[A-Z][\w-]*(?: \w+)?:\s",
+    re.IGNORECASE,
+)
 # Sentences about the requirements, which add none.
 _ABOUT_REQUIREMENTS = re.compile(
     r"^(?:these|this|that|such|all of these|adhering)\b[^,.]{0,40}\b(?:requirements?|constraints?|limitations?|elements?|restrictions?|guidelines?|structured format|"
@@ -167,6 +184,7 @@ def _list_items(text: str, begin: int, end: int) -> list[tuple[int, int, tuple[i
         stating = [
             m for m in group if _REQUIRES.search(m["text"]) or _IMPERATIVE.search(m["text"]) and _FORM.search(m["text"])
         ]
+        stating = [m for m in stating if not _MATERIAL.match(m["text"])]
         short = all(len(sentences(text, *m.span("text"))) <= 2 for m in group)  # others are tasks of their own
         if short and (introduced or len(stating) > len(group) / 2):
             items += [(m.start(), m.end(), m.span("text")) for m in group]
@@ -176,9 +194,14 @@ def _list_items(text: str, begin: int, end: int) -> list[tuple[int, int, tuple[i
 def _clauses(text: str, begin: int, end: int, has_request: bool) -> list[Found]:
     """Clauses of the text between two positions that state a requirement on the answer's form."""
     found = []
+    labelled, before = False, begin
     for number, (start, stop) in enumerate(sentences(text, begin, end)):
         sentence = text[start:stop]
-        if sentence.rstrip().endswith("?") and not (has_request and number == 0):
+        new_line = "\n" in text[before:start]
+        labelled, before = new_line and bool(_LABEL.match(sentence)) or labelled and not new_line, stop
+        if labelled:
+            continue
+        if sentence.rstrip().endswith("?") and not (has_request and number == 0) or _MATERIAL.match(sentence):
             continue
         checked = [(a, b) for a, b, _ in find_checkers(text, start, stop)]
         if not (checked or _FORM.search(sentence)) or _ABOUT_REQUIREMENTS.search(_stripped(sentence)):
@@ -189,7 +212,9 @@ def _clauses(text: str, begin: int, end: int, has_request: bool) -> list[Found]:
         stating = [i for i, (a, b) in enumerate(pieces) if i in with_checker or _states(text[a:b], i > 0)]
         if is_request:
             # The first clause of the first sentence asks for something, in words that may be those of a style.
-            stating = [i for i in stating if i > 0 and (i in with_checker or _is_definite(text[slice(*pieces[i])]))]
+            head = text[slice(*pieces[0])].rstrip(" ,")
+            first = 2 if _INTRODUCTION.match(head) and "," not in head else 1
+            stating = [i for i in stating if i >= first and _adds(text[slice(*pieces[i])], i in with_checker)]
         elif not checked and not _demands(_stripped(sentence)) and not _REQUIRES.search(sentence):
             continue
         found += [_found(text, *pieces[i], "clause") for i in stating]
@@ -202,8 +227,10 @@ def _states(clause: str, follows: bool) -> bool:
     return bool(_FORM.search(bare)) and (follows or _demands(bare))
 
 
-def _is_definite(clause: str) -> bool:
-    return any(match[0].lower() not in _VAGUE for match in _FORM.finditer(clause))
+def _adds(clause: str, has_checker: bool) -> bool:
+    """Whether a clause behind a request restricts it, rather than asks for a second thing."""
+    definite = any(match[0].lower() not in _VAGUE for match in _FORM.finditer(clause))
+    return has_checker or definite and not _SECOND_REQUEST.match(_stripped(clause))
 
 
 def _demands(clause: str) -> bool:
@@ -246,7 +273,7 @@ def sentences(text: str, begin: int, end: int) -> list[tuple[int, int]]:
     sentences, start = [], begin
     for gap in _SENTENCE.finditer(text, begin, end):
         before = text[start : gap.start()]
-        if _ABBREVIATION.search(before) or re.fullmatch(r"\s*\d{1,2}\.", before):
+        if "\n" not in gap[0] and _ABBREVIATION.search(before) or re.fullmatch(r"\s*\d{1,2}\.", before):
             continue
         if any(a < gap.start() and gap.end() < b for a, b in together):
             continue
