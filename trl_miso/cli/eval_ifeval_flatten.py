@@ -5,7 +5,7 @@ import json
 from rich.console import Console
 
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request, responses_file, scored_name
-from trl_miso.cli.eval_ifeval import add_file_arguments, score_responses
+from trl_miso.cli.eval_instructions import add_file_arguments, score_responses
 from trl_miso.cli.parser import CommandParser, output_file
 from trl_miso.evaluation.flatten import NOTE, flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import load_prompts, load_scorer, questions_of

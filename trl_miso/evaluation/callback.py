@@ -15,8 +15,9 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from trl_miso.data.schema import template_kwargs
+from trl_miso.evaluation import ifbench, ifeval
 from trl_miso.evaluation.backends import check_length
-from trl_miso.evaluation.ifeval import Counts, Verdict, load_scorer
+from trl_miso.evaluation.ifeval import Counts, Scorer, Verdict
 from trl_miso.evaluation.in_training import preserve_rng, respond_in_training
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ else:
 HeldOutRow = dict[str, Any]
 Score = Callable[[HeldOutRow, str], Mapping[str, bool] | Sequence[bool]]
 
-_ACCURACIES = {
-    "ifeval": ("prompt_strict", "inst_strict", "prompt_loose", "inst_loose", "average"),
-    "constraints": ("prompt", "inst"),
-}
+_STRICT_AND_LOOSE = ("prompt_strict", "inst_strict", "prompt_loose", "inst_loose", "average")
+_ACCURACIES = {"ifeval": _STRICT_AND_LOOSE, "ifbench": _STRICT_AND_LOOSE, "constraints": ("prompt", "inst")}
 _TRIAL_RESPONSES = ("", "Yes.")  # every row is scored with these before training, to find errors of rows and scorers
 
 logger = get_logger(__name__)
@@ -41,7 +40,7 @@ class Scores:
     """Scores of the held-out prompts after `step` steps of training.
 
     Attributes:
-        benchmark: "ifeval", or "constraints" for a scorer of the user's (whose strict and loose verdicts are equal).
+        benchmark: "ifeval", "ifbench", or "constraints" for a scorer of the user's (whose strict and loose verdicts are equal).
         unscored: Rows, from 1, on which the scorer failed. They count as following no constraint.
         seconds: Duration of responses and verdicts.
     """
@@ -85,39 +84,42 @@ class MISOEvalCallback(TrainerCallback):
     | `eval_ifeval_unscored` | number of prompts on which the scorer failed |
     | `eval_ifeval_runtime` | seconds for responses and verdicts, included in `eval_runtime` |
 
-    With a scorer of your own: `eval_constraints_prompt`, `eval_constraints_inst`, `..._unscored` and `..._runtime`.
+    With `benchmark="ifbench"` the names begin with `eval_ifbench_`; callbacks of different benchmarks can be added to one trainer. With a
+    scorer of your own: `eval_constraints_prompt`, `eval_constraints_inst`, `..._unscored` and `..._runtime`.
 
-    The scores of an evaluation equal those of `trl-miso eval ifeval --model CHECKPOINT` on the same rows, up to rounding where training
+    The scores of an evaluation equal those of `trl-miso eval BENCHMARK --model CHECKPOINT` on the same rows, up to rounding where training
     has another precision than the checkpoint. The callback does not change the trained weights by a bit. Its cost is that of generation:
     ceil(prompts / batch_size / processes) batches of up to `max_new_tokens` forwards each, and the memory of a cache for `batch_size`
     rows. Under FSDP2 and DeepSpeed ZeRO-3 every forward gathers the weights.
 
     Args:
         trainer ([`MISOSFTTrainer`]): The trainer that the callback is added to.
-        prompts: Rows with `prompt` (text of a user turn, or messages) and, for IFEval's checkers, `instruction_id_list` and `kwargs`
-            (`trl_miso.evaluation.ifeval.load_prompts` reads IFEval's own prompts). The columns `tools` and `chat_template_kwargs` go
-            to the chat template.
+        prompts: Rows with `prompt` (text of a user turn, or messages) and, for a benchmark's checkers, `instruction_id_list` and `kwargs`
+            (`load_prompts` of `trl_miso.evaluation.ifeval` and of `trl_miso.evaluation.ifbench` read the benchmarks' own prompts). The
+            columns `tools` and `chat_template_kwargs` go to the chat template.
         score: A function of a row and a response. It returns a list or dict of bools, one per constraint of the row: whether the
-            response follows it. Default: lm-eval's checkers of IFEval. Every process calls it for its share of the rows.
+            response follows it. Default: the checkers of `benchmark`. Every process calls it for its share of the rows.
         num_prompts: Number of rows to use, from the first (default: all).
         max_new_tokens: Limit per response, in tokens.
         batch_size: Prompts per batch and process.
         dataset_name: Origin of the prompts, for the model card. The name of a data set on the Hub becomes metadata of the card too.
+        benchmark: Whose checkers score the responses without `score`: "ifeval" (lm-eval's, the default) or "ifbench" (those of the package
+            ifbench).
 
     Attributes:
         scores ([`Scores`], *optional*): The latest scores; after training, those of the final weights.
         responses (list of str): The latest responses, one per row.
 
     Raises:
-        ImportError: Without `score`, if lm-eval is not installed.
+        ImportError: Without `score`, if lm-eval, or for IFBench the package ifbench, is not installed.
         ValueError: If a row has no usable prompt, or cannot be scored (every row is scored with trial responses); if the tokenizer has no
-            chat template; without `score`, if NLTK's data is missing. When training begins, if `metric_for_best_model` looks like a
-            score but is not one of the metrics above.
+            chat template; without `score`, if NLTK's data is missing; if `benchmark` is unknown, or given beside `score`. When training
+            begins, if `metric_for_best_model` looks like a score but is not one of the metrics above.
         RuntimeError: If the model cannot generate. The longest prompt is tried when training begins. During training a checkpoint is
             saved first.
 
     A scorer that raises during training does not end the training: the row counts as following no constraint, an error with the row's
-    number is logged, and `eval_ifeval_unscored` counts the row.
+    number is logged, and `..._unscored` counts the row.
     """
 
     def __init__(
@@ -129,18 +131,19 @@ class MISOEvalCallback(TrainerCallback):
         max_new_tokens: int = 1280,
         batch_size: int = 8,
         dataset_name: str | None = None,
+        benchmark: str | None = None,
     ):
         _check_trainer(trainer)
         _check_at_least_1(
             num_prompts=1 if num_prompts is None else num_prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        self.benchmark = "ifeval" if score is None else "constraints"
+        self.benchmark = _benchmark_of(benchmark, score)
         self.scores: Scores | None = None
         self.responses: list[str] = []
         self._trainer, self._dataset_name = trainer, dataset_name
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
-        self._score = load_scorer() if score is None else partial(_verdict_of, score)
         self._rows = _held_out_rows(prompts, num_prompts)
+        self._score = _load_scorer(self.benchmark, self._rows) if score is None else partial(_verdict_of, score)
         self._prompt_ids = [_prompt_ids(trainer, row, number) for number, row in enumerate(self._rows, start=1)]
         check_length(trainer.model.config, max(len(ids) for ids in self._prompt_ids), max_new_tokens)
         with preserve_rng():
@@ -328,6 +331,25 @@ def _check_trainer(trainer: Any) -> None:
             "Got a tokenizer without a chat template, expected one: a held-out prompt is a user turn. Fix: set chat_template_path, or "
             "leave MISOEvalCallback out."
         )
+
+
+def _benchmark_of(benchmark: str | None, score: Score | None) -> str:
+    """Return the name of the metrics."""
+    if score is not None:
+        if benchmark is not None:
+            raise ValueError(
+                f"Got benchmark={benchmark!r} beside a scorer, expected one of both. Fix: leave one out; own scores are named 'constraints'."
+            )
+        return "constraints"
+    if benchmark not in (None, "ifeval", "ifbench"):
+        raise ValueError(
+            f"Got benchmark={benchmark!r}, expected 'ifeval' or 'ifbench'. Fix: give one of these, or a scorer."
+        )
+    return benchmark or "ifeval"
+
+
+def _load_scorer(benchmark: str, rows: Sequence[HeldOutRow]) -> Scorer:
+    return ifbench.load_scorer(rows) if benchmark == "ifbench" else ifeval.load_scorer()
 
 
 def _check_at_least_1(**counts: int) -> None:

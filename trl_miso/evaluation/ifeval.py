@@ -6,22 +6,22 @@ verdicts on these two prompts mean nothing.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 from datasets import load_dataset
 
 from trl_miso.evaluation.jsonl import read_jsonl
+from trl_miso.evaluation.nltk_data import require_nltk_data
 from trl_miso.evaluation.responses import Questions
 
 DATASET = "google/IFEval"
 RANDOM_KEYS = (1122, 1129)
-_COLUMNS = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
+COLUMNS = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
 
 IFEvalPrompt = dict[str, Any]
 Scorer = Callable[[IFEvalPrompt, str], "Verdict"]
@@ -75,7 +75,7 @@ def load_prompts(file: str | Path | None) -> list[IFEvalPrompt]:
         ValueError: If the Hub cannot be reached, there are no rows, or a row does not have IFEval's columns.
     """
     if file is not None:
-        prompts = read_jsonl(file, _COLUMNS)
+        prompts = read_jsonl(file, COLUMNS)
     else:
         try:
             prompts = list(load_dataset(DATASET, split="train"))
@@ -84,18 +84,26 @@ def load_prompts(file: str | Path | None) -> list[IFEvalPrompt]:
                 f"Got no data set {DATASET} from the Hub: {error}. Expected the Hub or its cache. Fix: try again with a connection, or give "
                 "--data with IFEval's input_data.jsonl."
             ) from error
+    check_prompts(prompts, file or DATASET, "IFEval's own input_data.jsonl")
+    return prompts
+
+
+def check_prompts(prompts: Sequence[IFEvalPrompt], source: str | Path, original: str) -> None:
+    """Raise ValueError if there are no prompts, or one of them has not one dict of `kwargs` per instruction.
+
+    Args:
+        source: Where the prompts come from, for the message.
+        original: The benchmark's own file, for the message.
+    """
     if not prompts:
-        raise ValueError(
-            f"Got no prompts in {file or DATASET}, expected IFEval's prompts. Fix: take its input_data.jsonl in full."
-        )
+        raise ValueError(f"Got no prompts in {source}, expected the benchmark's prompts. Fix: take {original} in full.")
     for number, prompt in enumerate(prompts, start=1):
         names, options = prompt["instruction_id_list"], prompt["kwargs"]
         if not names or len(names) != len(options):
             raise ValueError(
                 f"Got row {number} of the data (key {prompt['key']}) with {len(names)} instructions and {len(options)} kwargs, "
-                "expected equal numbers of both, at least one. Fix: take IFEval's own input_data.jsonl."
+                f"expected equal numbers of both, at least one. Fix: take {original}."
             )
-    return prompts
 
 
 def questions_of(prompts: Sequence[IFEvalPrompt]) -> Questions:
@@ -103,7 +111,7 @@ def questions_of(prompts: Sequence[IFEvalPrompt]) -> Questions:
     return Questions([prompt["prompt"] for prompt in prompts], [prompt["key"] for prompt in prompts])
 
 
-def without(prompts: Sequence[IFEvalPrompt], keys: Iterable[int]) -> list[int]:
+def without(prompts: Sequence[IFEvalPrompt], keys: Iterable[int | str]) -> list[int]:
     """Return the numbers, from 0, of the prompts whose keys are not among `keys`.
 
     Raises:
@@ -129,21 +137,13 @@ def load_checkers() -> tuple[dict[str, Any], Callable[[IFEvalPrompt, list[str]],
         ValueError: If NLTK's punkt_tab, by which two kinds of instruction count sentences, is missing or unreadable.
     """
     try:
-        langdetect, _, nltk = map(import_module, ("langdetect", "lm_eval", "nltk"))
+        langdetect, _, _ = map(import_module, ("langdetect", "lm_eval", "nltk"))
     except ImportError as error:
         raise ImportError(
             f"Got no package {error.name!r}, expected lm-eval with the packages that IFEval needs. Fix: pip install 'trl-miso[eval]'."
         ) from error
-    try:
-        # Before lm-eval's checkers are imported: their import would try to download punkt_tab.
-        nltk.data.find("tokenizers/punkt_tab/english/")
-    except (LookupError, OSError, BadZipFile) as error:
-        state = "no" if isinstance(error, LookupError) else f"unreadable ({error})"
-        raise ValueError(
-            f"Got {state} NLTK data 'punkt_tab' in {nltk.data.path}, expected punkt_tab there, by which sentences are counted. Fix: run "
-            "`python -m nltk.downloader punkt_tab`. For a machine without network: run it with `-d FOLDER` on another machine, copy that "
-            "folder, and set the environment variable NLTK_DATA to the copy."
-        ) from error
+    # Before lm-eval's checkers are imported: their import would try to download punkt_tab.
+    require_nltk_data({"punkt_tab": "by which sentences are counted"})
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     from lm_eval.tasks.ifeval.utils import process_results
 
@@ -151,14 +151,25 @@ def load_checkers() -> tuple[dict[str, Any], Callable[[IFEvalPrompt, list[str]],
     return INSTRUCTION_DICT, process_results
 
 
-def check_known(prompt: IFEvalPrompt, checkers: dict[str, Any]) -> None:
-    """Raise ValueError if lm-eval has no checker for one of the prompt's instructions."""
+def check_known(prompt: IFEvalPrompt, checkers: dict[str, Any], package: str = "lm-eval") -> None:
+    """Raise ValueError if the package has no checker for one of the prompt's instructions."""
     unknown = sorted(set(prompt["instruction_id_list"]) - checkers.keys())
     if unknown:
         raise ValueError(
-            f"Got instructions {unknown} (key {prompt['key']}), which lm-eval {version('lm_eval')} does not know. Expected "
-            "IFEval's instructions. Fix: take its input_data.jsonl."
+            f"Got instructions {unknown} (key {prompt['key']}), which the installed {package} does not know. Expected instructions of "
+            f"the benchmark. Fix: take the benchmark's own data, or update {package}."
         )
+
+
+@contextmanager
+def seeded(prompt: IFEvalPrompt) -> Iterator[None]:
+    """Seed Python's random state by the prompt's key, and restore it."""
+    state = random.getstate()
+    random.seed(prompt["key"])
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def load_scorer() -> Scorer:
@@ -171,12 +182,8 @@ def load_scorer() -> Scorer:
 
     def score(prompt: IFEvalPrompt, response: str) -> Verdict:
         check_known(prompt, checkers)
-        state = random.getstate()
-        random.seed(prompt["key"])
-        try:
+        with seeded(prompt):
             accuracies = process_results(prompt, [response])
-        finally:
-            random.setstate(state)
         return Verdict(tuple(accuracies["inst_level_strict_acc"]), tuple(accuracies["inst_level_loose_acc"]))
 
     return score

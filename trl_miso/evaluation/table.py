@@ -1,6 +1,6 @@
-"""Score tables of IFEval and IFEval-Flatten, above the paper's rows."""
+"""Score tables of IFEval and IFEval-Flatten, above the paper's rows, and of IFBench."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from rich.box import SIMPLE
@@ -43,6 +43,8 @@ _FLATTEN_CITED = (
     "Below the first line: the paper's rows, Table 1 of arXiv 2505.11922, on its authors' prompts; fine-tuned on Crab."
 )
 
+_IFBENCH_CITED = "IFBench's paper (arXiv 2507.02833) generally reports [L]P, the prompt-level loose accuracy."
+
 
 def ifeval_table(name: str, percentages: Sequence[float], note: str) -> Table:
     """Lay out one row of `percentages` (in the order of `COLUMNS`) above the paper's rows; `note` describes that row."""
@@ -54,21 +56,28 @@ def flatten_table(name: str, percentages: Sequence[float], note: str) -> Table:
     return _table("IFEval-Flatten (%)", FLATTEN_COLUMNS, name, percentages, FLATTEN_PAPER, f"{note} {_FLATTEN_CITED}")
 
 
+def ifbench_table(name: str, percentages: Sequence[float], note: str) -> Table:
+    """Lay out one row of `percentages` (in the order of `COLUMNS`). The paper of MISO has no rows of IFBench."""
+    return _table("IFBench (%)", COLUMNS, name, percentages, (), f"{note} {_IFBENCH_CITED}")
+
+
 def _table(
     title: str,
     columns: Sequence[str],
     name: str,
     percentages: Sequence[float],
-    paper: Iterable[tuple[str, str, Sequence[float], float]],
+    paper: Sequence[tuple[str, str, Sequence[float], float]],
     caption: str,
 ) -> Table:
     # Text, since rich reads "[S]" in a string as a style.
     table = Table(title=title, box=SIMPLE, caption=Text(caption))
     table.add_column("model")
-    table.add_column("base model")
+    if paper:
+        table.add_column("base model")
     for column in (*columns, "Avg."):
         table.add_column(Text(column), justify="right", no_wrap=True)
-    table.add_row(Text(name), "", *_cells((*percentages, fmean(percentages))), style="bold", end_section=True)
+    names = [Text(name), Text("")] if paper else [Text(name)]
+    table.add_row(*names, *_cells((*percentages, fmean(percentages))), style="bold", end_section=True)
     for method, base, accuracies, average in paper:
         table.add_row(method, base, *_cells((*accuracies, average)))
     return table

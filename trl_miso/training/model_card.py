@@ -44,6 +44,8 @@ _WEIGHTINGS = {
     "vanilla": "vanilla (one softmax over all contexts)",
 }
 
+_JUDGES = {"ifeval": "lm-eval's checkers of IFEval", "ifbench": "IFBench's checkers"}
+
 
 def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | None, metadata: dict[str, Any]) -> None:
     """Replace TRL's card in `output_dir` by MISO's, with TRL's tags and with links to what is on the Hub.
@@ -103,7 +105,7 @@ def _named(identifier: str | None, kind: str) -> tuple[str | None, str]:
 def _accuracies(scores: Scores) -> list[tuple[str, str, int, int]]:
     """(level, reading, number followed, total) for each accuracy. A user's own scorer has no strict and loose reading."""
     counts = scores.counts
-    strict, loose = ("strict", "loose") if scores.benchmark == "ifeval" else ("", None)
+    strict, loose = ("strict", "loose") if scores.benchmark in _JUDGES else ("", None)
     accuracies = [
         ("prompt", strict, counts.strict_prompt, counts.prompts),
         ("instruction", strict, counts.strict_instruction, counts.instructions),
@@ -122,7 +124,7 @@ def _scores(scores: Scores) -> dict[str, Any]:
     prompts = f"{scores.counts.prompts:,} held-out prompts"
     if scores.dataset_name:
         prompts += f" of {_named(scores.dataset_name, 'datasets/')[1]}"
-    judge = "lm-eval's checkers of IFEval" if scores.benchmark == "ifeval" else "the trainer's own scorer"
+    judge = _JUDGES.get(scores.benchmark, "the trainer's own scorer")
     return {
         "about": f"{prompts}, after step {scores.step:,}, judged by {judge}",
         "rows": rows,
