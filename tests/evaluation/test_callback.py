@@ -175,15 +175,8 @@ def test_scores_are_metrics_of_the_evaluation(make):
     assert trainer.evaluate(metric_key_prefix="test").keys() >= {"test_loss", "test_constraints_prompt"}
 
 
-def test_ifeval_is_scored_by_lm_eval(make, tmp_path, monkeypatch):
+def test_ifeval_is_scored_by_lm_eval(make, punkt, monkeypatch):
     """Verdicts of the published checkers, counted as by `trl-miso eval ifeval`; rows need no key."""
-    pytest.importorskip("lm_eval", reason="needs pip install 'trl-miso[eval]'")
-    nltk = pytest.importorskip("nltk")
-    english = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
-    english.mkdir(parents=True)  # an untrained Punkt tokenizer
-    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
-        (english / name).touch()
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
     comma, quoted = "punctuation:no_comma", "startend:quotation"
     rows = [
         {"prompt": "a", "instruction_id_list": [comma, quoted], "kwargs": [{}, {}]},
@@ -202,6 +195,24 @@ def test_ifeval_is_scored_by_lm_eval(make, tmp_path, monkeypatch):
     assert [100 * metrics[f"eval_ifeval_{name}"] for name in names] == pytest.approx(counts.percentages())
     assert 100 * metrics["eval_ifeval_average"] == pytest.approx(np.mean(counts.percentages()))
     assert metrics.keys() >= {"eval_ifeval_runtime", "eval_ifeval_unscored"}
+
+
+def test_rows_of_para_are_asked_with_their_full_prompt(make, punkt, monkeypatch):
+    """Also rows of `trl-miso decompose`: a null instruction is not scored, and kwargs may be JSON."""
+    full, base = [[{"role": "user", "content": text}] for text in ("One two. Use no commas, kindly.", "One two.")]
+    row = {
+        "prompt": base,
+        "full_prompt": full,
+        "instruction_id_list": [None, "punctuation:no_comma"],
+        "kwargs": "[{}, {}]",
+    }
+    monkeypatch.setattr(in_training, "_generate", lambda *_: ["one, two"])
+    trainer, callback = make(None, prompts=[row])
+    render = trainer.processing_class.apply_chat_template
+    assert callback._prompt_ids == [render(full, add_generation_prompt=True, return_dict=True)["input_ids"]]
+    assert trainer.evaluate()["eval_ifeval_inst_strict"] == 0 and callback.scores.counts.instructions == 1
+    with pytest.raises(ValueError, match=r"Got \[0\] verdicts .*row 1"):
+        make(None, prompts=[row | {"instruction_id_list": [None, None]}])
 
 
 def test_several_sets_are_one_evaluation(make):

@@ -67,19 +67,6 @@ def files(tmp_path):
     return write(tmp_path / "data.jsonl", PROMPTS), write(tmp_path / "responses.jsonl", rows)
 
 
-@pytest.fixture
-def punkt(tmp_path, monkeypatch):
-    """An untrained Punkt tokenizer in place of NLTK's: enough for sentences without abbreviations."""
-    pytest.importorskip("lm_eval", reason="needs pip install 'trl-miso[eval]'")
-    nltk = pytest.importorskip("nltk")
-    english = tmp_path / "nltk_data/tokenizers/punkt_tab/english"
-    english.mkdir(parents=True)
-    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
-        (english / name).touch()
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
-    return tmp_path / "nltk_data"
-
-
 # The scorer
 
 

@@ -9,7 +9,6 @@ from importlib.resources import files
 import pytest
 
 import trl_miso.evaluation.tasks
-from tests.evaluation import test_evaluation
 from tests.evaluation.test_evaluation import COMMA, GPT4, REAL, prompt, three, write
 from tests.support.chat_server import chat_server
 from trl_miso.cli.eval import main
@@ -17,8 +16,6 @@ from trl_miso.evaluation.flatten import flatten_rows, load_bases
 from trl_miso.evaluation.ifeval import load_prompts, load_scorer
 from trl_miso.evaluation.table import FLATTEN_PAPER
 from trl_miso.sources.synthetic import build_model
-
-punkt = test_evaluation.punkt
 
 REPEAT = "combination:repeat_prompt"
 PROMPTS = [

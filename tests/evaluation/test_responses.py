@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.evaluation import test_evaluation, test_flatten
+from tests.evaluation import test_flatten
 from tests.evaluation.test_complexbench import question, row
 from tests.evaluation.test_evaluation import PROMPTS, RESPONSES, prompt, write
 from trl_miso.cli.eval import main
@@ -14,8 +14,6 @@ from trl_miso.evaluation.complexbench.instances import load_answers, load_instan
 from trl_miso.evaluation.complexbench.judge import judge_tasks, read_verdicts
 from trl_miso.evaluation.flatten import flatten_rows, load_bases
 from trl_miso.evaluation.responses import Questions, load_responses, note_of
-
-punkt = test_evaluation.punkt
 
 TEXTS = [f"Question {number}: {word}?" for number, word in enumerate(("sea", "sky", "ship", "salt", "sand", "wind"))]
 KEYS = [10, 11, 12, 13, 14, 15]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.evaluation import test_evaluation
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer, miso_generate
 from trl_miso.cli.readout import main
@@ -19,7 +18,6 @@ from trl_miso.report.constraint_checks import ifeval_check, synthetic_check
 from trl_miso.segments.packed import WEIGHTINGS
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 
-punkt = test_evaluation.punkt
 CHECKED = {"instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"], "kwargs": "[{}, {}]"}
 
 

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.data.test_tokenization import TEMPLATES, make_tokenizer
-from tests.evaluation import test_evaluation
 from tests.support.models import tiny_model
 from trl_miso.attention import transformers_attention
 from trl_miso.data.options import DataOptions
@@ -21,7 +20,6 @@ from trl_miso.report.measure import Mixture, generate_answer
 from trl_miso.report.prompt_parts import read_prompt
 from trl_miso.report.relation import paired_difference, relation
 
-punkt = test_evaluation.punkt
 CONSTRAINTS = ["Use commas.", "Do not Use commas. Ever.", "Ends 😀 here", "\u05e9\u05dc\u05d5\u05dd"]
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "user"}
 SHOT = [USER, {"role": "assistant", "content": "assistant"}]
@@ -359,6 +357,8 @@ def test_only_rows_with_a_check_have_verdicts(sampler, punkt):
     assert sampler()(chat_row(constraints, **columns), 0).answered([1], "it is so").followed(check) == [True, True]
     assert sampler()(chat_row([*constraints, "Be kind."], **columns), 0).followed(check) == [None] * 3
     assert sampler()(chat_row(constraints), 0).followed(check) == [None] * 2
+    partly = columns | {"instruction_id_list": ["punctuation:no_comma", None]}
+    assert sampler()(chat_row(constraints, **partly), 0).answered([1], "It is so.").followed(check) == [True, None]
     with pytest.raises(ValueError, match="1 verdicts on 2 constraints"):
         sampler()(chat_row(constraints), 0).followed(lambda row, answer: [True])
 

@@ -1,9 +1,8 @@
 """Whether the answer of a decomposed row follows its constraints, by IFEval's checkers."""
 
-import json
 from typing import Any
 
-from trl_miso.evaluation.ifeval import Scorer
+from trl_miso.evaluation.ifeval import Scorer, checkable
 
 
 def with_verdicts(row: dict[str, Any], score: Scorer) -> dict[str, Any]:
@@ -13,19 +12,11 @@ def with_verdicts(row: dict[str, Any], score: Scorer) -> dict[str, Any]:
         row: A row of `rows.decompose_row`.
         score: The scorer of `trl_miso.evaluation.ifeval.load_scorer`.
     """
-    checked = []
-    for number, (name, kwargs) in enumerate(zip(row["instruction_id_list"], json.loads(row["kwargs"]), strict=True)):
-        if name is not None:
-            checked.append((number, name, kwargs))
+    prompt, places = checkable(row)
     verdicts: list[bool | None] = [None] * len(row["constraints"])
-    if checked:
-        prompt = {
-            "key": 0,
-            "prompt": row["full_prompt"][-1]["content"],
-            "instruction_id_list": [name for _, name, _ in checked],
-            "kwargs": [kwargs for _, _, kwargs in checked],
-        }
+    if places:
+        prompt |= {"key": 0, "prompt": row["full_prompt"][-1]["content"]}
         followed = score(prompt, row["completion"][-1]["content"]).strict
-        for (number, _, _), verdict in zip(checked, followed, strict=True):
-            verdicts[number] = verdict
+        for place, verdict in zip(places, followed, strict=True):
+            verdicts[place] = verdict
     return row | {"answer_follows": verdicts}

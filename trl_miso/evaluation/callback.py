@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl_miso.data.schema import template_kwargs
 from trl_miso.evaluation import ifbench, ifeval
 from trl_miso.evaluation.backends import check_length
-from trl_miso.evaluation.ifeval import Counts, Scorer, Verdict
+from trl_miso.evaluation.ifeval import Counts, Scorer, Verdict, checkable
 from trl_miso.evaluation.in_training import preserve_rng, respond_in_training
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class MISOEvalCallback(TrainerCallback):
         trainer ([`MISOSFTTrainer`]): The trainer that the callback is added to.
         prompts: Rows with `prompt` (text of a user turn, or messages) and, for a benchmark's checkers, `instruction_id_list` and `kwargs`
             (`load_prompts` of `trl_miso.evaluation.ifeval` and of `trl_miso.evaluation.ifbench` read the benchmarks' own prompts). The
-            columns `tools` and `chat_template_kwargs` go to the chat template.
+            columns `tools` and `chat_template_kwargs` go to the chat template. Rows of para are asked with their `full_prompt`; a null
+            instruction is not scored.
         score: A function of a row and a response. It returns a list or dict of bools, one per constraint of the row: whether the
             response follows it. Default: the checkers of `benchmark`. Every process calls it for its share of the rows.
         num_prompts: Number of rows to use, from the first (default: all).
@@ -360,7 +361,7 @@ def _check_at_least_1(**counts: int) -> None:
 
 def _held_out_rows(prompts: Iterable[Mapping[str, Any]], num_prompts: int | None) -> list[HeldOutRow]:
     """Take the first rows, and number those without a key: IFEval's scorer seeds its random draws by the key."""
-    rows = [{"key": number} | dict(row) for number, row in enumerate(islice(prompts, num_prompts), start=1)]
+    rows = [{"key": number} | checkable(row)[0] for number, row in enumerate(islice(prompts, num_prompts), start=1)]
     if not rows or len(rows) < (num_prompts or 1):
         raise ValueError(
             f"Got {len(rows)} held-out prompts with num_prompts={num_prompts}, expected at least {num_prompts or 1}. Fix: give more rows, or "

@@ -5,8 +5,9 @@ a punctuation mark. The checkers replace it by a random letter. Here the key see
 verdicts on these two prompts mean nothing.
 """
 
+import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -127,6 +128,27 @@ def without(prompts: Sequence[IFEvalPrompt], keys: Iterable[int | str]) -> list[
     if not kept:
         raise ValueError("Got all keys to leave out, expected some prompts to score. Fix: correct --exclude_keys.")
     return kept
+
+
+def checkable(row: Mapping[str, Any]) -> tuple[IFEvalPrompt, list[int]]:
+    """A row in the benchmark's format, and the places, from 0, of the instructions that have a checker.
+
+    Null instructions, constraints without a checker, are left out. `kwargs` may be JSON of the list. The prompt is the row's
+    `full_prompt` where it has one: `prompt` is then the request without its constraints. A row with unequal numbers of instructions and
+    kwargs keeps them, and has no places.
+    """
+    prompt = dict(row)
+    if prompt.get("full_prompt"):
+        prompt["prompt"] = prompt["full_prompt"]
+    names, options = prompt.get("instruction_id_list"), prompt.get("kwargs")
+    if isinstance(options, str):
+        options = prompt["kwargs"] = json.loads(options)
+    if not names or not options or len(names) != len(options):
+        return prompt, []
+    places = [number for number, name in enumerate(names) if name is not None]
+    prompt["instruction_id_list"] = [names[number] for number in places]
+    prompt["kwargs"] = [options[number] for number in places]
+    return prompt, places
 
 
 def load_checkers() -> tuple[dict[str, Any], Callable[[IFEvalPrompt, list[str]], dict[str, Any]]]:
