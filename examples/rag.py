@@ -18,7 +18,7 @@ from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 from typing import Any
 
-import bm25s
+import bm25s  # pip install 'trl-miso[rag]'
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
