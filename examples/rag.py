@@ -18,7 +18,6 @@ from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 from typing import Any
 
-import bm25s  # pip install 'trl-miso[rag]'
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +26,13 @@ from trl_miso.cli.main import run
 from trl_miso.cli.parser import count_from
 from trl_miso.recipe import RecipeArguments, load_rows
 from trl_miso.segments.packed import WEIGHTINGS
+
+try:
+    import bm25s
+except ImportError as error:
+    raise SystemExit(
+        "rag.py: Got no package bm25s, expected it to retrieve. Fix: pip install 'trl-miso[rag]'."
+    ) from error
 
 SHIPPED = Path(__file__).parent / "rag"
 Messages = list[dict[str, str]]

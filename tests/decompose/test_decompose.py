@@ -56,6 +56,11 @@ CASES = {
         "Explain tides.",
         ["The answer must contain at least 3 sentences"],
     ),
+    "request that announces its constraints": (
+        'Write a sentence that meets these rules:\n- It must contain the word "tea"\n- It must be a question',
+        "Write a sentence that meets these rules:",
+        ['It must contain the word "tea"', "It must be a question"],
+    ),
     "condition behind a joint": (
         "List the moons. The answer must include a level 2 heading, and if a table is used, it must not exceed 3 rows.",
         "List the moons.",
@@ -218,7 +223,7 @@ def test_the_command_writes_rows_that_train_as_para(
     Path("rows.jsonl").write_text("".join(json.dumps(row(text)) + "\n" for text in texts))
     run("decompose", ["rows.jsonl", "out.jsonl", "--preview", "-n", "3"])
     said = capsys.readouterr().out
-    assert "11 of 13 rows were split, into 19 constraints." in said and "not split: 2 no_constraints" in said
+    assert "12 of 14 rows were split, into 21 constraints." in said and "not split: 2 no_constraints" in said
     assert "row 2: split" in said and "row 3" not in said and "Wrote out.jsonl" in said
     run("decompose", ["rows.jsonl", "out.parquet"])
     rows = load_dataset("json", data_files="out.jsonl", split="train", features=decomposed_features())

@@ -90,6 +90,20 @@ def test_parts_of_a_handwritten_prompt_are_located(tokenizer):
     assert prompted.owners.index(3) < prompted.owners.index(4) < prompted.owners.index(2)
 
 
+def test_a_base_instruction_may_be_interrupted(tokenizer):
+    """As in rows of `trl-miso decompose`: its pieces are one part, and words that join a constraint are of the rest."""
+    text = "Write a poem, in French please, about the sea. Also, be kind. Use rain.\n\nThe sea is blue."
+    prompt = [{"role": "user", "content": text}]
+    base = "Write a poem about the sea. Use rain.\n\nThe sea is blue."
+    prompted = read_prompt(tokenizer, prompt, base, ["in French please", "be kind."], None, {})
+    texts = texts_of_parts(prompted, tokenizer)
+    words = [re.findall(r"\w+", part) for part in texts]
+    assert words[2] == re.findall(r"\w+", base) and words[3:] == [["in", "French", "please"], ["be", "kind"]]
+    assert "Also" in words[1]
+    with pytest.raises(RowDropped, match="the base instruction that is not"):
+        read_prompt(tokenizer, prompt, base + " Please.", ["be kind."], None, {})
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [

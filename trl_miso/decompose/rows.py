@@ -69,12 +69,14 @@ def _split_at(text: str, found: list[Found]) -> Split:
     begin, end = last_request(text)
     kept, left_out = [text[:begin]], []
     at = begin
-    for start, stop in [*_units(text, begin, end, found), (end, end)]:
+    units = _units(text, begin, end, found)
+    for number, (start, stop) in enumerate([*units, (end, end)]):
         gap, at = text[at:start], stop
         within = [c for c in found if c.begin < stop and c.end > start]
         if not within:
             sentence = text[start:stop]
-            if is_about_requirements(sentence, _next_is_list(found, stop)):
+            # The first sentence asks for something, even if it announces the constraints too.
+            if number > 0 and is_about_requirements(sentence, _next_is_list(found, stop)):
                 left_out.append(sentence)
             else:
                 kept += [gap, sentence]

@@ -1,9 +1,11 @@
 """Assign each token of a full prompt to a part: a constraint, the base instruction, another turn, the output, or the rest.
 
 The place of a turn in the rendered prompt is not searched for: the turn is rendered once more with another text, and the place is
-where the two renderings differ. Within the last turn, the base instruction and the constraints are searched for verbatim.
+where the two renderings differ. Within the last turn, the base instruction and the constraints are searched for verbatim;
+a base instruction that constraints interrupt is searched for word by word.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +59,8 @@ def read_prompt(
     Args:
         tokenizer: A fast tokenizer with the chat template to use.
         prompt: The full prompt, as messages or text.
-        base: The base instruction, which the last turn contains verbatim; None if the whole turn is the base instruction.
+        base: The base instruction, which the last turn contains verbatim, or in pieces around the constraints; None if the whole turn is
+            the base instruction.
         constraints: Texts that the last turn contains verbatim, each in a place of its own.
         response_template: Text with which the output of plain text begins.
         kwargs: Arguments of the chat template.
@@ -72,7 +75,7 @@ def read_prompt(
             "tokenizers library. Fix: load the model's fast tokenizer."
         )
     parts = [Part("output"), Part("rest")]
-    spans: list[Span] = []  # of the parts from the third on
+    spans: list[list[Span]] = []  # of the parts from the third on
     if isinstance(prompt, str):
         text, last_turn, output = prompt, (0, len(prompt)), response_start(prompt, response_template)
     else:
@@ -81,15 +84,16 @@ def read_prompt(
         for message, (start, end) in zip(prompt, earlier, strict=False):
             kind = "system" if message["role"] in ("system", "developer") else "earlier"
             parts.append(Part(kind, text[start:end]))
-            spans.append((start, end))
-    for kind, (start, end) in _instruction_spans(text, last_turn, base, constraints):
-        parts.append(Part(kind, text[start:end]))
-        spans.append((start, end))
+            spans.append([(start, end)])
+    for kind, places in _instruction_spans(text, last_turn, base, constraints):
+        parts.append(Part(kind, " ... ".join(text[start:end] for start, end in places)))
+        spans.append(places)
 
     # The part of each character, then of each token.
     owner = np.full(len(text) + 1, _REST, dtype=np.int64)
-    for part, (start, end) in enumerate(spans, start=2):
-        owner[start:end] = part
+    for part, places in enumerate(spans, start=2):
+        for start, end in places:
+            owner[start:end] = part
     owner[output : len(text)] = _OUTPUT
     encoding = tokenizer(text, add_special_tokens=isinstance(prompt, str), return_offsets_mapping=True)
     owners = [_owner(text, owner, start, end) for start, end in encoding["offset_mapping"]]
@@ -123,7 +127,7 @@ def _render_turns(
 
 def _instruction_spans(
     text: str, turn: Span, base: str | None, constraints: Sequence[str]
-) -> Iterator[tuple[str, Span]]:
+) -> Iterator[tuple[str, list[Span]]]:
     """The kinds and spans of the base instruction and of the constraints in a turn; no two spans overlap."""
     start, end = turn
     content, is_taken = text[start:end], np.zeros(end - start, dtype=bool)
@@ -136,12 +140,10 @@ def _instruction_spans(
         return None
 
     if base is None and not constraints:
-        yield "base", turn
+        yield "base", [turn]
         return
     base = (base or "").strip()
     base_span = claim(base, [0, len(content.rstrip()) - len(base), content.find(base)]) if base else None
-    if base_span is None:
-        raise RowDropped("the base instruction that is not in the prompt verbatim")
     # Longest first, so that no constraint is found within another; last place first, since lists of constraints come last.
     spans: dict[int, Span] = {}
     for i in sorted(range(len(constraints)), key=lambda i: -len(constraints[i])):
@@ -150,9 +152,33 @@ def _instruction_spans(
         if span is None:
             raise RowDropped("a constraint that is not in the prompt verbatim")
         spans[i] = span
-    yield "base", base_span
+    base_spans = [base_span] if base_span else _pieces(content, base, is_taken, start)
+    if not base_spans:
+        raise RowDropped("the base instruction that is not in the prompt verbatim")
+    yield "base", base_spans
     for i in range(len(constraints)):
-        yield "constraint", spans[i]
+        yield "constraint", [spans[i]]
+
+
+def _pieces(content: str, base: str, is_taken: np.ndarray, start: int) -> list[Span]:
+    """The spans that hold the words of the base instruction, in its order, beside what is taken; empty if a word is missing.
+
+    Words between two of them that are not the base's (such as "also" in front of a constraint) interrupt a span.
+    """
+    spans: list[Span] = []
+    words = iter(re.finditer(r"\w+", content))
+    interrupted = True
+    for wanted in re.findall(r"\w+", base):
+        for word in words:
+            if word[0] == wanted and not is_taken[slice(*word.span())].any():
+                break
+            interrupted = True
+        else:
+            return []
+        begin = start + word.start() if interrupted else spans.pop()[0]
+        spans.append((begin, start + word.end()))
+        interrupted = False
+    return spans
 
 
 def _places(text: str, part: str) -> list[int]:
