@@ -1,10 +1,10 @@
 """Measured attention against dense attention in float64, the parts of prompts, dilution by eqs. 5 and 6, the relation to verdicts."""
 
-from dataclasses import re
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
