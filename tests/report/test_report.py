@@ -98,9 +98,8 @@ def test_a_base_instruction_may_be_interrupted(tokenizer):
     base = "Write a poem about the sea. Use rain.\n\nThe sea is blue."
     prompted = read_prompt(tokenizer, prompt, base, ["in French please", "be kind."], None, {})
     texts = texts_of_parts(prompted, tokenizer)
-    words = [re.findall(r"\w+", part) for part in texts]
-    assert words[2] == re.findall(r"\w+", base) and words[3:] == [["in", "French", "please"], ["be", "kind"]]
-    assert "Also" in words[1]
+    texts = [re.sub(r"\W", "", part) for part in texts]
+    assert texts[2:] == [re.sub(r"\W", "", base), "inFrenchplease", "bekind"] and "Also" in texts[1]
     with pytest.raises(RowDropped, match="the base instruction that is not"):
         read_prompt(tokenizer, prompt, base + " Please.", ["be kind."], None, {})
 

@@ -166,11 +166,11 @@ def _pieces(content: str, base: str, is_taken: np.ndarray, start: int) -> list[S
     Words between two of them that are not the base's (such as "also" in front of a constraint) interrupt a span.
     """
     spans: list[Span] = []
-    words = iter(re.finditer(r"\w+", content))
+    words = iter(re.finditer(r"(\w+)[^\w\s]*", content))  # with the punctuation behind it
     interrupted = True
     for wanted in re.findall(r"\w+", base):
         for word in words:
-            if word[0] == wanted and not is_taken[slice(*word.span())].any():
+            if word[1] == wanted and not is_taken[slice(*word.span())].any():
                 break
             interrupted = True
         else:
