@@ -245,6 +245,19 @@ _PATTERNS: list[tuple[str, str, Callable[[Match], dict[str, Any]]]] = [
     ("length_constraints:number_words", rf"\b{_LIMIT}[- ]words?\b(?! (?:in|with) all)(?! per)", _limit("num_words")),
     ("length_constraints:number_sentences", rf"\b{_LIMIT}[- ]sentences?\b(?! per)", _limit("num_sentences")),
 ]  # fmt: skip
+# These checkers look at the whole response: not at what a clause asks of a part of it.
+_OF_THE_WHOLE = (
+    "length_constraints:number_words",
+    "length_constraints:number_sentences",
+    "keywords:existence",
+    "change_case:english_capital",
+    "change_case:english_lowercase",
+)
+_OF_A_PART = re.compile(
+    r"\b(?:each|every|any|per|all|(?:the|a|an|your|its|one|two|three) (?:first|second|last|final|opening|closing|new)? ?(?:title|heading|header|line|item|bullet|"
+    r"point|row|column|cell|table|paragraph|section|stanza|verse|caption|tag|keyword|name|sentence|summary|introduction|conclusion))s?\b[^.!?\n]*\Z",
+    re.IGNORECASE,
+)
 _COMPILED = [(name, re.compile(pattern, re.IGNORECASE), build) for name, pattern, build in _PATTERNS]
 
 
@@ -253,7 +266,8 @@ def find_checkers(text: str, begin: int = 0, end: int | None = None) -> list[tup
     found: list[tuple[int, int, Checker]] = []
     for name, pattern, build in _COMPILED:
         for match in pattern.finditer(text, begin, len(text) if end is None else end):
-            if all(match.end() <= a or b <= match.start() for a, b, _ in found):
+            is_apart = all(match.end() <= a or b <= match.start() for a, b, _ in found)
+            if is_apart and not (name in _OF_THE_WHOLE and _OF_A_PART.search(text, begin, match.start())):
                 kwargs = build(match)
                 if all(value not in ("", []) for value in kwargs.values()):
                     found.append((*match.span(), Checker(name, kwargs)))
