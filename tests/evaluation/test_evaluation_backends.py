@@ -118,6 +118,7 @@ def test_a_killed_run_resumes(model, tmp_path):
 
 def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, tokenizer, tmp_path, monkeypatch):
     file, asked = tmp_path / "r.jsonl", []
+    longest_first = sorted(QUESTIONS, key=lambda question: len(tokenizer(question)["input_ids"]), reverse=True)
 
     def questions_of(prompts_ids):
         texts = tokenizer.batch_decode(prompts_ids)
@@ -142,10 +143,10 @@ def test_rows_are_on_disk_before_the_next_batch_and_not_asked_again(model, token
 
     monkeypatch.setattr(backends, "greedy_responses", generate_late)
     responses = ask(file, model=model, batch_size=3, max_new_tokens=4)
-    assert batches == [
-        QUESTIONS[3:]
-    ]  # the batch of an uninterrupted run; its first row is already in the file and stays
-    assert responses == [f"answer to {text}" for text in QUESTIONS[:4]] + ["late"]
+    # The batch of an uninterrupted run: its first row is already in the file and stays.
+    assert batches == [longest_first[3:]]
+    late = longest_first[4]
+    assert responses == ["late" if text == late else f"answer to {text}" for text in QUESTIONS]
     monkeypatch.setattr(backends, "_load", lambda _: pytest.fail("a model was loaded for nothing"))
     ask(file, model=model, batch_size=3, max_new_tokens=4)
 
@@ -237,11 +238,14 @@ def test_without_a_model_nothing_is_asked(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"backend": "hf"}, "--backend without --model"),
+        ({"backend": "transformers"}, "--backend without --model"),
         ({"concurrency": 2}, "--concurrency without --model"),
-        ({"model": "m", "base_url": "http://a"}, "--base_url with --backend hf.*--backend openai"),
+        ({"model": "m", "base_url": "http://a"}, "--base_url with --backend transformers.*--backend openai"),
         ({"model": "m", "backend": "vllm", "concurrency": 2}, "--concurrency with --backend vllm.*--backend openai"),
-        ({"model": "m", "backend": "openai", "batch_size": 2}, "--batch_size with --backend openai.*hf or vllm"),
+        (
+            {"model": "m", "backend": "openai", "batch_size": 2},
+            "--batch_size with --backend openai.*transformers or vllm",
+        ),
     ],
 )
 def test_options_without_effect_are_refused(given, message, tmp_path):
@@ -323,11 +327,11 @@ def test_vllm_gives_the_responses_of_transformers(model, penalized, tmp_path, mo
     monkeypatch.setitem(sys.modules, "vllm", fake := FakeVLLM())
     responses = {}
     for folder in (model, penalized):
-        for backend in ("hf", "vllm"):
+        for backend in ("transformers", "vllm"):
             file = tmp_path / f"{Path(folder).name}-{backend}.jsonl"
             responses[folder, backend] = ask(file, model=folder, backend=backend, batch_size=2, max_new_tokens=8)
-        assert responses[folder, "vllm"] == responses[folder, "hf"]
-    assert responses[model, "hf"] != responses[penalized, "hf"]
+        assert responses[folder, "vllm"] == responses[folder, "transformers"]
+    assert responses[model, "transformers"] != responses[penalized, "transformers"]
     assert fake.calls == [2, 2, 1] * 2
     whole = file.read_bytes()
     file.write_bytes(whole[: whole.index(b"\n") + 9])
@@ -467,10 +471,10 @@ def test_commits_on_the_hub_have_different_fingerprints(tmp_path, monkeypatch):
     monkeypatch.setattr(
         model_fingerprint, "cached_file", lambda *_, **__: f"hub/models--a--b/snapshots/{next(commits)}/config.json"
     )
-    first, again, later = (model_fingerprint.model_fingerprint("a/b", "hf", None) for _ in range(3))
+    first, again, later = (model_fingerprint.model_fingerprint("a/b", "transformers", None) for _ in range(3))
     assert first == again == "commit " + "a" * 40 != later
     monkeypatch.undo()
-    assert model_fingerprint.model_fingerprint("nobody/nothing", "hf", None) is None
+    assert model_fingerprint.model_fingerprint("nobody/nothing", "transformers", None) is None
 
 
 def test_a_missing_folder_leaves_no_file_behind(tmp_path):
@@ -478,7 +482,7 @@ def test_a_missing_folder_leaves_no_file_behind(tmp_path):
         with pytest.raises(ValueError, match=f"Got '{folder}', which does not exist.*Fix: "):
             ask(tmp_path / "r.jsonl", model=folder)
         with pytest.raises(ValueError, match=f"Got no folder {folder}, expected .*Fix: "):
-            model_fingerprint.model_fingerprint(folder, "hf", None)
+            model_fingerprint.model_fingerprint(folder, "transformers", None)
     with pytest.raises(OSError):
         ask(tmp_path / "r.jsonl", model="nobody/nothing")
     assert not list(tmp_path.iterdir())

@@ -122,6 +122,7 @@ NAMES = {
     # accelerate.
     "accelerate.state.GradientState.end_of_dataloader": ("", "the bins that fill a last batch up"),
     "accelerate.state.GradientState.remainder": ("", "the bins that fill a last batch up"),
+    "accelerate.utils.memory.should_reduce_batch_size": ("exception", "tells errors of too little memory from others"),
 }
 
 # Attribute of a constructed SFTTrainer -> what for.

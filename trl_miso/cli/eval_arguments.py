@@ -18,7 +18,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend",
         choices=list(BACKENDS),
-        help="hf (transformers, the default), vllm (which you install), or openai (any OpenAI-compatible server; key in OPENAI_API_KEY)",
+        help="transformers (the default), vllm (which you install), or openai (any OpenAI-compatible server; key in OPENAI_API_KEY)",
     )
     group.add_argument(
         "--max_new_tokens",
@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=count_from(1),
         metavar="N",
-        help="prompts per batch (default: 8 for hf; 256 for vllm, which schedules them itself)",
+        help="prompts per batch (default: for transformers as many as fit in memory; for vllm, which schedules them itself, 256)",
     )
     group.add_argument(
         "--base_url", metavar="URL", help="for openai: address of the server (default: OPENAI_BASE_URL, or OpenAI)"

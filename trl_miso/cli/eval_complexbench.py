@@ -19,7 +19,7 @@ from trl_miso.evaluation.inference import respond
 from trl_miso.evaluation.responses import note_of
 
 _USAGE = (
-    "--data data_final.json [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] "
+    "--data data_final.json [--model MODEL [--backend transformers|vllm|openai] ...] [--responses FILE] "
     "--verdicts FILE [--judge MODEL [--judge_base_url URL] [--dry_run] ...] [--language zh|en] [--json FILE]"
 )
 _ABOUT = """\

@@ -13,7 +13,7 @@ from trl_miso.evaluation.responses import note_of
 from trl_miso.evaluation.table import flatten_table
 
 _USAGE = (
-    "--bases FILE [--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
+    "--bases FILE [--model MODEL [--backend transformers|vllm|openai] ...] [--responses FILE] [--data FILE] "
     "[--write_rows FILE] [--json FILE] [--samples FILE]"
 )
 _ABOUT = f"""\

@@ -16,7 +16,7 @@ from trl_miso.evaluation.inference import ModelRequest, respond
 from trl_miso.evaluation.responses import load_responses, note_of
 
 _USAGE = (
-    "[--model MODEL [--backend hf|vllm|openai] ...] [--responses FILE] [--data FILE] "
+    "[--model MODEL [--backend transformers|vllm|openai] ...] [--responses FILE] [--data FILE] "
     "[--exclude_keys KEY ...] [--json FILE] [--samples FILE]"
 )
 

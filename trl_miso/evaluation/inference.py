@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from trl_miso.evaluation.model_fingerprint import model_fingerprint
 
 # Settings per backend, with their defaults.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "hf": {"batch_size": 8},
+    "transformers": {"batch_size": None},
     "vllm": {"batch_size": 256},
     "openai": {"base_url": None, "concurrency": 16},
 }
@@ -26,6 +27,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 # Columns by which a row identifies the run that wrote it.
 _IDENTITY = ("model", "backend", "source", "max_new_tokens")
 _RESPONSE_COLUMN = b', "response": '
+_BATCH_SIZE_COLUMN = re.compile(rb', "batch_size": ([1-9]\d*)}\n$')
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class ModelRequest:
 
     Attributes:
         model: A folder or an id on the Hub; with "openai" the server's name for the model.
-        backend: "hf" (transformers), "vllm" or "openai" (any OpenAI-compatible server).
+        backend: "transformers", "vllm" or "openai" (any OpenAI-compatible server).
         max_new_tokens: Limit per response, in tokens.
-        batch_size: Prompts per batch, for hf (default: 8) and vllm (default: 256).
+        batch_size: Prompts per batch, for transformers (default: as many as fit in memory, see `default_batch_size`) and vllm
+            (default: 256).
         base_url: For openai: address of the server (default: OPENAI_BASE_URL, or OpenAI).
         concurrency: For openai: number of requests at once (default: 16).
 
@@ -45,7 +48,7 @@ class ModelRequest:
     """
 
     model: str
-    backend: str = "hf"
+    backend: str = "transformers"
     max_new_tokens: int = 1280
     batch_size: int | None = None
     base_url: str | None = None
@@ -76,7 +79,8 @@ def respond(prompts: Sequence[str], file: str | Path, request: ModelRequest | No
 
     Every row is flushed before the next response is awaited. A row names its prompt, since a server's responses come in any order.
     A run that was killed or failed resumes with the missing rows, in the batches of an uninterrupted run, so that the finished file
-    is the same, byte for byte.
+    is the same, byte for byte. To this end a row of a model that is loaded here has the size of its batch, and a run that resumes without
+    a given batch size continues with that of the last row.
 
     Raises:
         OSError: If the model or the file cannot be read.
@@ -96,7 +100,8 @@ def respond(prompts: Sequence[str], file: str | Path, request: ModelRequest | No
         missing = [number for number in range(len(prompts)) if number not in rows]
         if missing:
             backend = BACKENDS[request.backend]
-            answers = backend(request.model, prompts, missing, request.max_new_tokens, **request.settings())
+            settings = _resumed_settings(request, rows)
+            answers = backend(request.model, prompts, missing, request.max_new_tokens, **settings)
             refusals = _write_answers(answers, rows, row_starts, opened)
         else:
             message = f"{len(rows)} of {len(prompts)} responses kept in {file}, none asked."
@@ -117,7 +122,23 @@ def ask_local(
     """Answer conversations of one user turn, as `Endpoint.ask_all` does, by a model that is loaded here."""
     prompts = [conversation[-1]["content"] for conversation in conversations]
     backend = BACKENDS[request.backend]
-    yield from backend(request.model, prompts, range(len(prompts)), request.max_new_tokens, **request.settings())
+    answers = backend(request.model, prompts, range(len(prompts)), request.max_new_tokens, **request.settings())
+    for number, answer, _ in answers:
+        yield number, answer
+
+
+def _resumed_settings(request: ModelRequest, rows: dict[int, bytes]) -> dict[str, Any]:
+    """Return the backend's settings, with the batch size of the last row if none is given.
+
+    The free memory may differ from that of the killed run. The last row, in the order of answers, has the size to which that run may have
+    been halved.
+    """
+    settings = request.settings()
+    if "batch_size" in settings and request.batch_size is None and rows:
+        recorded = _BATCH_SIZE_COLUMN.search(rows[next(reversed(rows))])
+        if recorded:
+            settings["batch_size"] = int(recorded[1])
+    return settings
 
 
 def _write_answers(
@@ -127,13 +148,13 @@ def _write_answers(
     refusals = {}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(f"Responding, kept in {opened.name}", total=len(row_starts), completed=len(rows))
-        for number, response in answers:
+        for number, response, batch_size in answers:
             if isinstance(response, Refused):
                 refusals[number] = response
                 continue
             if number in rows:
                 continue  # an earlier run was killed after it wrote a part of this batch
-            rows[number] = _row(row_starts[number], response)
+            rows[number] = _row(row_starts[number], response, batch_size)
             opened.write(rows[number])
             opened.flush()
             progress.advance(task)
@@ -153,8 +174,9 @@ def _row_start(request: ModelRequest, fingerprint: str | None, row: int, prompt:
     return json.dumps(columns).encode().removesuffix(b"}") + _RESPONSE_COLUMN
 
 
-def _row(row_start: bytes, response: str) -> bytes:
-    return row_start + json.dumps(response).encode() + b"}\n"
+def _row(row_start: bytes, response: str, batch_size: int | None = None) -> bytes:
+    ending = "" if batch_size is None else f', "batch_size": {batch_size}'
+    return row_start + f"{json.dumps(response)}{ending}}}\n".encode()
 
 
 def _refusal_error(refusals: Mapping[int, Refused], file: str | Path, refused_file: Path) -> ValueError:
