@@ -11,7 +11,7 @@ from trl_miso.evaluation import backends, batch_size
 from trl_miso.evaluation.inference import ModelRequest, respond
 from trl_miso.sources.synthetic import build_model
 
-WORDS = "the quiet garden and the market by the river at dawn in spring".split()
+WORDS = ["the", "quiet", "garden", "and", "the", "market", "by", "the", "river", "at", "dawn", "in", "spring"]
 # Of different lengths, not in the order of the lengths; the first again at the end.
 PROMPTS = [" ".join(WORDS[:count]) for count in (3, 9, 1, 12, 6, 2, 11, 4, 8, 3)]
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
