@@ -66,6 +66,16 @@ CASES = {
         "List the moons.",
         ["The answer must include a level 2 heading", "if a table is used, it must not exceed 3 rows."],
     ),
+    "limit at the end of a request": (
+        "Write a story of no more than 100 words. Thank you.",
+        "Write a story. Thank you.",
+        ["of no more than 100 words."],
+    ),
+    "limit at the end of a question": (
+        "Can you write a poem about rain in all capital letters?",
+        "Can you write a poem about rain?",
+        ["in all capital letters"],
+    ),
     "request behind an introduction": (
         "Given a term, explain it, using at most 20 words.",
         "Given a term, explain it.",
@@ -89,6 +99,8 @@ CASES = {
 # Texts without a constraint on the answer: requests, list of things, quoted requirements, questions.
 PLAIN = [
     "Name a river.",
+    "Answer in at most 50 words.",
+    "Write a letter that's at least 300 words.",
     "Describe the faction: 1. Its name 2. Its ruler 3. Its ruler's background",
     "Buy these:\n- two apples\n- a loaf of bread\n- milk",
     "Correct the grammar of this sentence: he go home.",
@@ -223,7 +235,7 @@ def test_the_command_writes_rows_that_train_as_para(
     Path("rows.jsonl").write_text("".join(json.dumps(row(text)) + "\n" for text in texts))
     run("decompose", ["rows.jsonl", "out.jsonl", "--preview", "-n", "3"])
     said = capsys.readouterr().out
-    assert "12 of 14 rows were split, into 21 constraints." in said and "not split: 2 no_constraints" in said
+    assert "14 of 16 rows were split, into 23 constraints." in said and "not split: 2 no_constraints" in said
     assert "row 2: split" in said and "row 3" not in said and "Wrote out.jsonl" in said
     run("decompose", ["rows.jsonl", "out.parquet"])
     rows = load_dataset("json", data_files="out.jsonl", split="train", features=decomposed_features())

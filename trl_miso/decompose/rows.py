@@ -84,7 +84,8 @@ def _split_at(text: str, found: list[Found]) -> Split:
         request, others = _request(text, start, stop, within)
         left_out += others
         if request:
-            kept += [gap, request if request.endswith((".", "!", "?")) else f"{request}."]
+            mark = "?" if text[start:stop].rstrip().endswith("?") else "."
+            kept += [gap, request if request.endswith((".", "!", "?")) else request + mark]
     base = "".join(kept).rstrip() + (text[end:] if text[end:].strip() else "")
     if not _WORD.search(base[begin:] if begin < len(base) else ""):
         return Split(text, [], [])

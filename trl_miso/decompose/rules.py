@@ -96,6 +96,12 @@ _LABEL = re.compile(
     r"^\W*(?!(?:rule|requirement|constraint|condition|guideline|note|format|important|please)s?\b)[A-Z][\w-]*(?: \w+)?:\s",
     re.IGNORECASE,
 )
+# How a limit at the end of a request begins.
+_LIMIT_LEAD = re.compile(
+    r"\b(?:of|with|in|using|under|that (?:has|have|uses?|contains?|includes?|consists? of))\s+(?:only\s+)?\Z",
+    re.IGNORECASE,
+)
+_LIMIT_START = re.compile(r"(?:in|with|without|using|do not|don't|end|finish|wrap|include)\b", re.IGNORECASE)
 # Sentences about the requirements, which add none.
 _ABOUT_REQUIREMENTS = re.compile(
     r"^(?:these|this|that|such|all of these|adhering)\b[^,.]{0,40}\b(?:requirements?|constraints?|limitations?|elements?|restrictions?|guidelines?|structured format|"
@@ -215,10 +221,25 @@ def _clauses(text: str, begin: int, end: int, has_request: bool) -> list[Found]:
             head = text[slice(*pieces[0])].rstrip(" ,")
             first = 2 if _INTRODUCTION.match(head) and "," not in head else 1
             stating = [i for i in stating if i >= first and _adds(text[slice(*pieces[i])], i in with_checker)]
+            limit = _limit_at_end(text, *pieces[0], checked)
+            found += [_found(text, *limit, "clause")] if limit else []
         elif not checked and not _demands(_stripped(sentence)) and not _REQUIRES.search(sentence):
             continue
         found += [_found(text, *pieces[i], "clause") for i in stating]
     return found
+
+
+def _limit_at_end(text: str, start: int, stop: int, checked: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The characters at the end of a request that a checker checks, such as "with at most 50 words"."""
+    for begin, end in checked:
+        if start <= begin < end <= stop and not re.search(r"\w", text[end:stop]):
+            lead = _LIMIT_LEAD.search(text, start, begin)
+            if lead or _LIMIT_START.match(text, begin):
+                begin = lead.start() if lead else begin
+                # What is left has to be a request: "Answer in at most 50 words" is none.
+                stop = start + len(text[start:stop].rstrip(" ?"))  # a question mark is the request's
+                return (begin, stop) if len(re.findall(r"\w+", text[start:begin])) >= 3 else None
+    return None
 
 
 def _states(clause: str, follows: bool) -> bool:
