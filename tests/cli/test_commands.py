@@ -257,7 +257,7 @@ YAML_FILES = {
         (
             "eval ifevl",
             1,
-            "got benchmark 'ifevl', expected one of ifeval, ifeval_flatten, ifbench, complexbench. Did you mean 'ifeval'?",
+            "got benchmark 'ifevl', expected one of ifeval, ifeval_flatten, ifbench, multi_if, complexbench. Did you mean 'ifeval'?",
         ),
         ("report rows.jsonl --model model --compare ./no", 1, "Got './no', which does not exist."),
         ("readout rows.jsonl --model ./no", 1, "Got './no', which does not exist."),

@@ -8,6 +8,7 @@ _BENCHMARKS = {
     "ifeval": ("trl_miso.cli.eval_ifeval", "541 prompts with instructions that a program checks"),
     "ifeval_flatten": ("trl_miso.cli.eval_ifeval_flatten", "the same with one instruction per prompt, 834 prompts"),
     "ifbench": ("trl_miso.cli.eval_ifbench", "300 prompts with 58 other kinds of instruction, checked alike"),
+    "multi_if": ("trl_miso.cli.eval_multi_if", "909 conversations of three turns, each with further instructions"),
     "complexbench": ("trl_miso.cli.eval_complexbench", "1,150 instructions, scored by a judge and by rules"),
 }
 _HELP = "usage: trl-miso eval BENCHMARK ...\n\n" + "\n".join(

@@ -1,8 +1,8 @@
-"""What the benchmarks share whose prompts have instructions that a program checks: IFEval, IFEval-Flatten and IFBench."""
+"""What the benchmarks share whose prompts have instructions that a program checks: IFEval, IFEval-Flatten, IFBench and Multi-IF."""
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -95,17 +95,32 @@ def score_responses(
     questions = questions_of(prompts)
     respond(questions.prompts, options.responses, request)
     responses = load_responses(options.responses, questions)
+    answered = [(prompts[number], responses[number]) for number in kept]
+    counts, samples = score_answered(answered, score)
+    write_scores(asdict(counts), samples, options)
+    return counts
+
+
+def score_answered(
+    answered: Sequence[tuple[IFEvalPrompt, str]], score: Scorer
+) -> tuple[Counts, list[dict[str, object]]]:
+    """Score each prompt's response; return the counts and the rows of `--samples`."""
     verdicts, samples = [], []
-    for number in track(kept, "Scoring", console=Console(stderr=True)):
-        verdict = score(prompts[number], responses[number])
+    for prompt, response in track(answered, "Scoring", console=Console(stderr=True)):
+        verdict = score(prompt, response)
         verdicts.append(verdict)
-        samples.append(_sample(prompts[number], responses[number], verdict))
-    counts = Counts.of(verdicts)
+        samples.append(_sample(prompt, response, verdict))
+    return Counts.of(verdicts), samples
+
+
+def write_scores(
+    counts: Mapping[str, object], samples: Sequence[Mapping[str, object]], options: argparse.Namespace
+) -> None:
+    """Write `--json` and `--samples`, where they are given."""
     if options.samples:
         options.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
     if options.json:
-        options.json.write_text(json.dumps(asdict(counts), indent=2) + "\n", encoding="utf-8")
-    return counts
+        options.json.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 
 def _sample(prompt: IFEvalPrompt, response: str, verdict: Verdict) -> dict[str, object]:

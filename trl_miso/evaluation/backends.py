@@ -4,7 +4,8 @@ A backend is a generator. It takes all prompts and the numbers of the prompts th
 (number, response, batch size) as responses come, with None for the batch size of a server; and Refused in place of a response if a server
 refuses the prompt.
 
-A response is decoded greedily, to one user turn in the model's chat template, without special tokens. A model's own penalties
+A prompt is the text of one user turn, or a conversation that ends with a user turn. A response is decoded greedily, to the prompt in the
+model's chat template, without special tokens. A model's own penalties
 (`generation_config.json`) hold in transformers and vLLM; a server applies those it was started with.
 """
 
@@ -21,16 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_peft_available
 
 from trl_miso.evaluation.batch_size import default_batch_size
-from trl_miso.evaluation.endpoint import Endpoint, Refused
+from trl_miso.evaluation.endpoint import Conversation, Endpoint, Refused
 from trl_miso.evaluation.greedy import greedy_responses
 
 logger = logging.getLogger(__name__)
 
+Prompt = str | Conversation
 Answers = Iterator[tuple[int, str | Refused, int | None]]
 
 
 def _transformers(
-    model: str, prompts: Sequence[str], missing: Sequence[int], max_new_tokens: int, *, batch_size: int | None
+    model: str, prompts: Sequence[Prompt], missing: Sequence[int], max_new_tokens: int, *, batch_size: int | None
 ) -> Answers:
     """Answer the longest prompts first: if memory is too small, the first batch shows it, and the time left is not underestimated.
 
@@ -75,7 +77,7 @@ def _tokens(model: Any, tokenizer: Any, prompts_ids: list[list[int]], max_new_to
 
 
 def _vllm(
-    model: str, prompts: Sequence[str], missing: Sequence[int], max_new_tokens: int, *, batch_size: int
+    model: str, prompts: Sequence[Prompt], missing: Sequence[int], max_new_tokens: int, *, batch_size: int
 ) -> Answers:
     """Give the responses of `_transformers`: SamplingParams leaves out special tokens by default, but needs the model's penalty."""
     try:
@@ -97,7 +99,7 @@ def _vllm(
 
 def _openai(
     model: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     missing: Sequence[int],
     max_new_tokens: int,
     *,
@@ -144,8 +146,8 @@ def _batches(order: Sequence[int], missing: Collection[int], size: int) -> Itera
             yield batch
 
 
-def _conversation(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
+def _conversation(prompt: Prompt) -> Conversation:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _load(model: str) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Standard inference: a model's responses to prompts, one user turn per prompt, appended to a file as they come."""
+"""Standard inference: a model's responses to prompts (one user turn, or a conversation), appended to a file as they come."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import Progress
 
-from trl_miso.evaluation.backends import BACKENDS, Answers
+from trl_miso.evaluation.backends import BACKENDS, Answers, Prompt
 from trl_miso.evaluation.endpoint import Refused
 from trl_miso.evaluation.file_lock import exclusive_lock
 from trl_miso.evaluation.model_fingerprint import model_fingerprint
@@ -74,7 +74,7 @@ class ModelRequest:
         return {name: value for name, value in settings.items() if value is not None}
 
 
-def respond(prompts: Sequence[str], file: str | Path, request: ModelRequest | None) -> None:
+def respond(prompts: Sequence[Prompt], file: str | Path, request: ModelRequest | None) -> None:
     """Complete `file` with greedy responses, to one row per prompt in the prompts' order. Without a request, do nothing.
 
     Every row is flushed before the next response is awaited. A row names its prompt, since a server's responses come in any order.
@@ -119,8 +119,8 @@ def respond(prompts: Sequence[str], file: str | Path, request: ModelRequest | No
 def ask_local(
     request: ModelRequest, conversations: Iterable[Sequence[Mapping[str, str]]]
 ) -> Iterator[tuple[int, str | ValueError]]:
-    """Answer conversations of one user turn, as `Endpoint.ask_all` does, by a model that is loaded here."""
-    prompts = [conversation[-1]["content"] for conversation in conversations]
+    """Answer conversations, as `Endpoint.ask_all` does, by a model that is loaded here."""
+    prompts = list(conversations)
     backend = BACKENDS[request.backend]
     answers = backend(request.model, prompts, range(len(prompts)), request.max_new_tokens, **request.settings())
     for number, answer, _ in answers:
@@ -161,7 +161,7 @@ def _write_answers(
     return refusals
 
 
-def _row_start(request: ModelRequest, fingerprint: str | None, row: int, prompt: str) -> bytes:
+def _row_start(request: ModelRequest, fingerprint: str | None, row: int, prompt: Prompt) -> bytes:
     """Serialize a row up to its response: the model that answers, and the prompt."""
     columns = {
         "row": row,

@@ -11,6 +11,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+from trl_miso.evaluation.endpoint import Conversation
 from trl_miso.evaluation.jsonl import read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -26,13 +27,13 @@ Identity = tuple[str, ...]
 class Questions:
     """The prompts of a benchmark, in the order of the data, and the ids that its data give them in a column `key_name`."""
 
-    prompts: Sequence[str]
-    keys: Sequence[int]
+    prompts: Sequence[str | Conversation]
+    keys: Sequence[int | str]
     key_name: str = "key"
 
     def identities(self, columns: Sequence[str]) -> list[Identity]:
         """What the columns hold for each prompt, of `prompt` and `key_name`."""
-        values = {"prompt": self.prompts, self.key_name: [str(key) for key in self.keys]}
+        values = {"prompt": [str(prompt) for prompt in self.prompts], self.key_name: [str(key) for key in self.keys]}
         return list(zip(*(values[name] for name in columns), strict=True))
 
 

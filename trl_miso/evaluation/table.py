@@ -1,4 +1,4 @@
-"""Score tables of IFEval and IFEval-Flatten, above the paper's rows, and of IFBench."""
+"""Score tables of IFEval and IFEval-Flatten, above the paper's rows, and of IFBench and Multi-IF."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -59,6 +59,17 @@ def flatten_table(name: str, percentages: Sequence[float], note: str) -> Table:
 def ifbench_table(name: str, percentages: Sequence[float], note: str) -> Table:
     """Lay out one row of `percentages` (in the order of `COLUMNS`). The paper of MISO has no rows of IFBench."""
     return _table("IFBench (%)", COLUMNS, name, percentages, (), f"{note} {_IFBENCH_CITED}")
+
+
+def multi_if_table(name: str, percentages: Sequence[Sequence[float]], note: str) -> Table:
+    """Lay out one row of `percentages` (in the order of `COLUMNS`) per turn. The paper of MISO has no rows of Multi-IF."""
+    table = Table(title="Multi-IF (%)", box=SIMPLE, caption=Text(note))
+    table.add_column("model")
+    for column in ("turn", *COLUMNS, "Avg."):
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    for turn, accuracies in enumerate(percentages, start=1):
+        table.add_row(Text(name), str(turn), *_cells((*accuracies, fmean(accuracies))))
+    return table
 
 
 def _table(
