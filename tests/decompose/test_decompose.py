@@ -220,7 +220,14 @@ def test_rows_that_are_not_split_say_why(given_row, status):
 
 
 @pytest.mark.parametrize(
-    "given_row", [{"text": "a"}, {"prompt": "a"}, {"messages": [{"role": "user", "content": None}]}]
+    "given_row",
+    [
+        {"text": "a"},
+        {"prompt": "a"},
+        {"messages": [{"role": "user", "content": None}]},
+        row("Name a river.", constraints=["Use one word."]),
+        row("Name a river.", full_prompt="Name a river. Use one word."),
+    ],
 )
 def test_other_rows_are_refused(given_row):
     with pytest.raises(ValueError, match=r"Got .*expected .*Fix"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from trl_miso.cli.eval_arguments import add_model_arguments, model_request
@@ -176,25 +177,32 @@ def _check_answers(split: Dataset) -> tuple[Dataset, list[str]]:
 
 
 def _show(console: Console, number: int, row: dict[str, Any]) -> None:
-    """The instruction with its constraints marked, and below it the base instruction."""
+    """The instruction with its constraints marked, and beside it the base instruction and the constraints."""
     text = Text(row["full_prompt"][-1]["content"] if row["full_prompt"] else "")
     for begin, end in row["constraint_spans"]:
         text.stylize("bold green underline", begin, end)
-    console.rule(f"row {number}: {row['miso_status']}", align="left")
-    console.print(text, soft_wrap=True)
+    parts = Text()
     if row["constraints"]:
-        console.print(Text("base: ", "bold") + Text(row["prompt"][-1]["content"]), soft_wrap=True)
+        parts += Text(row["prompt"][-1]["content"] + "\n")
     columns = (row["constraints"], row["constraint_rules"], row["instruction_id_list"], row["answer_follows"])
     for constraint, rule, checker, follows in zip(*columns, strict=True):
-        line = Text(f"  {rule:6} ", "dim") + Text(constraint)
+        parts += Text(f"\n{rule:6} ", "dim") + Text(constraint, "green")
         if checker:
-            line += Text(f"  {checker}", "dim")
+            parts += Text(f"  {checker}", "dim")
         if follows is False:
-            line += Text("  the answer breaks it", "bold red")
-        console.print(line, soft_wrap=True)
-    for name, parts in (("in neither", row["left_out"]), ("not in the instruction", row["not_found"])):
-        if parts:
-            console.print(Text(f"  {name}: ", "dim") + Text(" | ".join(parts)), soft_wrap=True)
+            parts += Text("  the answer breaks it", "bold red")
+    for name, words in (("in neither", row["left_out"]), ("not in the instruction", row["not_found"])):
+        if words:
+            parts += Text(f"\n{name}: ", "dim") + Text(" | ".join(words))
+    console.rule(f"row {number}: {row['miso_status']}", align="left")
+    if not parts:
+        console.print(text, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column("instruction", ratio=1)
+    table.add_column("base and constraints", ratio=1)
+    table.add_row(text, parts)
+    console.print(table)
 
 
 def _counts(split: Dataset) -> list[str]:

@@ -144,7 +144,7 @@ def decompose_row(row: dict[str, Any]) -> dict[str, Any]:
           so that training drops the row).
 
     Raises:
-        ValueError: If the row has other columns or values.
+        ValueError: If the row has other columns or values, or has constraints or contexts already.
     """
     messages = _conversation(row)
     roles = [message["role"] for message in messages]
@@ -232,6 +232,11 @@ def _columns(prompt: list[dict[str, str]], completion: list[dict[str, str]], sta
 
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
     """The row's turns, prompt and answer."""
+    for name in ("constraints", "full_prompt", "contexts"):
+        if row.get(name):
+            raise ValueError(
+                f"Got a row with `{name}`, expected rows whose instructions are whole. Fix: train on these rows as they are."
+            )
     if row.get("messages") is not None:
         turns = row["messages"]
     elif row.get("prompt") is not None and row.get("completion") is not None:
