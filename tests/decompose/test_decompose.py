@@ -195,6 +195,10 @@ def test_rows_of_each_format_give_the_same_columns():
     assert expected["miso_status"] == "split" and expected["train_turns"] == "last"
     assert decompose_row({"messages": [user, assistant]}) == expected
     assert decompose_row({"prompt": [user], "completion": [assistant]}) == expected
+    assert (
+        decompose_row({"prompt": [user], "full_prompt": [user], "constraints": [], "completion": [assistant]})
+        == expected
+    )
     earlier = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}, assistant]
     later = decompose_row({"messages": [*earlier, user, assistant]})
     assert later["prompt"] == [*earlier, *expected["prompt"]] and later["full_prompt"] == [*earlier, user]

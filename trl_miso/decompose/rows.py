@@ -233,7 +233,7 @@ def _columns(prompt: list[dict[str, str]], completion: list[dict[str, str]], sta
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
     """The row's turns, prompt and answer."""
     for name in ("constraints", "full_prompt", "contexts"):
-        if row.get(name):
+        if row.get(name) and row[name] != row.get("prompt"):
             raise ValueError(
                 f"Got a row with `{name}`, expected rows whose instructions are whole. Fix: train on these rows as they are."
             )
