@@ -219,6 +219,13 @@ def test_a_local_model_is_asked_too(tmp_path, monkeypatch, tokenizer, wide_termi
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: ['{"constraints": ["kindly"]}'] * 3)
     run("decompose", ["rows.jsonl", "out.jsonl", "--model", "model", "--max_new_tokens", "4"])
     assert [row["constraints"] for row in rows_out()] == [["kindly"]] * 3 + [["Use at most 5 words."]]
+    # Other weights in the same folder are another model: its answers are asked for anew.
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: ['{"constraints": ["the sea"]}'] * 3)
+    run("decompose", ["rows.jsonl", "out.jsonl", "--model", "model", "--max_new_tokens", "4"])
+    assert [row["constraints"] for row in rows_out()][:3] == [["kindly"]] * 3
+    tiny_model("qwen3").save_pretrained("model")
+    run("decompose", ["rows.jsonl", "out.jsonl", "--model", "model", "--max_new_tokens", "4"])
+    assert [row["constraints"] for row in rows_out()][:3] == [["the sea"]] * 3
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from trl_miso.evaluation.asking import ATTEMPTS, AskAll, Estimate
 from trl_miso.evaluation.endpoint import Endpoint
 from trl_miso.evaluation.ifeval import load_scorer
 from trl_miso.evaluation.inference import ModelRequest, ask_local
+from trl_miso.evaluation.model_fingerprint import model_fingerprint
 from trl_miso.recipe import RecipeArguments, adapt_rows, apply_adapter, load_rows
 
 _USAGE = "ROWS [OUT] [--preview] [-n ROWS] [--model MODEL [--backend openai|transformers|vllm] [--dry_run] ...]"
@@ -55,12 +56,13 @@ def main(arguments: list[str]) -> None:
     reasons: dict[str, str] = {}
     if request is not None:
         texts = [row["full_prompt"][-1]["content"] for row in split if _asks_about(row, options.ask)]
+        source = model_fingerprint(request.model, request.backend, request.base_url)
         if options.dry_run:
-            _say(console, _announcement(texts, request, options))
+            _say(console, _announcement(texts, request, source, options))
             return
         # A local model's greedy answer would be the same again.
         attempts = ATTEMPTS if request.backend == "openai" else 1
-        quotes, reasons = ask_for_quotes(texts, request.model, _ask_all(request), options.answers, attempts)
+        quotes, reasons = ask_for_quotes(texts, request.model, source, _ask_all(request), options.answers, attempts)
         split = split.map(of_this_code(partial(_asked, quotes=quotes, ask=options.ask)), desc="Splitting at quotations")
     split, unchecked = _check_answers(split)
     if options.preview:
@@ -148,10 +150,10 @@ def _ask_all(request: ModelRequest) -> AskAll:
     ).ask_all
 
 
-def _announcement(texts: list[str], request: ModelRequest, options: argparse.Namespace) -> str:
+def _announcement(texts: list[str], request: ModelRequest, source: str | None, options: argparse.Namespace) -> str:
     """What asking will cost."""
     asked = dict.fromkeys(texts)
-    kept = kept_quotes(options.answers, list(asked), request.model)
+    kept = kept_quotes(options.answers, list(asked), request.model, source)
     estimate = Estimate.of([question(text) for text in asked if text not in kept], request.max_new_tokens)
     message = (
         f"{estimate.requests:,} of {len(asked):,} instructions to ask {request.model} about: about {estimate.input_tokens:,} tokens in "

@@ -65,14 +65,17 @@ def read_quotes(answer: str) -> list[str] | None:
     return quotes
 
 
-def kept_quotes(file: Path, texts: Sequence[str], model: str) -> dict[str, list[str]]:
+def kept_quotes(file: Path, texts: Sequence[str], model: str, source: str | None) -> dict[str, list[str]]:
     """The quotations kept in a file by the instructions, of those among `texts`. The unfinished line of a killed run is skipped.
+
+    Args:
+        source: The fingerprint of the model's files or server (`model_fingerprint`): answers from others are not taken.
 
     Raises:
         OSError: If the file cannot be read.
         ValueError: If the file holds anything else, or answers of another model.
     """
-    texts_by_digest = {_digest(text): text for text in texts}
+    texts_by_digest = {_digest(text, source): text for text in texts}
     quotes: dict[str, list[str]] = {}
     *lines, unfinished = file.read_bytes().split(b"\n") if file.exists() else [b""]
     if unfinished[: len(_LINE_START)] != _LINE_START[: len(unfinished)]:
@@ -91,7 +94,7 @@ def kept_quotes(file: Path, texts: Sequence[str], model: str) -> dict[str, list[
 
 
 def ask_for_quotes(
-    texts: Sequence[str], model: str, ask_all: AskAll, file: Path, attempts: int = ATTEMPTS
+    texts: Sequence[str], model: str, source: str | None, ask_all: AskAll, file: Path, attempts: int = ATTEMPTS
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Ask for the constraints of the instructions that `file` does not have, and append the answers to it.
 
@@ -106,14 +109,14 @@ def ask_for_quotes(
     """
     unique = list(dict.fromkeys(texts))
     with exclusive_lock(file) as opened, Progress(console=Console(stderr=True)) as progress:
-        quotes = kept_quotes(file, unique, model)
+        quotes = kept_quotes(file, unique, model, source)
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
         waiting = [text for text in unique if text not in quotes]
         bar = progress.add_task(f"Asking {model}", total=len(unique), completed=len(quotes))
 
         def keep(text: str, found: list[str], answer: str) -> None:
             quotes[text] = found
-            row = {"model": model, "instruction": _digest(text), "constraints": found}
+            row = {"model": model, "instruction": _digest(text, source), "constraints": found}
             opened.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             opened.flush()
 
@@ -128,9 +131,9 @@ def _read(text: str, answer: str | ValueError) -> tuple[list[str] | None, str]:
     return read_quotes(answer), f"Got answer {shown!r}, expected JSON with a list of constraints."
 
 
-def _digest(text: str) -> str:
-    """Digest of all that an answer depends on beside the model: the prompt with the instruction."""
-    return sha256(question(text).encode("utf-8", "replace")).hexdigest()[:16]
+def _digest(text: str, source: str | None) -> str:
+    """Digest of all that an answer depends on beside the model's name: its files or server, the prompt with the instruction."""
+    return sha256(json.dumps([source, question(text)]).encode()).hexdigest()[:16]
 
 
 def _refusal(file: Path, number: int, got: str) -> str:
