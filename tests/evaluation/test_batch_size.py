@@ -17,14 +17,6 @@ PROMPTS = [" ".join(WORDS[:count]) for count in (3, 9, 1, 12, 6, 2, 11, 4, 8, 3)
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    build_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def batches(monkeypatch):
     """The sizes of the batches that are asked; memory runs out with more than two prompts beside one of at most `short` tokens."""

@@ -38,15 +38,6 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer, tmp_path_factory):
-    """A small random Llama and its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("model")
-    build_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def penalized(model, tmp_path_factory):
     """The same model, with a repetition penalty in its generation config."""
     folder = tmp_path_factory.mktemp("penalized")

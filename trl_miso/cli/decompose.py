@@ -160,10 +160,7 @@ def _announcement(texts: list[str], request: ModelRequest, source: str | None, o
         f"(estimated from characters), at most {estimate.output_tokens:,} out (--max_new_tokens each), not counting instructions that "
         "are asked about again"
     )
-    if not options.prices:
-        return f"{message}."
-    least, most = estimate.cost(*options.prices)
-    return f"{message}; at these prices about {least:.2f} plus the cost of the answers, at most {most:.2f}."
+    return estimate.priced(message, options.prices)
 
 
 def _check_answers(split: Dataset) -> tuple[Dataset, list[str]]:

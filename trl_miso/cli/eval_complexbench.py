@@ -135,10 +135,7 @@ def _announcement(estimate: Estimate, questions: int, options: argparse.Namespac
         "one per Chinese character, one per four others), at most "
         f"{estimate.output_tokens:,} out (--judge_max_tokens each), not counting questions that are asked again"
     )
-    if not options.judge_prices:
-        return f"{message}."
-    least, most = estimate.cost(*options.judge_prices)
-    return f"{message}; at these prices about {least:.2f} plus the cost of the answers, at most {most:.2f}."
+    return estimate.priced(message, options.judge_prices)
 
 
 def _report(

@@ -41,6 +41,13 @@ class Estimate:
         least = self.input_tokens * input_price / 1e6
         return least, least + self.output_tokens * output_price / 1e6
 
+    def priced(self, message: str, prices: tuple[float, float] | None) -> str:
+        """Return the message as a sentence, with the cost at these prices if there are any."""
+        if not prices:
+            return f"{message}."
+        least, most = self.cost(*prices)
+        return f"{message}; at these prices about {least:.2f} plus the cost of the answers, at most {most:.2f}."
+
 
 def ask_until_read(
     tasks: Sequence[Task],
