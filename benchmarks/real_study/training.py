@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 
 from benchmarks.real_study.rows import conversation
-from benchmarks.real_study.signals import BothTrainer, DistillTrainer, annealed, weighted_by_misses
+from benchmarks.real_study.signals import BothTrainer, DistillTrainer, LabelledTrainer, annealed, weighted_by_misses
 from benchmarks.real_study.study import METHODS, Study
 from trl_miso import MISOSFTConfig, MISOSFTTrainer
 
@@ -75,7 +75,7 @@ def build_trainer(
         "disable_tqdm": True,
         "verify": False,  # tests/real verifies this model
     }
-    trainer_class = _TRAINERS.get(method.signal or "", MISOSFTTrainer)
+    trainer_class = _TRAINERS.get(method.signal or "", LabelledTrainer)
     trainer = trainer_class(
         model,
         MISOSFTConfig(**options | method.options),
