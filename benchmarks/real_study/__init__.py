@@ -8,6 +8,7 @@ In the order of a run:
     decoding.py      batches that answers leave once they end
     signals.py       training signals on trial: both, distill, misses, anneal
     training.py      fine-tuning by one method
+    sets.py          published prompts that test a model, and their scorers
     evaluate.py      standard inference: verdicts, faults of answers, attention on the constraints
     grid.py          all runs, with ledgers from which a killed study resumes
     report.py        tables

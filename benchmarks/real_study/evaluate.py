@@ -13,7 +13,6 @@ from benchmarks.real_study.decoding import decode
 from benchmarks.real_study.rows import conversation
 from trl_miso.evaluation.ifeval import Scorer
 
-SETS = ("IFEval", "Flat", "Dense")
 # A word 4-gram that an answer repeats so often is a loop, and no figure of speech.
 REPEATS = 5
 
@@ -29,13 +28,6 @@ def prompts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-def evenly(items: Sequence[Any], count: int | None) -> list[Any]:
-    """`count` of the items, evenly spaced; all for None."""
-    if count is None or count >= len(items):
-        return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 @torch.inference_mode()
@@ -67,11 +59,11 @@ def examine(
     model: PreTrainedModel,
     tokenizer: Any,
     sets: dict[str, Sequence[dict[str, Any]]],
-    score: Scorer,
+    scorers: dict[str, Scorer],
     max_tokens: int,
     batch: int,
 ) -> dict[str, dict[str, Any]]:
-    """Answer the prompts of all sets and score the answers.
+    """Answer the prompts of all sets and score the answers, each set by its scorer.
 
     Returns:
         For each set: `verdicts` and `loose`: one string per prompt with one character, 0 or 1, per instruction. `unfinished`,
@@ -80,7 +72,7 @@ def examine(
     model.eval()
     texts = [prompt["prompt"] for prompts in sets.values() for prompt in prompts]
     given = iter(answers(model, tokenizer, texts, max_tokens, batch))
-    return {name: _scored(prompts, list(islice(given, len(prompts))), score) for name, prompts in sets.items()}
+    return {name: _scored(prompts, list(islice(given, len(prompts))), scorers[name]) for name, prompts in sets.items()}
 
 
 def _scored(prompts: Sequence[dict[str, Any]], given: list[tuple[str, bool]], score: Scorer) -> dict[str, Any]:

@@ -22,12 +22,11 @@ from benchmarks.common.ledger import Ledger
 from benchmarks.common.real_models import add_punkt_tab
 from benchmarks.common.statistics import instruction_level
 from benchmarks.common.workers import start_worker
-from benchmarks.real_study.evaluate import attention_on_constraints, evenly, examine, prompts_of
+from benchmarks.real_study.evaluate import attention_on_constraints, examine, prompts_of
 from benchmarks.real_study.rows import make_splits, read_prompts, write_answers
+from benchmarks.real_study.sets import SETS, published_prompts, published_sets, scorers
 from benchmarks.real_study.study import BASE, METHODS, Study
 from benchmarks.real_study.training import Run, finetune
-from trl_miso.evaluation.flatten import flatten_rows, load_bases
-from trl_miso.evaluation.ifeval import RANDOM_KEYS, load_prompts, load_scorer
 
 ANSWERED_AT_ONCE = 40
 
@@ -79,10 +78,8 @@ class Workshop:
 
     @cached_property
     def prompts(self) -> list[dict[str, str]]:
-        """The prompts that are answered: none of IFEval's, with its constraints or without."""
-        excluded = [prompt["prompt"] for prompt in load_prompts(self.files.ifeval)]
-        if self.files.bases:
-            excluded += load_bases(self.files.bases).values()
+        """The prompts that are answered: none of a published set's, with its constraints or without."""
+        excluded = published_prompts(self.files.ifeval, self.files.bases, self.study.ifbench != 0)
         return read_prompts(self.files.prompts, excluded, self.study.pool, self.study.max_prompt_words)
 
     @cached_property
@@ -154,16 +151,14 @@ class Workshop:
     @cached_property
     def tests(self) -> dict[str, list[dict[str, Any]]]:
         """The prompts of each test set."""
-        ifeval = [prompt for prompt in load_prompts(self.files.ifeval) if prompt["key"] not in RANDOM_KEYS]
-        sets = {"IFEval": evenly(ifeval, self.study.ifeval), "Dense": prompts_of(self.splits["dense"])}
-        if self.files.bases:
-            sets["Flat"] = evenly(flatten_rows(ifeval, load_bases(self.files.bases)), self.study.flat)
-        return {name: sets[name] for name in ("IFEval", "Flat", "Dense") if sets.get(name)}
+        sizes = {"IFEval": self.study.ifeval, "Flat": self.study.flat, "IFBench": self.study.ifbench}
+        sets = published_sets(self.files.ifeval, self.files.bases, sizes) | {"Dense": prompts_of(self.splits["dense"])}
+        return {name: sets[name] for name in SETS if sets.get(name)}
 
     def examine(self, split: str, model: Any) -> dict[str, Any]:
         """Answer and score the prompts of `dev`, of `train`, or of all tests (`test`, with attention on the constraints)."""
         sets = self.tests if split == "test" else {split: prompts_of(self.splits[split])}
-        results = examine(model, self.tokenizer, sets, load_scorer(), self.study.answer_tokens, self.batch)
+        results = examine(model, self.tokenizer, sets, scorers(sets), self.study.answer_tokens, self.batch)
         if split != "test":
             return results[split]
         rows = self.splits["dense"][: self.study.attention]
@@ -174,9 +169,13 @@ class Workshop:
         study = asdict(self.study)
         for name in ("methods", "seeds", "learning_rates", "resamples"):
             del study[name]
+        ifbench = [prompt["key"] for prompt in self.tests.get("IFBench", ())]  # depends on what is installed
+        if not ifbench:
+            del study["ifbench"]
         method = asdict(METHODS[run.method]) if run else None
         template = [self.tokenizer.chat_template, self.tokenizer.eos_token]
-        return _digest(split, study, asdict(run) if run else None, method, self.splits, template, self.environment)
+        parts = [split, study, asdict(run) if run else None, method, self.splits, template, self.environment]
+        return _digest(*parts, *([ifbench] if ifbench else ()))
 
     def train(self, run: Run) -> Trained:
         base = Path(self.files.model)

@@ -18,6 +18,8 @@ LEVELS = {
     "IFEval [S]P": ("IFEval", "verdicts", prompt_level),
     "IFEval [L]I": ("IFEval", "loose", instruction_level),
     "Flat [S]I": ("Flat", "verdicts", instruction_level),
+    "IFBench [S]I": ("IFBench", "verdicts", instruction_level),
+    "IFBench [L]P": ("IFBench", "loose", prompt_level),
     "Dense [S]I": ("Dense", "verdicts", instruction_level),
     "Dense [S]P": ("Dense", "verdicts", prompt_level),
 }

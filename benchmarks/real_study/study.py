@@ -45,7 +45,7 @@ class Study:
         rows: Training rows of a run, drawn from the split `train` by the run's seed.
         learning_rates: One is chosen per method, on the split `dev` with seed 0.
         dev, dense: Rows of these splits.
-        ifeval, flat: Prompts of IFEval and IFEval-Flatten, evenly spaced; None for all, 0 for none.
+        ifeval, flat, ifbench: Prompts of IFEval, IFEval-Flatten and IFBench, evenly spaced; None for all, 0 for none.
         attention: Rows of `dense` on which attention on the constraints is measured.
         answer_tokens: Limit of a generated answer, in tests and in training rows, where a longer one ends at its last whole sentence.
         max_prompt_words: Longer prompts are left out.
@@ -62,6 +62,7 @@ class Study:
     dense: int
     ifeval: int | None
     flat: int | None
+    ifbench: int | None
     attention: int
     answer_tokens: int
     methods: tuple[str, ...] = tuple(METHODS)
@@ -82,6 +83,7 @@ FULL = Study(
     dense=300,
     ifeval=None,
     flat=None,
+    ifbench=None,
     attention=100,
     answer_tokens=320,
 )
@@ -97,6 +99,7 @@ SMALL = replace(
     dense=72,
     ifeval=96,
     flat=64,
+    ifbench=0,  # a model of this size follows hardly any
     attention=24,
     answer_tokens=112,
 )
@@ -111,6 +114,7 @@ QUICK = replace(
     dense=4,
     ifeval=4,
     flat=4,
+    ifbench=4,
     attention=2,
     answer_tokens=48,
     resamples=200,

@@ -18,8 +18,16 @@ from benchmarks.real_study import __main__ as real_study
 from benchmarks.real_study import grid
 from benchmarks.real_study import rows as study_rows
 from benchmarks.real_study.decoding import decode
-from benchmarks.real_study.evaluate import evenly, repeats
-from benchmarks.real_study.signals import BothTrainer, DistillTrainer, annealed, weighted_by_misses, with_standard
+from benchmarks.real_study.evaluate import repeats
+from benchmarks.real_study.sets import evenly, published_sets, scorers
+from benchmarks.real_study.signals import (
+    BothTrainer,
+    DistillTrainer,
+    LabelledTrainer,
+    annealed,
+    weighted_by_misses,
+    with_standard,
+)
 from benchmarks.real_study.study import METHODS, QUICK
 from tests.support.conversations import TEMPLATES, assistant, tokenizer_for, user
 from tests.support.models import tiny_model
@@ -45,12 +53,14 @@ def tokenizer():
     return tokenizer_for(TEMPLATES["qwen3"])
 
 
-def make_trainer(trainer_class, tokenizer, make_config, **options):
+def make_trainer(trainer_class, tokenizer, make_config, mode="para", **options):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     model = tiny_model("llama", **sizes)
     for parameter in model.parameters():
         parameter.data *= 3 if parameter.dim() > 1 else 1  # makes attention far from uniform
-    args = make_config(max_length=400, context_mode="para", log_shares=False, **options)
+    if mode in ("para", "succ"):
+        options["log_shares"] = False
+    args = make_config(max_length=400, context_mode=mode, **options)
     return trainer_class(model, args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
 
 
@@ -103,6 +113,22 @@ def test_both_and_distill_equal_their_definition(trainer_class, options, tokeniz
         assert worst <= TOLERANCE * gradients[name].abs().max().item(), name
 
 
+@pytest.mark.parametrize("mode", ["single", "para", "succ", "augment"])
+def test_logits_of_labelled_tokens_give_the_loss_of_the_trainer(mode, tokenizer, make_config):
+    found = []
+    for trainer_class in (MISOSFTTrainer, LabelledTrainer):
+        trainer = make_trainer(trainer_class, tokenizer, make_config, mode=mode)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+        loss.backward()
+        found.append((loss.item(), {name: parameter.grad for name, parameter in trainer.model.named_parameters()}))
+    (expected, gradients), (loss, ours) = found
+    assert loss == pytest.approx(expected, rel=TOLERANCE)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), name
+
+
 def test_the_standard_output_costs_its_own_tokens(tokenizer, make_config):
     for row in make_trainer(MISOSFTTrainer, tokenizer, make_config).train_dataset:
         (example,) = decode_layout(row["miso_layout"])
@@ -134,21 +160,27 @@ def test_annealed_rows_are_mixed_first_and_plain_last():
             assert all(constraint in row["prompt"][0]["content"] for constraint in original["constraints"])
 
 
+IFEVAL = {"key": 1, "prompt": "Sing. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 ANSWER = (
     "The harbour of Genoa is one of the largest in Italy. Its lighthouse, the Lanterna, stands above the harbour.\n\n"
     "Sailors from many countries have visited Genoa for a thousand years, and they still do. The lighthouse has guided them."
 )
 
 
-def test_constraints_hold_on_their_answer():
+def punkt_tab():
+    """Skip the test without lm-eval or NLTK's punkt_tab."""
     pytest.importorskip("lm_eval")
-    from benchmarks.real_study.constraints import back_translate, restyle
-    from trl_miso.evaluation.ifeval import load_scorer
-
     try:
         add_punkt_tab()
     except ImportError as reason:
         pytest.skip(str(reason))
+
+
+def test_constraints_hold_on_their_answer():
+    punkt_tab()
+    from benchmarks.real_study.constraints import back_translate, restyle
+    from trl_miso.evaluation.ifeval import load_scorer
+
     score = load_scorer()
     seen = set()
     for seed in range(150):
@@ -182,6 +214,22 @@ def test_answers_end_with_a_sentence():
     assert study_rows.whole_sentences(text) == text.removesuffix(" And then")
     assert study_rows.whole_sentences("Too short. And then") is None
     assert study_rows.whole_sentences("no end") is None
+
+
+def test_every_response_to_ifbench_has_a_verdict(tmp_path):
+    pytest.importorskip("ifbench")
+    punkt_tab()
+    (tmp_path / "ifeval").write_text(json.dumps(IFEVAL) + "\n")
+    sets = published_sets(str(tmp_path / "ifeval"), None, {"IFEval": None, "IFBench": None})
+    score = scorers(sets)["IFBench"]
+    followed = 0
+    for prompt in sets["IFBench"]:
+        for response in ("", "No.", "- a", ANSWER):  # the package's own checkers fail on short ones
+            verdict = score(prompt, response)
+            assert len(verdict.strict) == len(verdict.loose) == len(prompt["instruction_id_list"])
+            assert response or not any(verdict.strict + verdict.loose)
+            followed += sum(verdict.strict)
+    assert len(sets["IFBench"]) > 250 and followed > 20
 
 
 def test_loops_are_found_and_prose_is_not():
@@ -222,24 +270,20 @@ PROMPTS = [
     for how in ("all", "briefly")
     for thing in ("the sea", "a ship", "Genoa", "the sky", "it")
 ]
-SMOKE = replace(QUICK, pool=10, rows=2, batch=2, dev=2, dense=2, ifeval=1, flat=1, attention=1, answer_tokens=6)
+SMOKE = replace(
+    QUICK, pool=10, rows=2, batch=2, dev=2, dense=2, ifeval=1, flat=1, ifbench=1, attention=1, answer_tokens=6
+)
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch, tokenizer):
     """Arguments of a study on a tiny model with given answers, and a function that runs it and returns its tables."""
-    pytest.importorskip("lm_eval")
-    try:
-        add_punkt_tab()
-    except ImportError as reason:
-        pytest.skip(str(reason))
+    punkt_tab()
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     files = {
         "prompts": [{"prompt": prompt, "answer": ANSWER} for prompt in PROMPTS],
-        "ifeval": [
-            {"key": 1, "prompt": "Sing. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-        ],
+        "ifeval": [IFEVAL],
         "bases": [{"key": 1, "model_output": "Sing."}],
     }
     arguments = ["--model", str(tmp_path / "model"), "--answers", "given", "--quick", "--workers", "1"]
