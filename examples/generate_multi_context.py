@@ -7,8 +7,8 @@ inference, one prompt with all choices, comes first for comparison:
     python examples/generate_multi_context.py --model meta-llama/Meta-Llama-3-8B-Instruct
 
 In the paper's example Llama 3 8B writes no fluent answer under "vanilla" (set-prompt's single softmax, eq. 4) and does under "fid"
-(eq. 7). docs/generation.md has what was measured here on two small models. Without arguments a tiny random model writes gibberish,
-offline, in a few seconds: a check that everything runs.
+(eq. 7). docs/generation.md has what was measured on two small models. Without `--model` a tiny random model writes gibberish, offline,
+in a few seconds: a check that everything runs.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """
 Retrieval-augmented answers: each retrieved passage is a context of its own, weighted by its score.
 
-BM25 retrieves the passages of each question. A model is trained on them. Held-out questions are answered by standard inference, one
-prompt with all passages, and from one context per passage. Without arguments a tiny random model writes gibberish from the
-passages in examples/rag/, on a CPU in a minute: a check that everything runs. Your own:
+BM25 retrieves the passages of each question. A model is trained on questions with their passages. Held-out questions are answered in
+two ways: by standard inference, one prompt with all passages, and from one context per passage. Without `--model` a tiny random model
+writes gibberish from the passages in examples/rag/, on a CPU in a minute: a check that everything runs. On data of your own:
 
     pip install 'trl-miso[rag]'
     python examples/rag.py --corpus passages.jsonl --questions questions.jsonl --model Qwen/Qwen3-0.6B --learning_rate 1e-5
 
-Passages have a column `text`. Questions have `question` and `answers`, a list of which the first is trained. Other options are those of
-`trl-miso sft`, which trains on the file OUTPUT_DIR.jsonl (see it with `trl-miso preview`). docs/rag.md has more.
+Passages have a column `text`. Questions have `question` and `answers`, a list of which the first is trained. The other
+options are those of `trl-miso sft`. The rows are written to OUTPUT_DIR.jsonl: see them with `trl-miso preview`. docs/rag.md has more.
 """
 
 import json

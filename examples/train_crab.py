@@ -5,7 +5,8 @@ Without arguments it trains a small Llama on generated rows in Crab's schema, on
 
     accelerate launch examples/train_crab.py
 
-`python examples/train_crab.py --help` shows its options. `trl-miso recipes` lists the paper's experiments (--config llama3_8b_para).
+`python examples/train_crab.py --help` shows the options. `trl-miso recipes` lists recipes of the paper's experiments, such as
+`--config llama3_8b_para`.
 """
 
 import sys

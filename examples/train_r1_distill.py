@@ -1,17 +1,18 @@
 """
-MISO-succ on responses distilled with their thinking (paper, section 5.2): the input, instruction and thinking, is cut into
-successive chunks; the response is the output.
+MISO-succ on responses distilled with their thinking (paper, section 5.2). The input, which is the instruction and the thinking, is
+cut into successive chunks. The response is the output.
 
     accelerate launch examples/train_r1_distill.py --config llama3_8b_r1_succ
 
-Other data sets need the names of their columns. With thinking and answer in one text, for instance:
+For another data set, name its columns. For instance, where one column holds the thinking and the answer:
 
     accelerate launch examples/train_r1_distill.py --config llama3_8b_r1_succ \
         --dataset open-r1/OpenR1-Math-220k \
         --instruction_column problem --response_column generations --thinking_column none
 
-Look at the rows first with `trl-miso preview`, which takes the same options: published code disagrees on which column holds the
-answer.
+Look at the rows first, because published code disagrees on which column holds the answer:
+
+    trl-miso preview --source r1_distill --config llama3_8b_r1_succ
 """
 
 import sys
