@@ -220,7 +220,8 @@ class _Help(argparse.Action):
 def _shortened(action: argparse.Action) -> argparse.Action:
     """The option with the first sentence of its help, and its default."""
     shortened = copy(action)
-    sentence = re.split(r"(?<=\w[.])\s", action.help or "")[0].rstrip(".")
+    sentence = re.split(r"(?<=\w[.])\s(?!\d)", action.help or "")[0]  # "eq. 3" does not end one
+    sentence = re.sub(r"(?<![.])[.]$", "", sentence)
     default = action.default
     if default not in (None, False, "", [], argparse.SUPPRESS) and "(default" not in sentence:
         sentence += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"

@@ -73,6 +73,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return ", ".join(names)
         if action.const is True:
             return ", ".join([*names, f"--no_{action.dest}"] if action.default is True else names)
+        if isinstance(action.metavar, tuple):
+            return f"{', '.join(names)} {' '.join(action.metavar)}"
         value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
         value = value or {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
         return f"{', '.join(names)} {f'{value} [{value} ...]' if action.nargs == '+' else value}"
