@@ -108,7 +108,7 @@ def test_passages_and_weights_follow_the_scores(passages, questions, retrieved):
         torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), scores.softmax(0), rtol=1e-4, atol=0)
 
 
-def test_retrieval_is_as_sure_as_it_is_right(rag, questions, retrieved):
+def test_retrieval_is_surer_where_it_is_right(rag, questions, retrieved):
     """The table of docs/rag.md, by the rank of a passage, and the recall that the example prints."""
     weights, holds = torch.empty(2, len(questions), K)
     for i, (question, (texts, row)) in enumerate(zip(questions, retrieved, strict=True)):
