@@ -4,9 +4,9 @@ A model only quotes. What it gives is looked up in the instruction (`rows.split_
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trl_miso.evaluation.asking import ATTEMPTS, AskAll, ask_until_read
-from trl_miso.evaluation.file_lock import exclusive_lock
+from trl_miso.evaluation.kept_answers import KeptAnswers, appending
 
 RESPONSE_FORMAT = {
     "type": "json_schema",
@@ -43,8 +43,11 @@ Answer with JSON alone, in this form: {"constraints": ["first quotation", "secon
 <instruction>
 %s
 </instruction>"""
-# Every line starts with these bytes: they tell the unfinished line of a killed run from a file of another kind.
-_LINE_START = b'{"model": '
+_FILE = KeptAnswers(
+    "model",
+    "an answer",
+    "Expected a new file, or the answers of one model. Fix: give another --answers, or the model that wrote this file.",
+)
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 
 
@@ -77,17 +80,7 @@ def kept_quotes(file: Path, texts: Sequence[str], model: str, source: str | None
     """
     texts_by_digest = {_digest(text, source): text for text in texts}
     quotes: dict[str, list[str]] = {}
-    *lines, unfinished = file.read_bytes().split(b"\n") if file.exists() else [b""]
-    if unfinished[: len(_LINE_START)] != _LINE_START[: len(unfinished)]:
-        raise ValueError(_refusal(file, len(lines) + 1, "which is not an answer"))
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            line_model, digest, constraints = row["model"], row["instruction"], row["constraints"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(_refusal(file, number, "which is not an answer")) from error
-        if line_model != model:
-            raise ValueError(_refusal(file, number, f"an answer of {line_model!r}, not of {model!r}"))
+    for _, _, (digest, constraints) in _FILE.read(file, model, lambda row: (row["instruction"], row["constraints"])):
         if digest in texts_by_digest:
             quotes.setdefault(texts_by_digest[digest], constraints)
     return quotes
@@ -108,17 +101,14 @@ def ask_for_quotes(
         OSError, ValueError: As `kept_quotes`, and as `exclusive_lock`.
     """
     unique = list(dict.fromkeys(texts))
-    with exclusive_lock(file) as opened, Progress(console=Console(stderr=True)) as progress:
-        quotes = kept_quotes(file, unique, model, source)
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    read = partial(kept_quotes, file, unique, model, source)
+    with appending(file, read) as (quotes, append), Progress(console=Console(stderr=True)) as progress:
         waiting = [text for text in unique if text not in quotes]
         bar = progress.add_task(f"Asking {model}", total=len(unique), completed=len(quotes))
 
         def keep(text: str, found: list[str], answer: str) -> None:
             quotes[text] = found
-            row = {"model": model, "instruction": _digest(text, source), "constraints": found}
-            opened.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-            opened.flush()
+            append({"model": model, "instruction": _digest(text, source), "constraints": found})
 
         reasons = ask_until_read(waiting, question, ask_all, _read, keep, progress, bar, attempts)
     return quotes, {waiting[number]: reason for number, reason in reasons.items()}
@@ -134,10 +124,3 @@ def _read(text: str, answer: str | ValueError) -> tuple[list[str] | None, str]:
 def _digest(text: str, source: str | None) -> str:
     """Digest of all that an answer depends on beside the model's name: its files or server, the prompt with the instruction."""
     return sha256(json.dumps([source, question(text)]).encode()).hexdigest()[:16]
-
-
-def _refusal(file: Path, number: int, got: str) -> str:
-    return (
-        f"Got line {number} of {file}, {got}. Expected a new file, or the answers of one model. Fix: give another --answers, or the "
-        "model that wrote this file."
-    )

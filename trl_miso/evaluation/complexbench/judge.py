@@ -1,10 +1,10 @@
 """Ask a judge, and keep its verdicts in a file: one line per verdict, written as it comes."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from rich.progress import Progress
 from trl_miso.evaluation.asking import AskAll, ask_until_read
 from trl_miso.evaluation.complexbench.instances import Instance, Question
 from trl_miso.evaluation.complexbench.prompts import judge_prompt, read_answer
-from trl_miso.evaluation.file_lock import exclusive_lock
+from trl_miso.evaluation.kept_answers import KeptAnswers, appending
 
-# Every line starts with these bytes: they tell the unfinished line of a killed run from a file of another kind.
-_LINE_START = b'{"judge": '
+_FILE = KeptAnswers(
+    "judge",
+    "a verdict",
+    "Expected verdicts of one judge on these responses to these data. Fix: give --verdicts another file, or the judge, data, responses "
+    "and language of the run that wrote this file.",
+)
 
 Key = tuple[int, int]
 
@@ -75,32 +79,17 @@ def read_verdicts(file: Path, tasks: Sequence[Task], judge: str | None) -> Verdi
     """
     tasks_by_key = {task.key: task for task in tasks}
     passed: dict[Key, bool] = {}
-    *lines, unfinished = file.read_bytes().split(b"\n") if file.exists() else [b""]
-    if unfinished[: len(_LINE_START)] != _LINE_START[: len(unfinished)]:
-        raise ValueError(_refusal(file, len(lines) + 1, "which is not a verdict"))
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            line_judge, fingerprint = row["judge"], row["fingerprint"]
-            key = int(row["main_id"]), int(row["point_id"])
-            verdict = {True: True, False: False}[row["verdict"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(_refusal(file, number, "which is not a verdict")) from error
-        judge = judge or line_judge
-        if line_judge != judge:
-            raise ValueError(_refusal(file, number, f"a verdict of {line_judge!r}, not of {judge!r}"))
+    for number, line_judge, (key, fingerprint, verdict) in _FILE.read(file, judge, _columns):
+        judge = line_judge
         if key not in tasks_by_key or fingerprint != tasks_by_key[key].fingerprint(judge):
             other = f"a verdict on another question {key[1]} of main_id {key[0]}, or on another response to it"
-            raise ValueError(_refusal(file, number, other))
+            raise _FILE.refusal(file, number, other)
         passed.setdefault(key, verdict)
     return Verdicts(judge, passed)
 
 
-def _refusal(file: Path, number: int, got: str) -> str:
-    return (
-        f"Got line {number} of {file}, {got}. Expected verdicts of one judge on these responses to these data. Fix: give --verdicts "
-        "another file, or the judge, data, responses and language of the run that wrote this file."
-    )
+def _columns(row: dict[str, Any]) -> tuple[Key, str, bool]:
+    return (int(row["main_id"]), int(row["point_id"])), row["fingerprint"], {True: True, False: False}[row["verdict"]]
 
 
 def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) -> dict[Key, str]:
@@ -115,15 +104,13 @@ def ask_judge(tasks: Sequence[Task], judge: str, ask_all: AskAll, file: Path) ->
     Raises:
         OSError, ValueError: As `read_verdicts`, and as `exclusive_lock`.
     """
-    with exclusive_lock(file) as opened, Progress(console=Console(stderr=True)) as progress:
-        passed = read_verdicts(file, tasks, judge).passed
-        _cut_unfinished_line(file)
-        waiting = [task for task in tasks if task.key not in passed]
-        bar = progress.add_task("Judging", total=len(tasks), completed=len(passed))
+    read = partial(read_verdicts, file, tasks, judge)
+    with appending(file, read) as (kept, append), Progress(console=Console(stderr=True)) as progress:
+        waiting = [task for task in tasks if task.key not in kept.passed]
+        bar = progress.add_task("Judging", total=len(tasks), completed=len(kept.passed))
 
         def keep(task: Task, verdict: bool, answer: str) -> None:
-            opened.write(_line(task, judge, verdict, answer))
-            opened.flush()
+            append(_row(task, judge, verdict, answer))
 
         reasons = ask_until_read(waiting, lambda task: task.prompt, ask_all, _read, keep, progress, bar)
     return {waiting[number].key: reason for number, reason in reasons.items()}
@@ -139,8 +126,8 @@ def _read(task: Task, answer: str | ValueError) -> tuple[bool | None, str]:
     return read_answer(task.question, task.response, answer), f"Got answer {shown!r}, expected an {expected}."
 
 
-def _line(task: Task, judge: str, verdict: bool, answer: str) -> bytes:
-    row: dict[str, Any] = {
+def _row(task: Task, judge: str, verdict: bool, answer: str) -> dict[str, Any]:
+    return {
         "judge": judge,
         "main_id": task.key[0],
         "point_id": task.key[1],
@@ -150,8 +137,3 @@ def _line(task: Task, judge: str, verdict: bool, answer: str) -> bytes:
         "verdict": verdict,
         "answer": answer,
     }
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-
-def _cut_unfinished_line(file: Path) -> None:
-    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
