@@ -10,11 +10,12 @@ from datasets import Dataset
 from tests.support.models import tiny_model
 from trl_miso import MISOSFTTrainer, miso_generate
 from trl_miso.cli.readout import main
-from trl_miso.readout.answers import generate_answers, prompt_ids, verdicts_on
+from trl_miso.readout.answers import generate_answers, verdicts_on
 from trl_miso.readout.losses import READINGS, STANDARD, read_answers
 from trl_miso.readout.rows import prepare_rows, sample_rows
 from trl_miso.readout.summary import compare, in_words, summarize
 from trl_miso.report.constraint_checks import ifeval_check, synthetic_check
+from trl_miso.report.samples import prompt_ids
 from trl_miso.segments.packed import WEIGHTINGS
 from trl_miso.sources.synthetic import build_tokenizer, synthetic_rows
 

@@ -6,14 +6,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_miso.attention.state import restore_attention
-from trl_miso.data.chat_template import ChatRenderer
-from trl_miso.data.schema import Prompt, template_kwargs
-from trl_miso.data.tokenization import RowTokenizer
+from trl_miso.data.schema import template_kwargs
 from trl_miso.evaluation.greedy import greedy_responses
 from trl_miso.generation import miso_generate
 from trl_miso.readout.losses import READINGS, STANDARD, Reading, full_weight_obstacle
 from trl_miso.readout.rows import PreparedRow, Progress
-from trl_miso.report.samples import ConstraintCheck
+from trl_miso.report.samples import ConstraintCheck, prompt_ids
 
 
 def generate_answers(
@@ -81,14 +79,6 @@ def verdicts_on(check: ConstraintCheck, row: dict[str, Any], answer: str) -> lis
     verdicts = check(row, answer)
     assert verdicts is not None, "the row has a check"
     return [bool(verdict) for verdict in verdicts]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kwargs: dict[str, Any]) -> list[int]:
-    """Token ids of a prompt as standard inference reads it: text as it is, messages with the generation prompt."""
-    if isinstance(prompt, str):
-        return tokenizer(RowTokenizer(tokenizer).without_bos(prompt))["input_ids"]
-    (text,) = ChatRenderer(tokenizer)([prompt], kwargs, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _batches(rows: Sequence[PreparedRow], size: int) -> list[list[int]]:

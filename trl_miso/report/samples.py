@@ -124,7 +124,7 @@ class Sampler:
         mixed = parallel_row(row, self.kind, self.options, full)
         one_context, tokenized = (_unless_dropped(tokens) for tokens in tokenize([full, mixed], [kwargs] * 2))
         if self.own_answers:
-            head = self._prompt_ids(mixed.contexts[0], kwargs)[len(tokenized.contexts[0]) :]
+            head = prompt_ids(self.tokenizer, mixed.contexts[0], kwargs)[len(tokenized.contexts[0]) :]
             answer, text = [], ""
         else:
             head = _before_labels(tokenized)
@@ -163,12 +163,6 @@ class Sampler:
             raise RowDropped(f"more tokens than max_length={self.options.max_length}")
         return sample
 
-    def _prompt_ids(self, prompt: Prompt, kwargs: dict[str, Any]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        (text,) = ChatRenderer(self.tokenizer)([prompt], kwargs, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _names(self, single_constraints: list[Prompt], full: Prompt, contexts: list[Prompt]) -> list[str]:
         names = []
         for i, context in enumerate(contexts, start=1):
@@ -181,6 +175,14 @@ class Sampler:
             else:
                 names.append("bare")
         return names
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kwargs: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt as standard inference reads it: text as it is, messages with the generation prompt."""
+    if isinstance(prompt, str):
+        return tokenizer(RowTokenizer(tokenizer).without_bos(prompt))["input_ids"]
+    (text,) = ChatRenderer(tokenizer)([prompt], kwargs, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _unless_dropped(tokens: Tokenized | RowDropped) -> Tokenized:
