@@ -140,6 +140,8 @@ def test_every_context_has_a_name(sampler):
     assert sampler(full_context_weight=0.4)(row, 0).weights == pytest.approx([0.4, 0.2, 0.2, 0.2])
     given = {"contexts": ["One. Say:", "Two. Say:"], "completion": " Yes."}
     assert sampler("contexts")(given, 0).names == ["full", "context 2"]
+    moved = {"prompt": "Two. Say:", "contexts": ["One. Say:", "Two. Say:", "Three. Say:"], "completion": " Yes."}
+    assert sampler("contexts")(moved, 0).names == ["full", "context 1", "context 3"]  # as in the column
 
 
 # Masses

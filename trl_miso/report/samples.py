@@ -31,7 +31,7 @@ class Sample:
         answer: The token ids that the model predicts.
         text: The answer as text.
         contexts: The token ids of each context.
-        names: The name of each context: `"full"`, `"constraint 1"`, `"bare"`, or `"context 1"`.
+        names: The name of each context, see `ContextRow`.
         weights: The weight of each context.
         head: The token ids with which the output begins before the answer.
     """
@@ -147,7 +147,7 @@ class Sampler:
                 answer=answer,
                 text=text,
                 contexts=tokenized.contexts,
-                names=self._names(prompts, full.contexts[0], mixed.contexts),
+                names=list(mixed.names),
                 weights=weights,
                 head=head,
             )
@@ -162,19 +162,6 @@ class Sampler:
         if self.options.max_length is not None and sample.longest > self.options.max_length:
             raise RowDropped(f"more tokens than max_length={self.options.max_length}")
         return sample
-
-    def _names(self, single_constraints: list[Prompt], full: Prompt, contexts: list[Prompt]) -> list[str]:
-        names = []
-        for i, context in enumerate(contexts, start=1):
-            if context == full:
-                names.append("full")
-            elif self.kind == "contexts":
-                names.append(f"context {i}")
-            elif context in single_constraints:
-                names.append(f"constraint {single_constraints.index(context) + 1}")
-            else:
-                names.append("bare")
-        return names
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kwargs: dict[str, Any]) -> list[int]:
