@@ -46,7 +46,7 @@ class FlashAttn:
         check_sequences(call)
         out, lse, *_ = self.functions()._flash_attn_varlen_forward(
             *(_pad_heads(x) for x in (q, k, v)),
-            *_sizes(call),
+            *call.sizes,
             0.0,
             options.scale,
             options.causal,
@@ -65,7 +65,7 @@ class FlashAttn:
             *(dout, q_, k_, v_, out),
             lse,
             *gradients,
-            *_sizes(call),
+            *call.sizes,
             0.0,
             options.scale,
             options.causal,
@@ -113,7 +113,7 @@ class TorchFlash:
         check_sequences(call)
         out, lse, *_ = _operators()._flash_attention_forward(
             *(_rows_contiguous(_pad_heads(x)) for x in (q, k, v)),
-            *_sizes(call),
+            *call.sizes,
             0.0,
             options.causal,
             False,
@@ -128,7 +128,7 @@ class TorchFlash:
         gradients = _operators()._flash_attention_backward(
             *(_rows_contiguous(_pad_heads(x)) for x in (dout, q, k, v, out)),
             lse,
-            *_sizes(call),
+            *call.sizes,
             0.0,
             options.causal,
             rng,
@@ -240,10 +240,6 @@ def warn_about_padding(call: Varlen, q: torch.Tensor) -> None:
 def _operators() -> Any:
     """torch's operators; FlashAttention-3 or 4 stands behind them after `torch.nn.attention.activate_flash_attention_impl`."""
     return torch.ops.aten
-
-
-def _sizes(call: Varlen) -> tuple:
-    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
 
 
 def _keywords(options: KernelOptions) -> dict[str, Any]:

@@ -41,8 +41,7 @@ def attend_backward(
 
 def _arguments(kernel: Kernel, call: Varlen, options: KernelOptions) -> tuple:
     """A call in types that an operator takes."""
-    sizes = call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
-    return *sizes, kernel.name, options.scale, options.causal, options.window, options.softcap
+    return *call.sizes, kernel.name, options.scale, options.causal, options.window, options.softcap
 
 
 # Not `torch.library.custom_op`, whose checks at every call cost a tenth of a small layer.

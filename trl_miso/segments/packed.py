@@ -34,6 +34,10 @@ class Varlen:
     kv_index: torch.Tensor | None = None
     kv_offset: torch.Tensor | None = None
 
+    @property
+    def sizes(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
+
     def score_pairs(self, causal: bool) -> int:
         """Number of query-key pairs that the call scores, per head. A causal call aligns the last query with the last key."""
         q, k = self.cu_seqlens_q.diff().long(), self.cu_seqlens_k.diff().long()
