@@ -15,7 +15,6 @@ from trl_miso.cli.eval import main
 from trl_miso.evaluation import multi_if
 from trl_miso.evaluation.inference import ModelRequest
 from trl_miso.evaluation.multi_if import answer_turns, load_conversations
-from trl_miso.sources.synthetic import build_model
 
 COMMA, TITLE = ("punctuation:no_comma", {}), ("detectable_format:title", {})
 TWO = ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 2})
@@ -63,16 +62,14 @@ def data(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer, tmp_path_factory):
-    """A small random Llama, whose weights are scaled up so that its responses depend on all it reads."""
-    folder = tmp_path_factory.mktemp("model")
-    loud = build_model(tokenizer, seed=1)
+def model(model):
+    """The model with weights scaled up so that its responses depend on all it reads."""
+    loud = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         for weights in loud.parameters():
             weights.mul_(6 if weights.dim() > 1 else 1)
-    loud.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    loud.save_pretrained(model)
+    return model
 
 
 @pytest.fixture(autouse=True)
