@@ -81,6 +81,32 @@ def test_plain_text_has_the_same_parts(prompt, template, tokenizer, sampler):
     assert texts == [(template or "").strip(), "", "Write.", "In A.", "In B."]
 
 
+@pytest.mark.parametrize("own_answers", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("constraints", {"prompt": "Write.", "constraints": ["Be brief.", "Rhyme."]}),
+        ("constraints", {"prompt": "Write.", "full_prompt": "Write. Rhyme.", "constraints": ["Rhyme."]}),
+        ("contexts", {"contexts": ["Write about it:", "Write in rhymes:"]}),
+        ("contexts", {"contexts": ["Write about it:", "Write in rhymes:"], "prompt": "Write in rhymes:"}),
+        ("prompt-completion", {"prompt": "Write about it:"}),
+    ],
+)
+def test_a_bos_in_plain_text_is_the_one_that_the_tokenizer_adds(kind, row, own_answers, sampler):
+    tokenizer = make_tokenizer("chatml")
+    bos = tokenizer.bos_token
+    assert tokenizer("").input_ids == [tokenizer.bos_token_id]
+    row = row | {"completion": " It is."}
+    begun = {name: bos + row[name] for name in ("prompt", "full_prompt") if name in row}
+    if "contexts" in row:
+        begun["contexts"] = [bos + context for context in row["contexts"]]
+    make = sampler(kind, tokenizer, own_answers)
+    expected, sample = make(row, 0), make(row | begun, 0)
+    assert sample.prompted == expected.prompted and sample.contexts == expected.contexts
+    assert (sample.answer, sample.head, sample.names) == (expected.answer, expected.head, expected.names)
+    assert sample.prompted.ids.count(tokenizer.bos_token_id) == 1
+
+
 def test_parts_of_a_handwritten_prompt_are_located(tokenizer):
     """The list of constraints may come first, and the base instruction may repeat a constraint."""
     text = "- Use commas.\n- Be kind.\n\nQuery:\nUse commas. Write."

@@ -101,6 +101,8 @@ class Sampler:
         for name in ("prompt", "full_prompt"):
             if isinstance(row.get(name), str):
                 row = row | {name: tokenize.without_bos(row[name])}
+        if isinstance(row.get("contexts"), list) and all(isinstance(context, str) for context in row["contexts"]):
+            row = row | {"contexts": list(map(tokenize.without_bos, row["contexts"]))}
         full = full_row(row, self.kind, self.options)
         constraints = constraints_of(row) if self.kind == "constraints" else []
         if self.kind == "constraints" and not constraints:
