@@ -113,24 +113,13 @@ def _as_wrapped(trainer: Any, model: Any) -> Iterator[None]:
 @contextmanager
 def preserve_rng() -> Iterator[None]:
     """Restore the random states of Python, NumPy and torch (CPU and CUDA) on exit."""
-    state = rng_state()
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         yield
     finally:
-        set_rng_state(state)
-
-
-def rng_state() -> list[Any]:
-    """The random states of Python, NumPy and torch (CPU and CUDA)."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
-
-
-def set_rng_state(state: list[Any]) -> None:
-    """Set the random states that `rng_state` returned."""
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

@@ -5,14 +5,15 @@ a checkpoint is `pass + steps in the pass / max_steps`, which tells both.
 """
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-
-from trl_miso.evaluation.in_training import preserve_rng, rng_state, set_rng_state
 
 
 def position(state: TrainerState) -> tuple[int, int]:
@@ -46,16 +47,19 @@ class StreamPasses(TrainerCallback):
         if self._before_step is None:
             yield
             return
-        with preserve_rng():
-            set_rng_state(self._before_step)
+        now = _random_state()
+        _set_random_state(self._before_step)
+        try:
             yield
+        finally:
+            _set_random_state(now)
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._before_step = None
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_stream and self._before_step is None and args.gradient_accumulation_steps > 1:
-            self._before_step = rng_state()
+            self._before_step = _random_state()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._before_step = None
@@ -63,3 +67,17 @@ class StreamPasses(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_stream and self._before_step is None and not control.should_training_stop:
             state.epoch = float(math.floor(state.epoch or 0.0) + 1)
+
+
+def _random_state() -> list[Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
+
+
+def _set_random_state(state: list[Any]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
