@@ -85,7 +85,10 @@ class Workshop:
     @cached_property
     def environment(self) -> list[Any]:
         """What changes figures without being part of the study: device, versions, and the weights."""
-        device = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+        if self.device == "cuda":
+            device = torch.cuda.get_device_name()
+        else:
+            device = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if self.bf16 else "")
         weights = hashlib.sha256()
         with (Path(self.files.model) / "model.safetensors").open("rb") as file:
             while block := file.read(1 << 24):
@@ -115,7 +118,19 @@ class Workshop:
 
     @property
     def dtype(self) -> str:
-        return "bfloat16" if self.device == "cuda" else "float32"
+        """Of models that answer. Training has float32 weights, computed in this dtype."""
+        return "bfloat16" if self.bf16 else "float32"
+
+    @cached_property
+    def bf16(self) -> bool:
+        """On a GPU, and on a CPU with AVX512-BF16, unless `ATEN_CPU_CAPABILITY` keeps torch from using AVX-512.
+
+        On such a CPU (AMD EPYC, one core, SmolLM2) training steps of SFT take 0.6 of the time in float32, of para 0.9, answers 0.6.
+        """
+        if self.device == "cuda":
+            return True
+        has_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        return has_bf16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
     # Rows
 
@@ -179,7 +194,7 @@ class Workshop:
 
     def train(self, run: Run) -> Trained:
         base = Path(self.files.model)
-        model, work = finetune(base, self.tokenizer, run, self.study, self.training_rows(run), self.device)
+        model, work = finetune(base, self.tokenizer, run, self.study, self.training_rows(run), self.device, self.bf16)
         model = model.to(getattr(torch, self.dtype))
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         return model, work

@@ -55,6 +55,7 @@ def build_trainer(
     rows: Sequence[dict[str, Any]],
     output: str,
     device: str,
+    bf16: bool,
 ) -> MISOSFTTrainer:
     method = METHODS[run.method]
     options = {
@@ -66,7 +67,7 @@ def build_trainer(
         "warmup_steps": 0.1,
         "max_length": 1024,
         "seed": run.seed,
-        "bf16": device == "cuda",
+        "bf16": bf16,
         "use_cpu": device == "cpu",
         "gradient_checkpointing": False,
         "save_strategy": "no",
@@ -92,16 +93,16 @@ def num_tokens(trainer: MISOSFTTrainer) -> int:
 
 
 def finetune(
-    base: Path, tokenizer: Any, run: Run, study: Study, train: Sequence[dict[str, Any]], device: str
+    base: Path, tokenizer: Any, run: Run, study: Study, train: Sequence[dict[str, Any]], device: str, bf16: bool
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The fine-tuned model, and the run's rows, steps, tokens and seconds."""
     drawn = drawn_rows(train, run.seed)
     with tempfile.TemporaryDirectory() as output:
         rows = drawn[: study.rows]
         if matched := METHODS[run.method].matches:
-            rows = _matching(base, tokenizer, Run(matched, 0, run.seed), run, study, drawn, output, device)
+            rows = _matching(base, tokenizer, Run(matched, 0, run.seed), run, study, drawn, output, device, bf16)
         model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-        trainer = build_trainer(model, tokenizer, run, study, rows, output, device)
+        trainer = build_trainer(model, tokenizer, run, study, rows, output, device, bf16)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -123,11 +124,12 @@ def _matching(
     drawn: list[dict[str, Any]],
     output: str,
     device: str,
+    bf16: bool,
 ) -> list[dict[str, Any]]:
     """As many rows as give this run the tokens of the matched run's epoch; the rows begin anew where they end."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    target = num_tokens(build_trainer(model, tokenizer, matched, study, drawn[: study.rows], output, device))
-    own = build_trainer(model, tokenizer, run, study, drawn, output, device)
+    target = num_tokens(build_trainer(model, tokenizer, matched, study, drawn[: study.rows], output, device, bf16))
+    own = build_trainer(model, tokenizer, run, study, drawn, output, device, bf16)
     lengths = list(map(len, own.train_dataset["input_ids"]))
     rows: list[dict[str, Any]] = []
     tokens = 0
