@@ -16,6 +16,7 @@ from trl_miso.data.contexts import ContextRow, full_row, parallel_row
 from trl_miso.data.layout import Layout, columns
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped
+from trl_miso.data.token_ids import token_ids
 from trl_miso.data.tokenization import RowTokenizer, Tokenized
 from trl_miso.segments import decode
 from trl_miso.sources.crab import crab_row
@@ -401,7 +402,7 @@ def test_text_is_cut_at_special_tokens_without_a_trace(chat_tokenizer, rows):
     )
     rendered = [[t.whole, t.before, *t.prompts] for t in tokenizer._render(made, [{"tools": None}] * len(made))]
     expected = [[chat_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in rendered]
-    assert list(tokenizer.token_ids(rendered, add_special_tokens=False)) == expected
+    assert list(token_ids(chat_tokenizer, rendered, add_special_tokens=False)) == expected
 
 
 def test_special_tokens_that_take_spaces_along_are_no_place_to_cut():
@@ -448,7 +449,7 @@ def test_ids_of_texts_in_parts_are_those_of_each_text_in_one_piece(tokenizer, te
         expected = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
         tokenizer.backend_tokenizer.enable_truncation(3)  # as files of tokenizers may have it
         tokenizer.backend_tokenizer.enable_padding(length=5)
-        assert list(RowTokenizer(tokenizer).token_ids([texts], add_special_tokens=special)) == [expected]
+        assert list(token_ids(tokenizer, [texts], add_special_tokens=special)) == [expected]
 
 
 # Layout

@@ -6,28 +6,25 @@ begins with tokens that all contexts end with and that carry no label: the gener
 output is token for token what SFTTrainer trains on.
 """
 
-import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from itertools import chain, groupby, islice, pairwise
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from trl_miso.data.boundary import answer_start, changed_end, changed_start
 from trl_miso.data.chat_template import ChatRenderer
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.schema import Prompt, RowDropped
+from trl_miso.data.token_ids import token_ids
 from trl_miso.data.tokenizers import check_tokenizer
 from trl_miso.segments import common_prefix
 
 LOST_REASONING = "the chat template leaves out the reasoning of the answer"
 OTHER_END = "the prompt of inference ends in text that training does not have"
 NO_END = "no label ends the answer's turn, so that the model may not learn to stop"
-
-# Characters tokenized per call: the tokenizer's record of each token takes a hundred times the memory of the text.
-_CHARACTERS = 2_000_000
 
 
 @dataclass
@@ -93,7 +90,7 @@ class RowTokenizer:
         rendered = self._render(rows, template_kwargs)
         is_plain_text = bool(rows) and isinstance(rows[0].completion, str)
         kept = [texts for texts in rendered if isinstance(texts, _Rendered)]
-        ids = self.token_ids([[t.whole, t.before, t.start, *t.prompts] for t in kept], is_plain_text)
+        ids = token_ids(self.tokenizer, [[t.whole, t.before, t.start, *t.prompts] for t in kept], is_plain_text)
         end_ids, blank = self.end_ids(), dict[int, bool]()
         results: list[Tokenized | RowDropped] = []
         for row, kwargs, texts in zip(rows, template_kwargs, rendered, strict=True):
@@ -141,55 +138,6 @@ class RowTokenizer:
             raise RowDropped(LOST_REASONING)
         if self.assistant_only_loss:
             self._assistant_mask(whole, kwargs)
-
-    def token_ids(self, rendered: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
-        """Token ids of each row's texts.
-
-        Equals the tokenizer on each text. The texts of a row share most of their content: they are cut at special tokens,
-        and each distinct piece is tokenized once.
-        """
-        cut = _keep_whole if add_special_tokens else self._cutter()
-        pieces = {text: cut(text) for text in chain.from_iterable(rendered)}
-        unique = list(dict.fromkeys(chain.from_iterable(pieces.values())))
-        ids: dict[str, list[int]] = {}
-        for run in _runs(unique, _CHARACTERS):
-            ids |= zip(run, self._encode(run, add_special_tokens), strict=True)
-        joined = {text: list(chain.from_iterable(map(ids.__getitem__, parts))) for text, parts in pieces.items()}
-        for texts in rendered:
-            yield [joined[text] for text in texts]
-
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        """Equal to `self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]`.
-
-        Where the tokenizers library does all the work, its fast call skips the character offsets of every token: a
-        fifth of the time on long texts.
-        """
-        kind, fast = type(self.tokenizer), PreTrainedTokenizerFast
-        if any(getattr(kind, name) is not getattr(fast, name, None) for name in ("__call__", "_encode_plus")):
-            options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-            return self.tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
-        self.tokenizer("")  # resets truncation and padding of the backend
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
-
-    def _cutter(self) -> Callable[[str], list[str]]:
-        """A function that cuts text before special tokens, where both sides can be tokenized apart with the same result.
-
-        The tokenizers library splits off added tokens first, the leftmost and longest match, so that text on both sides of
-        one is never tokenized together. Tokens that strip whitespace or match within words are not cut at.
-        """
-        added = self.tokenizer.added_tokens_decoder.values() if self.tokenizer.is_fast else ()
-        contents = sorted((t.content for t in added if not t.normalized), key=len, reverse=True)
-        borders = {t.content for t in added if t.special and not t.lstrip}
-        if not contents or any(t.single_word for t in added):
-            return _keep_whole
-        search = re.compile("|".join(map(re.escape, contents))).finditer
-
-        def cut(text: str) -> list[str]:
-            cuts = [0, *(match.start() for match in search(text) if match[0] in borders), len(text)]
-            return [text[start:end] for start, end in pairwise(cuts)]
-
-        return cut
 
     @property
     def _chat(self) -> ChatRenderer:
@@ -396,20 +344,3 @@ def lacks_end(labels: list[int], end_ids: Set[int]) -> bool:
     """Whether some tokens are labelled, but not all, and none of the last labels can end a turn."""
     labelled = [label for label in labels if label != -100]
     return 0 < len(labelled) < len(labels) and end_ids.isdisjoint(labelled[-3:])
-
-
-def _keep_whole(text: str) -> list[str]:
-    return [text]
-
-
-def _runs(texts: list[str], size: int) -> Iterator[list[str]]:
-    """Consecutive texts in groups, each closed by the text with which it reaches `size` characters."""
-    run, length = [], 0
-    for text in texts:
-        run.append(text)
-        length += len(text)
-        if length >= size:
-            yield run
-            run, length = [], 0
-    if run:
-        yield run
