@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.common.folders import exclusive_lock
 from benchmarks.common.real_models import MODELS, add_punkt_tab, real_model
 from benchmarks.real_study.grid import Files, Workshop, code_version, run_grid
-from benchmarks.real_study.study import FULL, METHODS, QUICK, SMALL
+from benchmarks.real_study.study import FULL, MEDIUM, METHODS, QUICK, SMALL
 
 FOLDER = Path.home() / ".cache" / "trl-miso" / "real_study"
-SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}
+SIZES = {"full": FULL, "medium": MEDIUM, "small": SMALL, "quick": QUICK}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -103,6 +103,8 @@ SMALL = replace(
     attention=24,
     answer_tokens=112,
 )
+# For two CPU cores with AVX512-BF16, three methods: an hour. Mostly other training rows than SMALL's.
+MEDIUM = replace(SMALL, pool=1040, dense=120, ifeval=None, flat=96)
 # For a look at whether everything runs: minutes.
 QUICK = replace(
     SMALL,
