@@ -241,6 +241,25 @@ def test_adaption_prompt_is_refused(para_dataset, tokenizer, make_config, given)
         MISOSFTTrainer(model, make_config(), train_dataset=para_dataset, processing_class=tokenizer, **options)
 
 
+# Adapters that are zero at the start, so that the checks before training see nothing of what they do to a packed batch.
+BY_BATCH = {
+    "aLoRA": lambda: _adapter("lora", alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
+    "Lily": lambda: peft.LilyConfig(target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("given", ["peft_config", "model"])
+@pytest.mark.parametrize("method", BY_BATCH)
+def test_adapters_in_which_rows_see_each_other_are_refused(para_dataset, tokenizer, make_config, method, given):
+    if method == "Lily" and not hasattr(peft, "LilyConfig"):
+        pytest.skip("this PEFT has no LilyConfig")
+    model, options = tiny_model("llama"), {"peft_config": BY_BATCH[method]()}
+    if given == "model":
+        model, options = peft.get_peft_model(model, BY_BATCH[method]()), {}
+    with pytest.raises(ValueError, match=f"(?s)Got PEFT's {method}.*Expected.*Fix: use LoRA"):
+        MISOSFTTrainer(model, make_config(), train_dataset=para_dataset, processing_class=tokenizer, **options)
+
+
 # Every method of PEFT that changes weights, with the sizes of a tiny layer.
 OTHERS = {
     "AdaLoraConfig": {"total_step": 10},

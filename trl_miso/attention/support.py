@@ -83,7 +83,7 @@ def adapters_of(model: Any, peft_config: Any = None) -> list[Any]:
 
 
 def check_adapters(model: Any, peft_config: Any = None) -> None:
-    """Raise ValueError for adapters, of the model or of `peft_config`, that add tokens before the contexts or within the layers."""
+    """Raise ValueError for adapters, of the model or of `peft_config`, that add tokens, or in which the rows of a batch see each other."""
     configs = adapters_of(model, peft_config)
     if any(getattr(config, "is_adaption_prompt", False) for config in configs):
         raise ValueError(
@@ -94,6 +94,17 @@ def check_adapters(model: Any, peft_config: Any = None) -> None:
         raise ValueError(
             "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
             "weights. Fix: use LoRA or another adapter."
+        )
+    # Both are zero until they are trained, so the checks before the first step would pass.
+    if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+        raise ValueError(
+            "Got PEFT's aLoRA (alora_invocation_tokens), which acts from the last invocation in a batch on: in packed rows, on the last row "
+            "alone. Expected adapters that treat each token alike. Fix: use LoRA without alora_invocation_tokens."
+        )
+    if any(config.peft_type == "LILY" for config in configs):
+        raise ValueError(
+            "Got PEFT's Lily, which averages the routing of its experts over all tokens of a batch: contexts and rows would change each "
+            "other's loss. Expected adapters that treat each token alike. Fix: use LoRA or another adapter."
         )
 
 
