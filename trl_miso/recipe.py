@@ -105,9 +105,15 @@ def set_global_batch_size(args: MISOSFTConfig, global_batch_size: int) -> None:
     """Set `gradient_accumulation_steps` so that every optimizer step takes `global_batch_size` rows over all processes.
 
     Raises:
-        ValueError: If it is not a multiple of the rows that all processes take at once, or if the number of accumulation steps
-            was set to another value.
+        ValueError: If it is not a multiple of the rows that all processes take at once, if the number of accumulation steps
+            was set to another value, or if `auto_find_batch_size` could lower the rows per process.
     """
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"Got auto_find_batch_size=True and global_batch_size={global_batch_size}, expected one of the two: a batch size lowered when "
+            "memory runs out leaves the accumulation steps as they are. Fix: leave auto_find_batch_size out, and lower "
+            "per_device_train_batch_size."
+        )
     processes = 1 if args.accelerator_config.split_batches else args.world_size
     rows_at_once = args.per_device_train_batch_size * processes
     steps, rest = divmod(global_batch_size, rows_at_once)

@@ -166,6 +166,13 @@ def test_a_global_batch_that_cannot_be_kept_is_an_error(processes, per_device, t
         set_global_batch_size(args, 256)
 
 
+def test_a_global_batch_is_not_kept_by_a_batch_size_that_shrinks(tmp_path):
+    """transformers lowers the rows per device when memory runs out, and leaves the accumulation steps as they are."""
+    args = _Processes(str(tmp_path), bf16=False, auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="Got auto_find_batch_size=True.*expected.*Fix"):
+        set_global_batch_size(args, 256)
+
+
 # Rows
 
 
