@@ -18,6 +18,7 @@ CHANGED = {
     "full_context_weight": 0.4,
     "para_prob": 0.5,
     "seed": 7,
+    "eos_token": "<|user|>",
     "chunk_probs": [0.5, 0.5],
     "train_turns": "last",
     "output_positions": "after_longest",
