@@ -13,7 +13,7 @@ from tests.support.models import tiny_model
 from tests.support.processes import PROCESSES
 from tests.training.test_interruption import two_ranks
 from trl_miso import MISOEvalCallback, MISOSFTTrainer
-from trl_miso.training import interruption
+from trl_miso.training import interruption, reliability
 from trl_miso.training.interruption import TrainingGuard
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -123,6 +123,24 @@ def test_in_the_first_evaluation(make):
     """`eval_on_start`: no step was made, so nothing is saved."""
     callback = At("on_prediction_step", 2)
     assert end_of(make(callback, eval_strategy="steps", eval_steps=3, eval_on_start=True)) == (143, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "resumes"),
+    [("on_step_end", {}, True), ("on_step_end", {"save_only_model": True}, False), ("on_train_begin", {}, False)],
+)
+def test_the_log_says_how_training_continues(make, monkeypatch, method, options, resumes):
+    """From a checkpoint only if there is one with an optimizer state."""
+    said = []
+    monkeypatch.setattr(reliability.logger, "warning", lambda text, *args, **kwargs: said.append(text))
+    end_of(make(At(method, 1), max_steps=2, **options))
+    assert ("continues with resume_from_checkpoint=True" in said[-1]) == resumes
+    if resumes:
+        make(max_steps=2).train(resume_from_checkpoint=True)
+        return
+    assert "has to start from the beginning" in said[-1] and ("save_only_model" in said[-1]) == bool(options)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        make(max_steps=2).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("where", ["an evaluation", "the end"])

@@ -135,6 +135,16 @@ def resumable(resume_from_checkpoint: str | os.PathLike | bool | None, output_di
     return str(resume_from_checkpoint)
 
 
+def how_to_continue(output_dir: str, save_only_model: bool) -> str:
+    """A sentence on how training continues from the checkpoints in `output_dir`."""
+    if any(_why_not_resume(Path(checkpoint)) is None for checkpoint in _checkpoints(output_dir)):
+        return "It continues with resume_from_checkpoint=True."
+    reason = "there is no complete checkpoint"
+    if save_only_model:
+        reason = "with save_only_model=True checkpoints have no optimizer state"
+    return f"It has to start from the beginning: {reason}."
+
+
 def _publish(written: Path, checkpoint: Path) -> None:
     """Move a complete checkpoint from the temporary folder to its name, atomically."""
     sizes = {str(file.relative_to(written)): file.stat().st_size for file in _files(written)}

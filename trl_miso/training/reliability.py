@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from trl_miso.data.mapping import UnshardedStream
-from trl_miso.training.checkpoints import AtomicCheckpoints, resumable
+from trl_miso.training.checkpoints import AtomicCheckpoints, how_to_continue, resumable
 from trl_miso.training.interruption import UNSHARDED, Interrupted, NonFiniteError, TrainingGuard
 from trl_miso.training.kept_settings import changed_settings, settings_of
 from trl_miso.training.streams import StreamPasses, position
@@ -89,7 +89,8 @@ class ReliableTrainer(AtomicCheckpoints):
         if self.terminated:
             saved = f"checkpoint-{self.last_saved_step} is saved" if self.last_saved_step else "no step was made"
             name = signal.Signals(self._guard.ending).name
-            logger.warning(f"Training ends after {name}: {saved}. It continues with resume_from_checkpoint=True.")
+            continues = how_to_continue(str(self.args.output_dir), self.args.save_only_model)
+            logger.warning(f"Training ends after {name}: {saved}. {continues}")
             raise SystemExit(128 + self._guard.ending)
         return output
 
