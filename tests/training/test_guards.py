@@ -261,6 +261,15 @@ def test_neftune_and_dropout_turn_sharing_off(train, caplog):
         ) == is_lora
 
 
+def test_noise_of_an_adapter_turns_sharing_off(train, caplog):
+    """PVeRA draws noise for each token, without a module for dropout."""
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, "PveraConfig"):
+        pytest.skip("this PEFT has no PveraConfig")
+    assert not train(peft_config=peft.PveraConfig(target_modules=["q_proj"])).data_collator.share_prefixes
+    assert "PVeRA's noise makes equal tokens unequal" in caplog.text
+
+
 def test_offloading_activations_needs_an_accelerator(train):
     with _refused("activation_offloading=True on a CPU"):
         train(activation_offloading=True)

@@ -216,6 +216,8 @@ def why_not_share(
     """Why equal tokens would not have equal hidden states in training; '' if they would. Without a model only the config is examined."""
     if neftune_noise_alpha:
         return f"NEFTune noise (neftune_noise_alpha={neftune_noise_alpha}) makes equal tokens unequal"
+    if any(adapter.peft_type == "PVERA" for adapter in adapters_of(model)):
+        return "PVeRA's noise makes equal tokens unequal"
     text = config.get_text_config()
     rates = {name: rate for name in _OTHER_DROPOUTS if isinstance(rate := getattr(text, name, None), float)}
     rates["lora_dropout"] = adapter_dropout
