@@ -249,6 +249,18 @@ def test_predict_takes_prepared_rows_and_streams(make, chats):
     assert len(expected.label_ids) == 7
 
 
+def test_prepared_bins_are_evaluated_again(make, chats):
+    """The trainer's own evaluation set, and several sets of raw rows, which TRL prepares and hands to `evaluate` again."""
+    trainer, recorder = make(chats, packing=True, max_length=512)
+    loss = trainer.evaluate()["eval_loss"]
+    assert len(trainer.eval_dataset) < len(chats)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(loss)
+    assert trainer.evaluate({"own": chats})["eval_own_loss"] == pytest.approx(loss)
+    lines = [sorted(losses_of(call.predictions, call.label_ids)) for call in recorder.calls]
+    assert len(lines) == 3 and len(lines[0]) == len(chats)
+    assert lines[1] == pytest.approx(lines[0]) and lines[2] == pytest.approx(lines[0])
+
+
 def test_predict_counts_dropped_rows(make, chats, caplog):
     """The log and `dropped_rows["test"]` say which rows have no line; other predictions leave no trace."""
     empty = chats[0] | {"completion": [{"role": "assistant", "content": ""}]}

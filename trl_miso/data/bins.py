@@ -57,7 +57,8 @@ class _Packing:
         bins = plan_bins([self._size(layout) for layout in batch["miso_layout"]], self.max_length)
         lengths = [[len(ids)] for ids in batch["input_ids"]]
         packed: dict[str, list] = {}
-        for name, values in ({ROW_LENGTHS: lengths} | batch).items():
+        # dict: of bins that are packed again, datasets' lazy batch would give None for a column that both sides have.
+        for name, values in ({ROW_LENGTHS: lengths} | dict(batch)).items():
             packed[name] = [list(chain.from_iterable(values[i] for i in members)) for members in bins]
         return packed
 
