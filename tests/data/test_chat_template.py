@@ -100,3 +100,40 @@ def test_a_turn_left_out_is_named_from_where_it_is_looked_for(looks):
         ValueError, match="Got a turn of role 'system' from which the chat template leaves out 'sea'.*Fix"
     ):
         render([turns[1:], turns], {}, checked_from=[0, 0])
+
+
+@pytest.mark.parametrize("second", ["Answer in rhyme, please.", "Be brief."])
+def test_a_turn_left_out_is_named_though_its_text_stands_in_another_turn(second):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = loop(
+        "{% if loop.first or m.role != 'system' %}[{{ m.content | replace('  ', ' ') }}]{% endif %}"
+    )
+    first = {"role": "system", "content": "Answer in rhyme, please."}
+    turns = [first, {"role": "user", "content": "Write about the sea."}]
+    render = ChatRenderer(tokenizer)
+    assert render([turns], {}, checked_from=[0]) == ["[Answer in rhyme, please.][Write about the sea.]"]
+    for start in (0, 1, 2):
+        with pytest.raises(ValueError, match=f"Got a turn of role 'system' .* leaves out '{second}'.*Fix"):
+            render([[*turns, first | {"content": second}]], {}, checked_from=[start])
+    said_again = [*turns, {"role": "assistant", "content": "Answer in rhyme, please. I try."}]
+    render([said_again], {}, checked_from=[0])
+    with pytest.raises(ValueError, match="Got a turn of role 'system' .* leaves out 'Answer in rhyme, please.'.*Fix"):
+        render([[turns[1], first, said_again[2]]], {}, checked_from=[0])
+
+
+@pytest.mark.parametrize("names", [["get_current_tide", "get_current_rain"], ["get_current_tide"] * 2])
+def test_a_tool_call_left_out_is_named_though_the_tools_are_rendered(names):
+    """As by templates that render one call of a turn."""
+    tokenizer = make_tokenizer()
+    one = "{{ (tools | tojson) if loop.first }}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}"
+    calls = [{"function": {"name": name, "arguments": {}}} for name in names]
+    turns = [{"role": "user", "content": "How is it?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    tools = {"tools": [{"type": "function", "function": {"name": name}} for name in names]}
+    for template, is_lost in ((loop(one), True), (loop(one.replace("[0]", "")), False)):
+        render = ChatRenderer(tokenizer, template)
+        if not is_lost:
+            render([turns], tools, checked_from=[0])
+            continue
+        render([turns], tools, checked_from=[2])
+        with pytest.raises(ValueError, match=f"Got a turn of role 'assistant' .* leaves out '{names[1]}'.*Fix"):
+            render([turns], tools, checked_from=[0])

@@ -20,6 +20,7 @@ Roles = tuple[str, ...]
 
 # Surrounds the number of a message, as a placeholder for its text. Random, so that no data contains it.
 _MARK = f"\ue000{token_hex(8)}\ue000"
+_NAME = f"x{token_hex(8)}x"  # begins the name of a tool that no data contains
 _LONG_ENOUGH = 12  # characters beyond which a text is not found in a rendering by chance
 
 
@@ -112,25 +113,51 @@ class ChatRenderer:
         """Raise ValueError if a turn from `start` on is missing from `text`.
 
         A text that is not found may still be there: a template may trim it, or drop thinking. A short text may be found by
-        chance. In these cases the turn is rendered with another text: if that changes nothing, the turn was left out.
+        chance, and one that stands in another turn too may be found there. In these cases the turn is rendered with another
+        text: if that changes nothing, the turn was left out.
         """
-        end = 0
-        for i in range(start, len(messages)):
-            message = messages[i]
+        for message in messages[start:]:
             if isinstance(message.get("content"), list) and str(message["content"]) in text:
                 raise ValueError(
                     f"Got content in parts ({message['content']!r:.200}), which the chat template prints as a Python list, expected "
                     "text. Fix: give the content as a string, or set chat_template_path to a template that reads parts."
                 )
-            for part, changed in _changed_parts(message):
-                place = text.find(part, end)
-                if place >= 0:
-                    end = place + len(part)
-                is_found = place >= 0 or part in text
-                if is_found and message["role"] in TEMPLATE_ROLES and len(part) > _LONG_ENOUGH:
-                    continue
-                if self([[*messages[:i], changed, *messages[i + 1 :]]], kwargs, **options) == [text]:
-                    raise _turn_left_out(message, part)
+        parts = [(i, *part) for i, message in enumerate(messages) for part in _changed_texts(message)]
+        said = [part for _, part, _ in parts]
+        all_found = _stand_in_order(said, text)
+        for i, part, changed in parts:
+            if i < start:
+                continue
+            is_telling = len(part) > _LONG_ENOUGH and messages[i]["role"] in TEMPLATE_ROLES
+            if is_telling and (all_found or text.count(part) >= sum(other.count(part) for other in said)):
+                continue
+            if self([[*messages[:i], changed, *messages[i + 1 :]]], kwargs, **options) == [text]:
+                raise _turn_left_out(messages[i], part)
+        self._check_calls(messages, start, kwargs, options)
+
+    def _check_calls(self, messages: Conversation, start: int, kwargs: dict[str, Any], options: dict[str, Any]) -> None:
+        """Raise ValueError if a tool call of a turn from `start` on is missing from a rendering with other names.
+
+        The names themselves are no proof: the tools of the row hold them too.
+        """
+        renamed: Conversation = []
+        names: dict[str, tuple[dict[str, Any], str]] = {}  # other name -> message and own name
+        for i, message in enumerate(messages):
+            calls = []
+            for call in message.get("tool_calls") or []:
+                function = call.get("function")
+                if i >= start and isinstance(function, dict) and isinstance(function.get("name"), str):
+                    other = f"{_NAME}{len(names)}x"
+                    names[other] = message, function["name"]
+                    call = call | {"function": function | {"name": other}}
+                calls.append(call)
+            renamed.append(message | {"tool_calls": calls} if calls else message)
+        if not names:
+            return
+        (text,) = self([renamed], kwargs, **options)
+        for other, (message, name) in names.items():
+            if other not in text:
+                raise _turn_left_out(message, name)
 
 
 def _plain_roles(conversation: Conversation) -> Roles | None:
@@ -168,8 +195,19 @@ def _turn_left_out(message: dict[str, Any], part: str) -> ValueError:
     )
 
 
-def _changed_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each text and tool name of a message, with the message in which that part is replaced by another."""
+def _stand_in_order(parts: Sequence[str], text: str) -> bool:
+    """Whether each part stands in `text` behind the one before it."""
+    end = 0
+    for part in parts:
+        place = text.find(part, end)
+        if place < 0:
+            return False
+        end = place + len(part)
+    return True
+
+
+def _changed_texts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each text of a message, with the message in which that text is replaced by another."""
     content = message.get("content")
     for i, text in enumerate(message_texts(message)):
         if not text.strip():
@@ -178,12 +216,6 @@ def _changed_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
         if isinstance(content, list):
             changed = [*content[:i], content[i] | {"text": changed}, *content[i + 1 :]]
         yield text.strip(), message | {"content": changed}
-    calls = message.get("tool_calls") or []
-    for i, call in enumerate(calls):
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            changed = call | {"function": function | {"name": function["name"] + "x"}}
-            yield function["name"], message | {"tool_calls": [*calls[:i], changed, *calls[i + 1 :]]}
 
 
 def _reasoning_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
