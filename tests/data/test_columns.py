@@ -158,6 +158,33 @@ def test_a_preview_tells_it_too_and_rows_that_are_read_in_full_say_nothing(token
     assert not told(caplog, "are not read")
 
 
+TOOL = {"type": "function", "function": {"name": "get_tide", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("mode", ["succ", "single"])
+@pytest.mark.parametrize(
+    ("kind", "late"),
+    [
+        ("messages", {"tools": [TOOL]}),
+        ("messages", {"constraints": ["Rhyme!"]}),
+        ("prompt", {"chat_template_kwargs": {"style": "short"}}),
+        ("text", {"messages": ROWS["messages"]["messages"]}),
+        ("tokenized", {"attention_mask": [1, 1, 0]}),
+    ],
+)
+def test_a_column_that_the_first_row_of_a_stream_lacks_is_refused(kind, late, mode, train):
+    if kind in ("text", "tokenized") and mode == "succ":
+        pytest.skip("one context")
+    row = ROWS[kind]
+    with pytest.raises(ValueError, match=rf"Row 1: Got columns \['{next(iter(late))}'\].*expected the columns.*Fix"):
+        list(train(stream([row, row | late]), context_mode=mode).train_dataset)
+    harmless = dict.fromkeys(late) | {"id": 7}
+    prepared = [
+        list(train(stream([row, *rows]), context_mode=mode).train_dataset) for rows in ([row], [row | harmless])
+    ]
+    assert prepared[0] == prepared[1]
+
+
 def test_contexts_beside_messages_need_a_completion(train):
     with pytest.raises(ValueError, match=r"contexts have no completion.*Fix: move the last answer of the messages"):
         train([ROWS["messages"] | {"contexts": [[user("a")], [user("b")]]}])

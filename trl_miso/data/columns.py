@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from accelerate.logging import get_logger
 
-from trl_miso.data.schema import TEMPLATE_COLUMNS, TOKEN_COLUMNS, is_conversation
+from trl_miso.data.schema import TEMPLATE_COLUMNS, TOKEN_COLUMNS, is_conversation, row_format
 
 logger = get_logger(__name__)
 
@@ -45,6 +45,19 @@ def unread_columns(columns: Sequence[str], kind: str, text_field: str) -> list[s
     if is_conversation(kind, columns):
         read = read - {"prompt", *_COMPLETIONS} | set(_MESSAGES)
     return [name for name in columns if name not in read and not name.startswith("miso_")]
+
+
+def read_beside(columns: Sequence[str], text_field: str) -> set[str]:
+    """The names that are not among these columns and would be read if they were."""
+    names = set()
+    for name in _NAMES.difference(columns):
+        extended = [*columns, name]
+        try:
+            if name not in unread_columns(extended, row_format(extended, text_field), text_field):
+                names.add(name)
+        except ValueError:  # no format, with this column or without
+            continue
+    return names
 
 
 def meant_column(name: str, columns: Sequence[str]) -> str | None:

@@ -15,7 +15,9 @@ from datasets import Features, IterableDataset, Value
 from pyarrow import ArrowException  # type: ignore[import-untyped]
 from trl.data_utils import get_dataset_column_names
 
+from trl_miso.data.columns import read_beside
 from trl_miso.data.dropped import AnyDataset
+from trl_miso.data.schema import is_given
 
 logger = get_logger(__name__)
 
@@ -62,18 +64,29 @@ def package_digest() -> str:
     return digest.hexdigest()
 
 
-def same_columns(dataset: IterableDataset) -> IterableDataset:
-    """A stream whose rows all have the columns of the first row, null where absent: later maps remove columns by name."""
+def same_columns(dataset: IterableDataset, text_field: str) -> IterableDataset:
+    """A stream whose rows all have the columns of the first row, null where absent: later maps remove columns by name.
+
+    A later row with another column that preparation reads raises ValueError.
+    """
     if dataset.column_names is not None or not (names := get_dataset_column_names(dataset)):
         return dataset
-    return dataset.map(_FillColumns(tuple(names))).select_columns(names)
+    fill = _FillColumns(tuple(names), tuple(sorted(read_beside(names, text_field))))
+    return dataset.map(fill, with_indices=True).select_columns(names)
 
 
 @dataclass(frozen=True)
 class _FillColumns:
     names: tuple[str, ...]
+    refused: tuple[str, ...]
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        late = [name for name in self.refused if is_given(row, name)]
+        if late:
+            raise ValueError(
+                f"Row {index}: Got columns {late}, which the first row of the stream lacks, expected the columns of the first row. "
+                "Fix: give every row the same columns, None where it has no value."
+            )
         return {name: row.get(name) for name in self.names}
 
 

@@ -130,7 +130,7 @@ class Pipeline:
             ValueError: If settings or rows would be trained on wrongly.
         """
         check_packing(packing, self.options.max_length)
-        dataset, columns = _readable(dataset, name)
+        dataset, columns = _readable(dataset, name, self.dataset_text_field)
         if formatting_func is not None:
             columns = [self.dataset_text_field]
         if "miso_layout" in columns:
@@ -175,7 +175,7 @@ class Pipeline:
         Raises:
             ValueError: As `__call__`.
         """
-        dataset, columns = _readable(dataset, "train")
+        dataset, columns = _readable(dataset, "train", self.dataset_text_field)
         if formatting_func is not None or "miso_layout" in columns:
             return
         kind = row_format(columns, self.dataset_text_field)
@@ -283,10 +283,10 @@ class Pipeline:
                 )
 
 
-def _readable(dataset: AnyDataset, name: str) -> tuple[AnyDataset, list[str]]:
+def _readable(dataset: AnyDataset, name: str, text_field: str) -> tuple[AnyDataset, list[str]]:
     """A checked dataset whose rows are Python values, all with the same columns, and these columns."""
     check_dataset(dataset, name)
-    dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset)
+    dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else same_columns(dataset, text_field)
     return dataset, get_dataset_column_names(dataset)
 
 
