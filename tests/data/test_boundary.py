@@ -148,6 +148,27 @@ def test_what_opens_a_conversation_is_told(train, caplog):
     assert told(caplog) == [f"1 of 1 rows of the train dataset (first: row 0): {OPENING}."]
 
 
+@pytest.mark.parametrize("train_turns", ["auto", "last"])
+def test_turns_of_other_roles_are_told(train_turns, train, caplog):
+    """As in ShareGPT rows with tools: a template of any role renders them."""
+    said = [
+        ("human", "How is the tide?"),
+        ("function_call", '{"name": "get_tide"}'),
+        ("observation", "low"),
+        ("gpt", "Low."),
+    ]
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in said]}] * 2
+    runs, _ = train(rows, TEMPLATES["lfm2"], train_turns=train_turns)
+    assert runs == [["Low.<|im_end|>\n"]] * 2
+    notes = [f"a turn of role '{role}' is read and not trained" for role in ("function_call", "observation")]
+    if train_turns == "last":
+        notes = []
+    lines = told(caplog)
+    assert len(lines) == len(notes)
+    for line, note in zip(lines, notes, strict=True):
+        assert line.startswith(f"2 of 2 rows of the train dataset (first: row 0): {note}")
+
+
 def test_tools_that_a_template_leaves_out_are_an_error(train):
     row = {"messages": [user("How is the tide?"), assistant("Low.")], "tools": TOOLS}
     for mode in ("auto", "single"):

@@ -17,7 +17,7 @@ from trl_miso.data.mapping import REASON, KeepRow, check_not_empty, map_rows, na
 from trl_miso.data.options import DataOptions
 from trl_miso.data.schema import RowDropped, template_kwargs
 from trl_miso.data.tokenization import NO_END, RowTokenizer, Tokenized, lacks_end
-from trl_miso.data.turns import OPENING, each_completion, earlier_answers, opens_with_answer, trains_all_turns
+from trl_miso.data.turns import each_completion, earlier_answers, trains_all_turns, turns_not_trained
 from trl_miso.segments import encode, single
 
 # The columns that the collator reads. `miso_row` is a list, since a bin holds several rows.
@@ -77,8 +77,8 @@ class RowPreparation:
                 full_rows = [full_row(one, self.kind, self.options) for one in given]
                 answers = earlier_answers(row, self.kind, self.options, full_rows[0])
                 answers += [self._contexts(one, full) for one, full in zip(given, full_rows, strict=True)]
-                if opens_with_answer(full_rows[0].contexts[0]) and trains_all_turns(row, self.kind, self.options):
-                    answers[-1] = answers[-1]._replace(notes=(OPENING,))
+                if trains_all_turns(row, self.kind, self.options):
+                    answers[-1] = answers[-1]._replace(notes=turns_not_trained(full_rows[0].contexts[0]))
             except RowDropped as reason:
                 return reason
         return answers

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import Prompt, RowDropped, has_content, is_conversation, wrong_type
+from trl_miso.data.schema import TEMPLATE_ROLES, Prompt, RowDropped, has_content, is_conversation, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
 OPENING = "an assistant turn before the first request is read and not trained"
@@ -47,6 +47,15 @@ def opens_with_answer(prompt: Prompt) -> bool:
     roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt if has_content(message)]
     turns = [role for role in roles if role not in _INSTRUCTING]
     return turns[:1] == ["assistant"]
+
+
+def turns_not_trained(prompt: Prompt) -> tuple[str, ...]:
+    """Notes on turns of a prompt that are read and not trained although a user may take them for answers."""
+    notes = [OPENING] if opens_with_answer(prompt) else []
+    roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt if has_content(message)]
+    for role in sorted(set(roles).difference(TEMPLATE_ROLES)):  # "function_call" of ShareGPT rows, for one
+        notes.append(f"a turn of role {role!r:.50} is read and not trained, as only turns of role 'assistant' are")
+    return tuple(notes)
 
 
 def _has_request(turns: list[dict[str, Any]]) -> bool:
