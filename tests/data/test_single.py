@@ -301,6 +301,23 @@ def test_rows_without_completions_are_dropped_and_counted(mode, prepare, caplog)
     assert "(first: row 2): no output: the completion is empty" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["single", "succ"])
+def test_a_completion_beside_completions_is_refused(mode, prepare):
+    row = {"prompt": "the sea", "completion": "blue", "completions": ["calm", "deep"]}
+    with pytest.raises(ValueError, match=r"Row 1: Got .* 'completion' and in column 'completions', expected one.*Fix"):
+        prepare([row | {"completions": []}, row], tokenizer_of("qwen2_5"), mode)
+
+
+@pytest.mark.parametrize(("mode", "extra"), [("single", {}), ("succ", {}), ("para", {"constraints": ["Rhyme!"]})])
+def test_completions_beside_messages_without_a_prompt_are_not_read(mode, extra, prepare):
+    """Else the last answer would be trained once per completion."""
+    row = {"messages": [user("the sea"), assistant("Blue.")]} | extra
+    expected = prepare([row, row, row], tokenizer_of("qwen2_5"), mode)
+    beside = [row | {"completions": given} for given in (["calm", "deep"], [], None)]
+    assert prepare(beside, tokenizer_of("qwen2_5"), mode) == expected
+    assert prepare([one | {"completion": "blue"} for one in beside], tokenizer_of("qwen2_5"), mode) == expected
+
+
 def test_completions_beside_messages_and_checks_before_loading(prepare, tmp_path):
     """The prompt is the column's, not the messages'; a wrong context is refused without a tokenizer."""
     tokenizer, completions = tokenizer_of("qwen2_5"), [[assistant("Blue.")], [assistant("Calm.")]]

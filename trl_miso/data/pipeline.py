@@ -187,7 +187,7 @@ class Pipeline:
         make = parallel_row if mode in ("para", "augment") else full_row
         for index, row in enumerate(islice(dataset, FIRST_ROWS)):
             with naming(index), suppress(RowDropped):
-                for one in each_completion(row):
+                for one in each_completion(row, kind):
                     make(one, kind, self.options)
 
     def _mode(self, columns: list[str], kind: str, is_chat: bool | None, is_trained_on: bool) -> str:

@@ -73,7 +73,7 @@ class RowPreparation:
         """The answers of a row that are trained, each with its contexts."""
         with naming(index):
             try:
-                given = each_completion(row)
+                given = each_completion(row, self.kind)
                 full_rows = [full_row(one, self.kind, self.options) for one in given]
                 answers = earlier_answers(row, self.kind, self.options, full_rows[0])
                 answers += [self._contexts(one, full) for one, full in zip(given, full_rows, strict=True)]

@@ -108,7 +108,7 @@ class SFTRows:
             return [token_row(row, self.padding)]
         template_columns = _template_columns(row)
         sft_rows = []
-        for one in each_completion(row):
+        for one in each_completion(row, self.kind):
             context_row = full_row(one, self.kind, self.options)
             if self.augment:
                 context_row = parallel_row(one, self.kind, self.options, context_row)

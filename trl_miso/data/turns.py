@@ -6,7 +6,7 @@ from typing import Any
 
 from trl_miso.data.contexts import ContextRow
 from trl_miso.data.options import DataOptions
-from trl_miso.data.schema import TEMPLATE_ROLES, Prompt, RowDropped, has_content, is_conversation, wrong_type
+from trl_miso.data.schema import TEMPLATE_ROLES, Prompt, RowDropped, has_content, is_conversation, is_given, wrong_type
 
 TRAIN_TURNS = ("auto", "all", "last")
 OPENING = "an assistant turn before the first request is read and not trained"
@@ -89,10 +89,21 @@ def count_own_settings(values: Iterable[Any]) -> Counter[str]:
     return Counter(own for own in values if own not in (None, "auto"))
 
 
-def each_completion(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each of its `completions`, several answers to one prompt; the row itself if it has none."""
+def each_completion(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """A row for each of its `completions`, several answers to one prompt; the row itself if it has none.
+
+    Raises:
+        ValueError: If the row has a `completion` as well.
+    """
     completions = row.get("completions")
-    if completions is None or row.get("completion") is not None:
+    if completions is None or is_conversation(kind, row):  # the answers of conversations are turns
+        return [row]
+    if is_given(row, "completion") and is_given(row, "completions"):
+        raise ValueError(
+            "Got a row with a value in column 'completion' and in column 'completions', expected one of the two: each of the completions is "
+            "trained. Fix: remove the column that is not to be trained, or add the completion to the completions."
+        )
+    if row.get("completion") is not None:
         return [row]
     if not isinstance(completions, list):
         raise wrong_type(completions, "completions", "a list of completions, each a string or a list of messages")

@@ -16,7 +16,7 @@ def context_names(row: dict[str, Any], kind: str, mode: str, options: DataOption
         return [f"chunk {i + 1}" for i in range(len(options.chunk_probs))]
     if mode != "para":
         return ()
-    first = each_completion(row)[0]
+    first = each_completion(row, kind)[0]
     return parallel_row(first, kind, options, full_row(first, kind, options)).names
 
 

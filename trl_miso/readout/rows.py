@@ -114,7 +114,7 @@ def sample_rows(
         row = dataset[number]
         with naming(number):
             try:
-                first = each_completion(row)[0]
+                first = each_completion(row, kind)[0]
                 full = full_row(first, kind, options)
                 contexts = parallel_row(first, kind, options, full)
             except RowDropped as reason:
