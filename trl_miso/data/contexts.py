@@ -1,7 +1,7 @@
 """Rows to contexts: the prompts that one instruction becomes (paper, section 5.1).
 
-Constraints are added to the last message of a prompt, a user's. In a prompt of plain text they stand before its
-`response_template`, if it ends with one. Constraints that stand in a prompt already are not added again: the prompt without
+Constraints are added to the last message of a prompt, a user's. In a prompt of plain text they stand before the last
+`response_template` in it, or at its end. Constraints that stand in a prompt already are not added again: the prompt without
 them is the bare one (`constraints.py`).
 """
 
