@@ -243,7 +243,7 @@ def test_adaption_prompt_is_refused(para_dataset, tokenizer, make_config, given)
 
 # Adapters that are zero at the start, so that the checks before training see nothing of what they do to a packed batch.
 BY_BATCH = {
-    "aLoRA": lambda: _adapter("lora", alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
+    "aLoRA": lambda: _adapter("lora", alora_invocation_tokens=[4], task_type="CAUSAL_LM"),
     "Lily": lambda: peft.LilyConfig(target_modules=["q_proj"]),
 }
 
@@ -258,6 +258,27 @@ def test_adapters_in_which_rows_see_each_other_are_refused(para_dataset, tokeniz
         model, options = peft.get_peft_model(model, BY_BATCH[method]()), {}
     with pytest.raises(ValueError, match=f"(?s)Got PEFT's {method}.*Expected.*Fix: use LoRA"):
         MISOSFTTrainer(model, make_config(), train_dataset=para_dataset, processing_class=tokenizer, **options)
+
+
+@pytest.mark.parametrize("method", BY_BATCH)
+def test_the_checks_see_what_adapters_will_do(para_dataset, tokenizer, make_config, method, monkeypatch):
+    """Also adapters of a kind that is not known by name fail them, before they have learned anything."""
+    if method == "Lily" and not hasattr(peft, "LilyConfig"):
+        pytest.skip("this PEFT has no LilyConfig")
+    monkeypatch.setattr("trl_miso.training.guards.check_adapters", lambda *_: None)
+    trainer = MISOSFTTrainer(
+        tiny_model("llama"),
+        make_config(),
+        train_dataset=para_dataset,
+        processing_class=tokenizer,
+        peft_config=BY_BATCH[method](),
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match="Got a model on which MISO is not exact"):
+        trainer.verify()
+    assert {check.name for check in trainer.verification if check.status == "failed"} >= {"packing changes nothing"}
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 # Every method of PEFT that changes weights, with the sizes of a tiny layer.

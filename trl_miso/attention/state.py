@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl_miso.attention.rotation import Rotation, rotation_of, set_rotation
 from trl_miso.attention.transformers_attention import base_implementation
 
+_ADAPTER_STD = 0.01  # of the order that adapters reach in training
+
 
 @dataclass(frozen=True)
 class AttentionState:
@@ -78,6 +80,31 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             memory.restore()
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def adapters_at_work(model: nn.Module) -> Iterator[None]:
+    """Give trainable parameters of a PEFT model that are zero throughout small random values.
+
+    Adapters start without effect, so that what they do to a batch shows in no forward before the first step. Other models stay as they
+    are. On exit these parameters are zero again.
+    """
+    has_adapters = any(hasattr(module, "peft_config") for module in model.modules())
+    zeros = [_local(p) for p in model.parameters() if has_adapters and p.requires_grad and not _local(p).any()]
+    generator = torch.Generator().manual_seed(0)
+    for values in zeros:
+        values.copy_(torch.randn(values.shape, generator=generator) * _ADAPTER_STD)
+    try:
+        yield
+    finally:
+        for values in zeros:
+            values.zero_()
+
+
+def _local(parameter: nn.Parameter) -> torch.Tensor:
+    """The values of a parameter that are on this rank."""
+    values = parameter.data
+    return values.to_local() if isinstance(values, DTensor) else values
 
 
 class _Memory:

@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from trl_miso.attention.state import in_eval_mode
+from trl_miso.attention.state import adapters_at_work, in_eval_mode
 from trl_miso.data.bins import ROW_LENGTHS
 from trl_miso.data.collator import PLACES, MISODataCollator
 from trl_miso.segments import WEIGHTINGS, PackedSegments
@@ -85,9 +85,9 @@ class Verifier:
     forwarded: list[int] = field(default_factory=list, init=False)
 
     def __call__(self) -> Iterator[Check]:
-        """Run all checks, with the model in eval mode. It and the random states stay as they are."""
+        """Run all checks, with the model in eval mode and its adapters at work. It and the random states stay as they are."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with in_eval_mode(self.model), torch.random.fork_rng(devices):
+        with in_eval_mode(self.model), adapters_at_work(self.model), torch.random.fork_rng(devices):
             yield from self._checks()
 
     def _checks(self) -> Iterator[Check]:
