@@ -241,7 +241,7 @@ def test_adaption_prompt_is_refused(para_dataset, tokenizer, make_config, given)
         MISOSFTTrainer(model, make_config(), train_dataset=para_dataset, processing_class=tokenizer, **options)
 
 
-# Adapters that are zero at the start, so that the checks before training see nothing of what they do to a packed batch.
+# Adapters in which the rows of a packed batch see each other. They are zero, and without effect, before the first step.
 BY_BATCH = {
     "aLoRA": lambda: _adapter("lora", alora_invocation_tokens=[4], task_type="CAUSAL_LM"),
     "Lily": lambda: peft.LilyConfig(target_modules=["q_proj"]),

@@ -95,7 +95,7 @@ def check_adapters(model: Any, peft_config: Any = None) -> None:
             "Got a PEFT prompt-learning method, whose virtual tokens shift every index of the segments; expected adapters in the "
             "weights. Fix: use LoRA or another adapter."
         )
-    # Both are zero until they are trained, so the checks before the first step would pass.
+    # The checks before the first step would find both, after the rows are prepared and the weights are loaded.
     if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
         raise ValueError(
             "Got PEFT's aLoRA (alora_invocation_tokens), which acts from the last invocation in a batch on: in packed rows, on the last row "
