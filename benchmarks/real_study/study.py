@@ -103,7 +103,7 @@ SMALL = replace(
     attention=24,
     answer_tokens=112,
 )
-# For two CPU cores with AVX512-BF16, three methods: an hour. Mostly other training rows than SMALL's.
+# For two CPU cores with AVX512-BF16: two methods took 44 minutes beside other work. Mostly other training rows than SMALL's.
 MEDIUM = replace(SMALL, pool=1040, dense=120, ifeval=None, flat=96)
 # For a look at whether everything runs: minutes.
 QUICK = replace(
